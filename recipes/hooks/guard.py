@@ -1,0 +1,92 @@
+"""Hook: one sentence instead of a traceback for what a user can mend, and no false alarm about the stop token.
+
+Loaded by path from a recipe's DEFAULTS; a recipe without it trains the same. SFT_TRACEBACK=1 shows the tracebacks.
+"""
+
+import errno
+import logging
+import os
+import sys
+import traceback
+
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+HUB = (
+    "where the hub cannot be reached, pass a local folder as --model_name_or_path and a local .jsonl, .json, .parquet "
+    "file or save_to_disk folder as --dataset_name, or set HF_ENDPOINT to a mirror"
+)
+RUN = {}  # what prepare() was given, for the sentences
+
+
+def sentence(error, frames):
+    """Returns what to tell the user about an exception, or None where only a traceback helps.
+
+    `frames` are the names of the functions on the stack, outermost first: before `train`, a ValueError and its like are
+    about the input; from there on they are bugs.
+    """
+    text = " ".join(str(error).split())
+    name, modules = type(error).__name__, {cls.__module__.split(".")[0] for cls in type(error).__mro__}
+    script, args, model = (RUN.get(key) for key in ("script", "args", "model"))
+    disk = {errno.ENOSPC: "the disk is full", errno.EROFS: "the disk is read-only", errno.EDQUOT: "the quota is used"}
+    number = next((n for n in disk if getattr(error, "errno", None) == n or f"(os error {n})" in text), None)
+    if "PytorchStreamWriter failed writing" in text or "No space left" in text:
+        number = errno.ENOSPC
+    if number:
+        return (
+            f"{disk[number]} ({text}): complete checkpoints in {args.output_dir if args else 'the output folder'} are "
+            "whole; make room, then the same command with --resume_from_checkpoint true goes on from the newest"
+        )
+    if "train" in frames[1:]:
+        return None
+    if name == "DatasetNotFoundError" or isinstance(error, ConnectionError) or "huggingface_hub" in modules:
+        return f"dataset {script.dataset_name}: {text.rstrip('.')}; {HUB}" if script else f"{text}; {HUB}"
+    if "load_dataset" in frames or "load_from_disk" in frames:
+        cause = error.__cause__ or error
+        return f"dataset {script.dataset_name} cannot be read: {name}: {text} ({type(cause).__name__}: {cause})"
+    if name == "StopIteration":
+        return f"dataset {script.dataset_name} has no rows"
+    if isinstance(error, KeyError) and "load_data" in frames:
+        return (
+            f"dataset {script.dataset_name} lacks {text}: rows need `messages` (data_prep/normalize.py makes them), or "
+            "the columns that to_messages reads, or another --dataset_train_split"
+        )
+    if isinstance(error, OSError) and "from_pretrained" in frames:
+        return f"model {model.model_name_or_path}: {text.rstrip('.')}; {HUB}"
+    if isinstance(error, (OSError, ValueError, TypeError, KeyError, RuntimeError, TemplateError)) or "yaml" in modules:
+        if "bf16/gpu" in text:
+            text = "no GPU found: --use_cpu true trains on the CPU, slowly (`make demo` shows how)"
+        return text if isinstance(error, ValueError) else f"{name}: {text}"
+    return None
+
+
+def one_sentence(kind, error, trace):
+    frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(trace)]
+    told = None if os.environ.get("SFT_TRACEBACK") else sentence(error, frames)
+    if told is None:
+        sys.__excepthook__(kind, error, trace)
+    elif os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{os.path.basename(sys.argv[0])}: {told}", file=sys.stderr)
+
+
+sys.excepthook = one_sentence
+
+
+def prepare(script, args, model):
+    """Keeps the arguments for the sentences; silences TRL's stop-token warning where its probe is wrong.
+
+    The probe is user, assistant, user: a template that trains only a final answer (Qwen3 hybrid) is then accused of
+    never training its stop token. Here the probe ends with the answer, and the warning stays if that span lacks it.
+    """
+    RUN.update(script=script, args=args, model=model)
+    with open(args.chat_template_path) as file:
+        template = file.read()
+    probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        text, spans = render_jinja_template([probe], chat_template=template, return_assistant_tokens_mask=True)
+    except TemplateError:
+        return
+    if spans[0] and not text[0][slice(*spans[0][-1])].rstrip().endswith("answer"):
+        false_alarm = "The chat template does not include the assistant turn's end-of-turn token"
+        logger = logging.getLogger("trl.trainer.sft_trainer")
+        logger.addFilter(lambda record: false_alarm not in record.getMessage())
