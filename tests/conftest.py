@@ -1,0 +1,72 @@
+"""Small data and a small model, built once per session by our own scripts, and ways to run a recipe."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+REPO = Path(__file__).resolve().parents[1]
+SHARED = REPO.parent / "shared"  # real data and tokenizers, where the machine has them
+TINY = ["--use_cpu", "true", "--global_batch_size", "4", "--max_length", "512", "--max_steps", "4"]
+TINY += ["--eval_strategy", "no", "--save_strategy", "no", "--disable_tqdm", "true", "--learning_rate", "1e-2"]
+EXACT = ["--dtype", "float32", "--bf16", "false", "--lora_dropout", "0"]  # fp32 without dropout
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """A folder with rows/ (pretrain.jsonl, chat/) and init/ (tiny random Qwen3 and its tokenizer)."""
+    folder = tmp_path_factory.mktemp("demo")
+    for script, *flags in (
+        ("demo_rows.py", "--out", "rows", "--rows", "400"),
+        ("demo_model.py", "--rows", "rows", "--out", "init"),
+    ):
+        command = [sys.executable, REPO / "data_prep" / script, *flags]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def run_recipe(demo, monkeypatch, tmp_path):
+    """run_recipe("qwen3_qlora", *flags) runs main() here, on the demo's rows and model, and returns its output folder.
+
+    A string recipe is a name in recipes/; a Path is any other file. Flags given come last, so they win.
+    """
+
+    def run(recipe, *flags, out="run", defaults=True):
+        path = recipe if isinstance(recipe, Path) else REPO / "recipes" / f"{recipe}.py"
+        given = [str(flag) for flag in flags]
+        if defaults:
+            template = REPO / "chat_templates" / "qwen3.jinja"
+            given = [*TINY, "--model_name_or_path", str(demo / "init"), "--dataset_name", str(demo / "rows" / "chat"),
+                     "--chat_template_path", str(template), "--output_dir", str(tmp_path / out), *given]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", [str(path), *given])
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+        runpy.run_path(str(path))["main"]()
+        return tmp_path / out
+
+    return run
+
+
+@pytest.fixture
+def hook(tmp_path):
+    """hook(source) writes a hook file and returns the flags that load it."""
+
+    def write(source, name="probe.py"):
+        path = tmp_path / name
+        path.write_text(source)
+        return ["--hooks", str(path)]
+
+    return write
+
+
+def launch(recipe, *flags, config="cpu", cwd=REPO, **kwargs):
+    """Runs `accelerate launch` as a user would; returns the completed process with text output."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(REPO / "accelerate_configs" / f"{config}.yaml"), str(recipe), *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, **kwargs)

@@ -1,0 +1,589 @@
+"""eval/compare.py against calculations of its own: tiny models, some of them rigged, and TRL's loss as an oracle."""
+
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the hub is never asked
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from peft import LoraConfig, get_peft_model
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "eval"))
+import compare  # noqa: E402
+import measure  # noqa: E402
+import metrics  # noqa: E402
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+PLAIN = ["<think>", "</think>", "<tool_call>", "</tool_call>"]  # as in Qwen3: tokens of their own, but not special
+STOP = 256 + 1 + 2  # the bytes, one merge, then SPECIAL
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def chat(*turns, **more):
+    roles = ["user", "assistant"] * len(turns)
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)], **more}
+
+
+ROWS = [
+    chat("How much is 3 + 4?", "3 + 4 = 7\n#### 7", id="a", source="sums", tags=[]),
+    chat("Größe?", "Größe: 7 Äpfel", "Und nun?", "Ja.", id="b", source="talk", tags=[]),
+    chat("Give JSON", '{"k": 1}', id="c", source="json", tags=["json"], tools=TOOLS),
+    chat("Hi", "A much longer answer, so that it pads the others: " + "la " * 30, id="d", source="talk", tags=[]),
+    chat("No", "7", id="e", source="sums", tags=[], chat_template_kwargs={"enable_thinking": False}),
+    chat("Yes", "7", id="f", source="sums", tags=[], chat_template_kwargs={"enable_thinking": True}),
+]
+
+
+def make_tokenizer(template):
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate(letters)} | {"ĊĊ": 256}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ċ", "Ċ")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in PLAIN])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=SPECIAL[2], pad_token=SPECIAL[0])
+    text = (ROOT / "chat_templates" / f"{template}.jinja").read_text(encoding="utf-8")
+    tokenizer.chat_template = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)  # the serving form
+    return tokenizer
+
+
+def make_model(seed, size=264):
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=size,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=1024,
+        initializer_range=0.3,  # far from uniform, so that a wrong position or mask shows
+        tie_word_embeddings=False,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def save(folder, model, template="qwen3_instruct_2507"):
+    model.save_pretrained(folder)
+    make_tokenizer(template).save_pretrained(folder)
+    return folder
+
+
+def rigged(text, stops=True):
+    """A model that answers text (no character twice) to any chat prompt, then stops or repeats its last character."""
+    tokenizer = make_tokenizer("qwen3_instruct_2507")
+    model = Qwen3ForCausalLM(Qwen3Config(**{**make_model(0).config.to_dict(), "hidden_size": 264}))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.fill_(1.0 if "norm" in name else 0.0)  # the layers add nothing: a table of the next token remains
+        model.model.embed_tokens.weight.copy_(torch.eye(264))
+        chain = tokenizer("\n" + text)["input_ids"]
+        for now, following in zip(chain, chain[1:] + [STOP if stops else chain[-1]], strict=True):
+            model.lm_head.weight[following, now] = 1.0
+    return model
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """base, full (another model), adapter (on base), merged (the same as a full model), rows.jsonl"""
+    home = tmp_path_factory.mktemp("compare home")
+    save(home / "base", make_model(0))
+    save(home / "full", make_model(1))
+    torch.manual_seed(2)
+    lora = get_peft_model(make_model(0), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    save(home / "adapter", lora)
+    save(home / "merged", lora.merge_and_unload())
+    write_rows(home / "rows.jsonl", ROWS)
+    return home
+
+
+def run(home, base, tuned, *more, data="rows.jsonl", out="out"):
+    """(report, {id: answers}) of an in-process run."""
+    command = ["--base", home / base, "--tuned", home / tuned, "--data", home / data, "--out", home / out]
+    assert compare.main([str(word) for word in (*command, "--max_new_tokens", 8, *more)]) == 0
+    lines = (home / out / "answers.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    return json.loads((home / out / "report.json").read_text()), {line["id"]: line for line in map(json.loads, lines)}
+
+
+def overall(report, model="tuned"):
+    return report["results"]["overall"]["all"][model]
+
+
+def refused(capsys, *command):
+    """The one sentence on stderr of a run that must exit with 2."""
+    capsys.readouterr()
+    assert compare.main([str(word) for word in command]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+# -- perplexity ----------------------------------------------------------------------------------------
+
+
+def by_hand(folder, rows):
+    """(assistant, all-token) perplexity: float64, a row at a time, full softmax, answers found in the text."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).double()
+    spoken, every = [], []
+    for row in rows:
+        options = row.get("chat_template_kwargs") or {}
+        text = tokenizer.apply_chat_template(row["messages"], tools=row.get("tools"), tokenize=False, **options)
+        found = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+        with torch.no_grad():
+            chances = torch.softmax(model(input_ids=torch.tensor([found["input_ids"]])).logits[0], -1)
+        losses = [-math.log(chances[i, token]) for i, token in enumerate(found["input_ids"][1:])]
+        every += losses
+        answers = [match.span(1) for match in re.finditer(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", text, re.S)]
+        for loss, (start, end) in zip(losses, found["offset_mapping"][1:], strict=True):
+            spoken += [loss] if any(first <= start and end <= last for first, last in answers) else []
+    return math.exp(sum(spoken) / len(spoken)), math.exp(sum(every) / len(every)), len(spoken), len(every)
+
+
+def test_perplexity_is_the_hand_computed_value(home):
+    report, _ = run(home, "base", "full")
+    for model, folder in (("base", "base"), ("tuned", "full")):
+        found, (spoken, every, tokens, all_tokens) = overall(report, model), by_hand(home / folder, ROWS)
+        assert found["assistant_perplexity"]["value"] == pytest.approx(spoken, rel=1e-4)
+        assert found["all_token_perplexity"]["value"] == pytest.approx(every, rel=1e-4)
+        assert found["assistant_perplexity"]["tokens"] == tokens
+        assert found["all_token_perplexity"]["tokens"] == all_tokens
+        assert found["assistant_perplexity"]["turns"] == 7
+    assert overall(report, "base") != overall(report, "tuned")
+
+
+def test_batch_size_and_padding_change_nothing(home):
+    one, answers = run(home, "base", "full", "--batch_size", 1)
+    assert any(line["tuned"]["answer"] for line in answers.values())
+    for size in (2, 6):
+        many, again = run(home, "base", "full", "--batch_size", size)
+        for metric in ("assistant_perplexity", "all_token_perplexity"):
+            assert overall(many)[metric]["value"] == pytest.approx(overall(one)[metric]["value"], rel=1e-5)
+        assert again == answers
+
+
+def test_single_turns_equal_the_evaluation_loss_of_trl(home):
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [chat(*(m["content"] for m in row["messages"][:2]), id=row["id"], source="one") for row in ROWS]
+    write_rows(home / "single.jsonl", rows)
+    report, _ = run(home, "base", "full", data="single.jsonl")
+    config = SFTConfig(
+        output_dir=str(home / "trl"),
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        assistant_only_loss=True,
+        chat_template_path=str(ROOT / "chat_templates" / "qwen3_instruct_2507.jinja"),
+        per_device_eval_batch_size=len(rows),  # one batch: Trainer averages batches, not tokens
+        max_length=None,
+    )
+    dataset = Dataset.from_list([{"messages": row["messages"]} for row in rows])
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(home / "full"),
+        args=config,
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        processing_class=make_tokenizer("qwen3_instruct_2507"),
+    )
+    loss = trainer.evaluate()["eval_loss"]
+    assert overall(report)["assistant_perplexity"]["value"] == pytest.approx(math.exp(loss), rel=1e-4)
+
+
+def prepared(row, template="qwen3_instruct_2507", limit=10_000, serving=True):
+    """(row after prepare, reasons) and the texts of each scored output with its prompt."""
+    tokenizer, reasons = make_tokenizer(template), []
+    if not serving:
+        tokenizer.chat_template = (ROOT / "chat_templates" / f"{template}.jinja").read_text(encoding="utf-8")
+    row = measure.clean_row(row, 1)
+    measure.prepare(row, tokenizer, {STOP}, limit, lambda reason, place: reasons.append((reason, place)))
+    pairs = [(row["sequences"][s][:start], row["sequences"][s][start:end]) for s, start, end in row["spans"]]
+    return row, reasons, [tuple(map(tokenizer.decode, pair)) for pair in pairs]
+
+
+def test_every_answer_is_scored_under_its_own_prompt():
+    """qwen3 strips the think block of earlier answers from the conversation, but each was served with its own."""
+    row = chat("1?", "one", "2?", "two", id="t")
+    row["messages"][1]["reasoning_content"] = row["messages"][3]["reasoning_content"] = "hm"
+    first = "<|im_start|>user\n1?<|im_end|>\n<|im_start|>assistant\n"
+    second = first + "one<|im_end|>\n<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n"
+    row, reasons, texts = prepared(row, "qwen3")
+    assert not reasons
+    assert texts == [
+        (first, "<think>\nhm\n</think>\n\none<|im_end|>"),
+        (second, "<think>\nhm\n</think>\n\ntwo<|im_end|>"),
+    ]
+    assert len(row["sequences"]) == 2  # the second answer shares the conversation's forward pass
+    assert row["reference"] == "<think>\nhm\n</think>\n\ntwo"
+
+
+def test_no_think_prompts_hold_the_empty_block():
+    _, _, [(prompt, output)] = prepared(chat("1?", "one", chat_template_kwargs={"enable_thinking": False}), "qwen3")
+    assert prompt.endswith("assistant\n<think>\n\n</think>\n\n") and output == "one<|im_end|>"
+
+
+def test_generation_markers_do_no_harm():
+    assert prepared(ROWS[1])[2] == prepared(ROWS[1], serving=False)[2]
+
+
+def test_what_cannot_be_scored_is_counted_by_reason():
+    masked = chat("a", "b", "c", "d", id="m")
+    masked["messages"][1]["loss_mask"] = 0
+    refused = chat("a", "b", id="r")
+    refused["messages"][1]["reasoning_content"] = "no place for it in this template"
+    assert prepared(chat("a", "\nb", id="s"))[1:] == (
+        [("answer whose first token straddles the prompt's end", "s, message 1")],
+        [],
+    )
+    assert prepared(masked)[1] == [("answer with loss_mask 0", "m, message 1")] and len(prepared(masked)[2]) == 1
+    reasons = ["conversation refused by the template", "answer refused by the template"]
+    assert [reason for reason, _ in prepared(refused)[1]] == reasons
+    reasons = ["conversation longer than the limit", "answer longer than the limit"]
+    assert [reason for reason, _ in prepared(chat("a", "b" * 50), limit=60)[1]] == reasons
+
+
+# -- answers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "expected"),
+    [
+        ("", True, {"stop_rate": 6, "empty": 6, "exact_match": 0, "json_valid": 0}),
+        ("7", True, {"stop_rate": 6, "empty": 0, "exact_match": 2, "json_valid": 1}),
+        ("#### 7", True, {"stop_rate": 0, "empty": 0, "exact_match": 0, "json_valid": 0}),  # # leads to # for ever
+        ("# 7", True, {"stop_rate": 6, "empty": 0, "exact_match": 0, "json_valid": 0}),
+        ('{"k', False, {"stop_rate": 0, "empty": 0, "exact_match": 0, "json_valid": 0}),
+        ("{}", True, {"stop_rate": 6, "empty": 0, "exact_match": 0, "json_valid": 1}),
+    ],
+)
+def test_rigged_models_are_counted(home, text, stops, expected):
+    save(home / "rigged", rigged(text, stops))
+    report, answers = run(home, "base", "rigged", out="rigged out")
+    found = overall(report)
+    assert {metric: found[metric]["count"] for metric in expected} == expected
+    assert found["exact_match"]["total"] == len(ROWS) and found["json_valid"]["total"] == 1
+    assert len({line["tuned"]["answer"] for line in answers.values()}) == 1
+
+
+def test_an_answer_that_never_leaves_an_opened_think_block_is_none(home):
+    """Thinking-only templates open the block in the prompt; a model that says the answer inside has not answered."""
+    model, tokenizer = rigged("yes"), make_tokenizer("chatml")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{- '<|im_start|>assistant\\n' }}\n{%- endif %}", "{{- '<|im_start|>assistant\\n<think>\\n' }}\n{%- endif %}"
+    )
+    model.save_pretrained(home / "opened")
+    tokenizer.save_pretrained(home / "opened")
+    write_rows(home / "opened.jsonl", [chat("?", "<think>\nhm\n</think>\n\nyes", id="o")])
+    report, answers = run(home, "base", "opened", data="opened.jsonl")
+    assert answers["o"]["prompt_tail"].endswith("<think>\n")
+    assert answers["o"]["reference"] == "hm\n</think>\n\nyes" and answers["o"]["tuned"]["answer"] == "yes"
+    assert overall(report)["exact_match"]["count"] == 0
+
+
+def test_the_stop_token_may_be_the_last_of_the_budget(home):
+    save(home / "rigged", rigged("7"))
+    for budget, count in ((1, 0), (2, len(ROWS))):
+        report, _ = run(home, "base", "rigged", "--max_new_tokens", budget, out="rigged out")
+        assert overall(report)["stop_rate"]["count"] == count
+
+
+def test_stop_tokens_of_the_generation_config_count(home):
+    model = rigged("7a", stops=False)
+    model.generation_config.eos_token_id = [STOP, make_tokenizer("chatml").convert_tokens_to_ids("a")]
+    save(home / "two stops", model)
+    report, answers = run(home, "base", "two stops", out="two out")
+    assert overall(report)["stop_rate"]["count"] == len(ROWS) and answers["e"]["tuned"]["answer"] == "7"
+    assert report["settings"]["stop_tokens"] == ["a", "<|im_end|>"]
+
+
+def test_the_models_own_sampling_and_penalties_are_not_used(home):
+    model = rigged("a", stops=False)  # a penalty would make it leave the a
+    save(home / "penalty", model)
+    config = {"do_sample": True, "temperature": 9.0, "repetition_penalty": 9.0, "min_new_tokens": 3}
+    (home / "penalty" / "generation_config.json").write_text(json.dumps({"eos_token_id": STOP, **config}))
+    _, answers = run(home, "base", "penalty", out="penalty out")
+    assert {line["tuned"]["answer"] for line in answers.values()} == {"a" * 8}
+
+
+# -- whole runs ----------------------------------------------------------------------------------------
+
+
+def test_an_adapter_equals_the_merged_model_and_leaves_the_base_alone(home):
+    full, full_answers = run(home, "base", "merged")
+    adapter, answers = run(home, "base", "adapter")
+    assert adapter["settings"]["adapter"] and not full["settings"]["adapter"]
+    assert overall(adapter, "base") == overall(full, "base") != overall(adapter)
+    for metric in ("assistant_perplexity", "all_token_perplexity"):
+        assert overall(adapter)[metric]["value"] == pytest.approx(overall(full)[metric]["value"], rel=1e-4)
+    assert {k: v["tuned"] for k, v in answers.items()} == {k: v["tuned"] for k, v in full_answers.items()}
+
+
+def test_four_bits_are_measured(home):
+    exact, quantised = (overall(run(home, "base", "adapter", *more)[0]) for more in ([], ["--load_in_4bit"]))
+    ratio = quantised["assistant_perplexity"]["value"] / exact["assistant_perplexity"]["value"]
+    assert ratio != 1 and 0.5 < ratio < 2
+
+
+def test_groups_add_up(home):
+    report, _ = run(home, "base", "full")
+    assert set(report["results"]["source"]) == {"sums", "talk", "json"}
+    assert set(report["results"]["mode"]) == {"think", "no_think"}
+    for model in ("base", "tuned"):
+        for metric, whole in overall(report, model).items():
+            parts = [group[model][metric] for group in report["results"]["source"].values() if metric in group[model]]
+            for key in whole.keys() & {"nll", "tokens", "turns", "texts", "rows", "count", "total"}:
+                assert sum(part[key] for part in parts) == pytest.approx(whole[key]), (metric, key)
+        for mode in report["results"]["mode"].values():
+            assert mode[model]["exact_match"]["total"] == 1
+
+
+def test_the_same_input_gives_the_same_bytes(home):
+    log = [{"step": n, "loss": 3 / n, "learning_rate": 1e-3 / n} for n in range(1, 9)]
+    write_rows(home / "full" / "log.jsonl", [*log, {"step": 8, "eval_loss": 0.5}])
+    for out in ("one", "two"):
+        run(home, "base", "full", out=out)
+    names = {"report.json", "report.md", "answers.jsonl", "loss.png"}
+    assert {path.name for path in (home / "one").iterdir()} == names
+    for name in names:
+        assert (home / "one" / name).read_bytes() == (home / "two" / name).read_bytes(), name
+    assert str(home) not in (home / "one" / "report.json").read_text()
+    assert (home / "one" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    report = (home / "one" / "report.md").read_text(encoding="utf-8")
+    assert "| all | assistant perplexity |" in report and "| source: sums |" in report and "loss.png" in report
+    (home / "full" / "log.jsonl").unlink()
+
+
+def test_every_form_of_the_data_gives_the_same_rows(home):
+    """Arrow fills tools, kwargs and unequal message fields with None; a folder, a parquet and a JSON file agree."""
+    rows = [*ROWS, chat("Add", "", id="g", source="tools", tags=[], tools=TOOLS)]
+    rows[-1]["messages"][1]["tool_calls"] = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+    rows.append(chat("Add", "", id="h", source="tools", tags=[]))  # Arrow joins both calls' arguments in one struct
+    rows[-1]["messages"][1]["tool_calls"] = [{"type": "function", "function": {"name": "f", "arguments": {"b": "z"}}}]
+    rows[0] = chat("How much?", "7", id="a", source="sums", tags=[])
+    rows[0]["messages"][0]["name"] = None  # and a null that stands in the JSON file itself
+    rows = [{**row, "tools": json.dumps(row["tools"]) if row.get("tools") else None} for row in rows]
+    write_rows(home / "all.jsonl", rows)
+    (home / "all.json").write_text(json.dumps(rows))
+    table = Dataset.from_list([{"chat_template_kwargs": None, **row} for row in rows])
+    assert table[0]["chat_template_kwargs"] is None and table[0]["messages"][1]["tool_calls"] is None  # filled
+    table.to_parquet(home / "all.parquet")
+    DatasetDict({"train": table.select([0]), "test": table}).save_to_disk(home / "folder")
+    reports = [run(home, "base", "full", data=name)[0] for name in ("all.jsonl", "all.json", "all.parquet", "folder")]
+    for report in reports[1:]:
+        assert report["data_sha256"] == reports[0]["data_sha256"]
+        assert report["results"] == reports[0]["results"]
+    assert reports[0]["results"]["source"]["tools"]["base"]["assistant_perplexity"]["tokens"] > 10
+
+
+def test_rows_are_drawn_by_seed_and_the_unanswered_are_counted(home):
+    write_rows(home / "mixed.jsonl", [*ROWS, chat("nobody answers", id="x")])
+    report, answers = run(home, "base", "full", data="mixed.jsonl")
+    assert report["not_scored"] == {"row without an assistant turn": {"count": 1, "first": "x"}}
+    assert report["rows"] == {"read": 7, "measured": 6} and list(answers) == list("abcdef")
+    drawn = [list(run(home, "base", "full", "--rows", 3, "--seed", seed)[1]) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] == sorted(drawn[0]) and len(drawn[0]) == 3 and drawn[0] != drawn[2]
+
+
+def test_the_curve_is_read_from_the_log_or_the_newest_checkpoint(tmp_path):
+    assert compare.read_log(tmp_path) == {}
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        state = {"log_history": [{"step": step, "loss": 1.0}]}
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
+    assert compare.read_log(tmp_path) == {"loss": {10: 1.0}}
+    log = [{"step": 1, "loss": 3.0, "learning_rate": 0.1}, {"step": 2, "loss": 9.0}, {"step": 2, "loss": 2.0}]
+    write_rows(tmp_path / "log.jsonl", [*log, {"step": 2, "eval_loss": 2.5}])
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')  # killed while writing
+    expected = {"loss": {1: 3.0, 2: 2.0}, "eval_loss": {2: 2.5}, "learning_rate": {1: 0.1}}
+    assert compare.read_log(tmp_path) == expected
+
+
+def test_the_command_line(home):
+    command = [sys.executable, ROOT / "eval" / "compare.py", "--base", "base", "--tuned", "adapter"]
+    command += ["--data", "rows.jsonl", "--max_new_tokens", "4", "--rows", "2"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    shutil.copytree(home / "adapter", home / "cli" / "adapter")
+    shutil.copytree(home / "base", home / "cli" / "base")
+    shutil.copy(home / "rows.jsonl", home / "cli")
+    done = subprocess.run(command, cwd=home / "cli", env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "assistant perplexity" in done.stdout and "no loss.png: adapter has neither" in done.stdout
+    assert "\r" not in done.stderr and "%|" not in done.stderr  # no progress bar where there is no terminal
+    assert (home / "cli" / "adapter" / "report.md").is_file()
+
+
+# -- definitions ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "low", "high"),
+    # R. G. Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_has_the_published_values(count, total, low, high):
+    assert metrics.wilson(count, total) == pytest.approx((low, high), abs=5e-5)
+    mirror = metrics.wilson(total - count, total)
+    assert mirror == pytest.approx((1 - high, 1 - low), abs=5e-5) and mirror[1] <= 1
+
+
+def test_bootstrap_resamples_rows():
+    """500 rows of one token, nll 0 or 1: the mean nll has standard error sqrt(1/4 / 500), hence the interval."""
+    nll = [0.0, 1.0] * 250
+    low, high = metrics.bootstrap_perplexity(nll, [1] * 500, 42)
+    half = metrics.Z95 * math.sqrt(0.25 / 500)
+    assert (math.log(low), math.log(high)) == pytest.approx((0.5 - half, 0.5 + half), abs=0.005)
+    # the same tokens in 10 long rows of one kind each: rows are what is drawn, so the interval is far wider
+    wide = metrics.bootstrap_perplexity([0.0, 50.0] * 5, [50] * 10, 42)
+    assert math.log(wide[1] / wide[0]) > 3 * math.log(high / low)
+    assert metrics.bootstrap_perplexity(nll, [1] * 500, 42) == (low, high)
+    assert metrics.bootstrap_perplexity(nll, [1] * 500, 43) != (low, high)
+    assert metrics.bootstrap_perplexity([2.0], [1], 0) == pytest.approx((math.exp(2),) * 2)
+
+
+@pytest.mark.parametrize("text", ['{"a": [1, null, "x"]}', " 3 ", '"s"', "null", '<think>{{</think>\n{"a": 1}', "[]"])
+def test_strict_json_takes(text):
+    assert metrics.strict_json(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "NaN", "[Infinity]", '{"a": -Infinity}', '{"a": 1, "a": 2}', '[{"b": {"a": 1, "a": 1}}]', "{'a': 1}"),
+        *('{"a": 1}.', '```json\n{"a": 1}\n```', '{"a": 1,}', "[" * 100_000, '<think>{"a": 1}', "// c\n1"),
+    ],
+)
+def test_strict_json_refuses(text):
+    assert not metrics.strict_json(text)
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "same"),
+    [
+        ("It is 1200.\n#### 1,200", "thus\n#### 1200.0", True),
+        ("#### 7", "#### 3, no:\n####7 ", True),
+        ("#### 7", "7", False),
+        ("#### 7", "<think>so #### 7", False),
+        ("#### 7", "#### 7 apples", False),
+        ("#### 0.5", "#### 0.50", True),
+        ("#### -3", "#### 3", False),
+        ("#### Paris", "so: #### Paris", True),
+        ("7", "7.0", False),  # without the mark, the whole text
+        ("## A\n#### Part\nText", "#### Part\nText", False),  # a heading is no mark
+        ("<think>\nx\n</think>\n\nyes", "<think>\nother\n</think>\n\n yes\n", True),
+        ("yes", "<think>yes", False),  # never came to an answer
+        ("yes", "Yes", False),
+        ("", "", False),
+        ('<tool_call>\n{"name": "f"}\n</tool_call>', '<tool_call>\n{"name": "g"}\n</tool_call>', False),
+    ],
+)
+def test_exact_match(reference, answer, same):
+    assert metrics.exact_match(reference, answer) is same
+
+
+# -- bad input -----------------------------------------------------------------------------------------
+
+
+def without(folder, name, home):
+    """A copy of a run folder without the files that match name."""
+    copy = home / f"{folder} without {name.replace('*', '')}"
+    shutil.copytree(home / folder, copy, dirs_exist_ok=True)
+    for path in copy.glob(name):
+        path.unlink()
+    return copy
+
+
+def test_bad_input_is_one_sentence_and_writes_nothing(home, capsys, monkeypatch):
+    good = {"--base": home / "base", "--tuned": home / "full", "--data": home / "rows.jsonl", "--out": home / "never"}
+    Dataset.from_list(ROWS[:1]).save_to_disk(home / "plain")
+    DatasetDict({"train": Dataset.from_list(ROWS[:1])}).save_to_disk(home / "train only")
+    (home / "empty.jsonl").write_text("\n")
+    (home / "broken.jsonl").write_text('{"messages": []}\n{"messages')
+    (home / "broken.parquet").write_text("no")
+    (home / "nothing").mkdir()
+    save(home / "small", make_model(0, size=200))
+    save(home / "broken", make_model(0).apply(lambda part: [p.data.fill_(math.nan) for p in part.parameters()]))
+    half = make_model(0)
+    half.save_pretrained(home / "half", state_dict={k: v for k, v in half.state_dict().items() if "norm" not in k})
+    make_tokenizer("chatml").save_pretrained(home / "half")
+    shuffled = home / "shuffled"
+    shutil.copytree(home / "base", shuffled)
+    text = (shuffled / "tokenizer.json").read_text(encoding="utf-8")
+    (shuffled / "tokenizer.json").write_text(text.replace('"A": 32', '"A": 33').replace('"B": 33', '"B": 32'))
+    other = get_peft_model(make_model(0), LoraConfig(r=4, target_modules=["q_proj"]))
+    save(home / "misfit", other)
+    config = json.loads((home / "misfit" / "adapter_config.json").read_text()) | {"r": 8}
+    (home / "misfit" / "adapter_config.json").write_text(json.dumps(config))
+    lacking = without("adapter", "nothing*", home)
+    shutil.copy(home / "misfit" / "adapter_model.safetensors", lacking)
+
+    def data(name, row):
+        return {"--data": write_rows(home / f"{name}.jsonl", [row])}
+
+    cases = [
+        ({"--tuned": home / "gone"}, "tuned folder .*gone does not exist"),
+        ({"--tuned": home / "nothing"}, "is not a model: it has neither"),
+        ({"--tuned": without("full", "*.safetensors", home)}, "has no model.*safetensors"),
+        ({"--tuned": without("adapter", "*.safetensors", home)}, "has no adapter_model.safetensors"),
+        ({"--tuned": without("full", "chat_template*", home)}, "no chat template"),
+        ({"--tuned": without("full", "tokenizer*", home)}, "full without tokenizer has no tokenizer"),
+        ({"--tuned": home / "half"}, "half lacks .* weights"),
+        ({"--tuned": home / "broken"}, "loss on row a is not a number"),
+        ({"--tuned": home / "misfit"}, "adapter in .*misfit does not fit"),
+        ({"--tuned": lacking}, "adapter in .* does not fit.*missing"),
+        ({"--base": home / "gone"}, "base folder .*gone does not exist"),
+        ({"--base": home / "nothing"}, "nothing is not a model"),
+        ({"--base": home / "small"}, "tokenizer has 264 tokens but .*small embeds 200"),
+        ({"--base": shuffled}, "vocabularies .* differ .2 tokens"),
+        ({"--base": "some/model"}, "some/model is neither a folder here nor .*hub.*local"),
+        ({"--data": home / "gone.jsonl"}, "gone.jsonl does not exist"),
+        ({"--data": home / "nothing"}, "nothing is not a dataset folder"),
+        ({"--data": home / "train only"}, "no split 'test'.*train"),
+        ({"--data": home / "empty.jsonl"}, "holds no rows"),
+        ({"--data": home / "broken.jsonl"}, "broken.jsonl, line 2 is not JSON"),
+        ({"--data": home / "broken.parquet"}, "not a readable parquet"),
+        (data("text", {"id": "q", "text": "x"}), r"row 1 \(q\) of the data has no messages"),
+        (data("strings", {"messages": ["x"]}), "row 1 of the data has a message without a role"),
+        (data("tools", {**ROWS[0], "tools": "{"}), "tools that are not a JSON list"),
+        (data("object", {**ROWS[0], "tools": '{"a": 1}'}), "tools that are not a JSON list"),
+        (data("question", chat("only a question", id="q")), "no answer .*1 x row without an assistant turn .first: q"),
+        ({"--out": home / "rows.jsonl"}, "rows.jsonl is a file"),
+    ]
+    for change, expected in cases:
+        command = [word for pair in (good | change).items() for word in pair]
+        assert re.search(expected, refused(capsys, *command)), (change, expected)
+        assert not (home / "never").exists()
+
+    def full(series, path):
+        path.write_text("half a picture")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (home / "kept").mkdir()
+    (home / "kept" / "report.md").write_text("the last good one")
+    write_rows(home / "full" / "log.jsonl", [{"step": 1, "loss": 1.0}])
+    monkeypatch.setattr(compare, "plot", full)
+    command = [word for pair in (good | {"--out": home / "kept"}).items() for word in pair]
+    assert "No space left on device" in refused(capsys, *command)
+    assert [path.name for path in (home / "kept").iterdir()] == ["report.md"]
+    assert (home / "kept" / "report.md").read_text() == "the last good one"
+    for wrong in (["--rows", "0"], ["--dtype", "int8"], ["--row", "3"]):
+        with pytest.raises(SystemExit, match="2"):
+            compare.main([str(word) for pair in good.items() for word in pair] + wrong)
