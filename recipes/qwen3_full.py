@@ -112,8 +112,8 @@ def load_data(script, args, model):
     if args.assistant_only_loss and "messages" in train.column_names:
         bad = [i for i, turns in enumerate(train["messages"]) if all(turn["role"] != "assistant" for turn in turns)]
         if bad:
-            (print if script.skip_bad_rows else sys.exit)(f"{name}: {len(bad)} rows have no assistant turn, among them "
-                                                          f"{bad[:9]} (from 0); --skip_bad_rows leaves them out")
+            (print if script.skip_bad_rows else sys.exit)(f"{HERE.name}: {len(bad)} rows of {name} have no assistant "
+                                                          f"turn: {bad[:9]} from 0; --skip_bad_rows leaves them out")
         train = train.select(sorted({*range(len(train))} - {*bad}))
     if held_out is None and script.eval_rows:
         train, held_out = train.train_test_split(script.eval_rows, seed=args.seed).values()

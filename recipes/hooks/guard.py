@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import traceback
+from dataclasses import fields
 
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -30,8 +31,8 @@ def sentence(error, frames):
     script, args, model = (RUN.get(key) for key in ("script", "args", "model"))
     disk = {errno.ENOSPC: "the disk is full", errno.EROFS: "the disk is read-only", errno.EDQUOT: "the quota is used"}
     number = next((n for n in disk if getattr(error, "errno", None) == n or f"(os error {n})" in text), None)
-    if "PytorchStreamWriter failed writing" in text or "No space left" in text:
-        number = errno.ENOSPC
+    if number is None and any(words in text for words in ("No space left", "iostream error", "unexpected pos ")):
+        number = errno.ENOSPC  # torch.save says it this way
     if number:
         return (
             f"{disk[number]} ({text}): complete checkpoints in {args.output_dir if args else 'the output folder'} are "
@@ -42,8 +43,8 @@ def sentence(error, frames):
     if name == "DatasetNotFoundError" or isinstance(error, ConnectionError) or "huggingface_hub" in modules:
         return f"dataset {script.dataset_name}: {text.rstrip('.')}; {HUB}" if script else f"{text}; {HUB}"
     if "load_dataset" in frames or "load_from_disk" in frames:
-        cause = error.__cause__ or error
-        return f"dataset {script.dataset_name} cannot be read: {name}: {text} ({type(cause).__name__}: {cause})"
+        cause = f" ({' '.join(str(error.__cause__).split())})" if error.__cause__ else ""
+        return f"dataset {script.dataset_name} cannot be read: {name}: {text}{cause}; {HUB}"
     if name == "StopIteration":
         return f"dataset {script.dataset_name} has no rows"
     if isinstance(error, KeyError) and "load_data" in frames:
@@ -73,12 +74,20 @@ sys.excepthook = one_sentence
 
 
 def prepare(script, args, model):
-    """Keeps the arguments for the sentences; silences TRL's stop-token warning where its probe is wrong.
+    """Checks what argparse leaves unchecked in YAML; silences TRL's stop-token warning where its probe is wrong.
 
     The probe is user, assistant, user: a template that trains only a final answer (Qwen3 hybrid) is then accused of
     never training its stop token. Here the probe ends with the answer, and the warning stays if that span lacks it.
     """
     RUN.update(script=script, args=args, model=model)
+    for part in (script, args, model):
+        for field in fields(part):
+            value, choices = getattr(part, field.name), field.metadata.get("choices")
+            if choices and value is not None and value not in choices:
+                raise ValueError(f"{field.name} {value}: choose one of {', '.join(choices)}")
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint and not os.path.isfile(os.path.join(checkpoint, "trainer_state.json")):
+        raise ValueError(f"{checkpoint} is no checkpoint: --resume_from_checkpoint true takes the newest of output_dir")
     with open(args.chat_template_path) as file:
         template = file.read()
     probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]

@@ -23,7 +23,7 @@ class Log(TrainerCallback):
 
     def on_log(self, args, state, control, logs, **_):
         if state.is_world_process_zero:
-            counts = {name: logs[name] + self.tokens_before for name in ("num_tokens", "eval_num_tokens") if name in logs}
+            counts = {name: logs[name] + self.tokens_before for name in logs if name.endswith("num_tokens")}
             with Path(args.output_dir, "log.jsonl").open("a") as file:
                 file.write(json.dumps({"step": state.global_step} | logs | counts) + "\n")
 

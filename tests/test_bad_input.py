@@ -1,0 +1,212 @@
+"""Bad input: one sentence that says what, where and what to do; not exit code 0; nothing written."""
+
+import errno
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPO, TINY, launch
+
+
+@pytest.fixture
+def refuse(demo, tmp_path, monkeypatch, capsys):
+    """refuse(*flags) runs qwen3_qlora here, expects it to stop, and returns what it printed on stderr."""
+
+    def run(*flags, recipe="qwen3_qlora", written=False):
+        path = REPO / "recipes" / f"{recipe}.py"
+        given = [*TINY, "--model_name_or_path", str(demo / "init"), "--dataset_name", str(demo / "rows" / "chat")]
+        given += ["--chat_template_path", str(REPO / "chat_templates" / "qwen3.jinja")]
+        given += ["--output_dir", str(tmp_path / "run")]
+        monkeypatch.setattr(sys, "argv", [str(path), *given, *map(str, flags)])
+        monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+        code, _ = None, capsys.readouterr()
+        try:
+            runpy.run_path(str(path))["main"]()
+        except SystemExit as stop:
+            code = stop.code
+            if isinstance(code, str):  # as Python itself does on exit
+                print(code, file=sys.stderr)
+        except Exception:
+            code = 1  # what Python exits with after its excepthook, which guard.py has replaced
+            sys.excepthook(*sys.exc_info())
+        said = capsys.readouterr().err
+        assert code, "it did not stop"
+        assert "Traceback" not in said, said
+        if not written:
+            assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+        lines = [line for line in said.splitlines() if line.startswith("qwen3_qlora.py: ")]
+        assert len(lines) == 1, said
+        return lines[0]
+
+    return run
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+SILENT = {"messages": [{"role": "user", "content": "a"}]}
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--learning_rat", "3"], ["learning_rat"]),
+        (["--learning_rate", "fast"], ["learning_rate", "fast"]),
+        (["--packing_strategy", "bdf"], ["packing_strategy", "bdf", "wrapped"]),
+        (["--lr_scheduler_type", "cosin"], ["lr_scheduler_type", "cosin", "cosine"]),
+        (["--dtype", "bfloat61"], ["dtype", "bfloat61"]),
+        (["--packing", "perhaps"], ["perhaps"]),
+        (["--chat_template_path", "no/such.jinja"], ["no/such.jinja", "--chat_template_path"]),
+        (["--global_batch_size", "3", "--per_device_train_batch_size", "2"], ["--global_batch_size", "multiple of 2"]),
+        (["--global_batch_size", "1", "--per_device_train_batch_size", "2"], ["--global_batch_size", "multiple of 2"]),
+        (["--gradient_accumulation_steps", "1"], ["gradient_accumulation_steps", "--global_batch_size"]),
+        (["--use_cpu", "false"], ["no GPU", "--use_cpu true"]),
+        (["--dataset_name", "no/such.jsonl"], ["no/such.jsonl"]),
+        (["--dataset_name", "no/such"], ["no/such", "--dataset_name", "HF_ENDPOINT"]),
+        (["--model_name_or_path", "no/such"], ["no/such", "--model_name_or_path", "HF_ENDPOINT"]),
+        (["--dataset_train_split", "trian"], ["trian"]),
+        (["--eos_token", "<|im_fin|>"], ["<|im_fin|>"]),
+        (["--attn_implementation", "flash"], ["flash"]),
+        (["--config", "no/such.yaml"], ["no/such.yaml"]),
+        (["--resume_from_checkpoint", "no/such"], ["no/such"]),
+    ],
+    ids=lambda value: value[0].strip("-") if isinstance(value, list) and value[0].startswith("--") else None,
+)
+def test_flags(refuse, flags, words):
+    said = refuse(*flags)
+    assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("learning_rat: 3\n", ["learning_rat"]),
+        ("weight_decay: heavy\n", ["weight_decay", "heavy"]),
+        ("lr_scheduler_type: cosin\n", ["cosin"]),
+        ("dtype: bfloat61\n", ["bfloat61"]),
+        ("packing: perhaps\n", ["perhaps"]),
+        ("gradient_accumulation_steps: 2\n", ["--global_batch_size"]),
+        ("- a list\n", ["mapping"]),
+        ("a: [\n", ["run.yaml"]),
+    ],
+)
+def test_yaml(refuse, tmp_path, text, words):
+    (tmp_path / "run.yaml").write_text(text)
+    said = refuse("--config", tmp_path / "run.yaml")
+    assert all(word in said for word in words), said
+
+
+def test_template_without_markers(refuse, tmp_path):
+    (tmp_path / "plain.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    said = refuse("--chat_template_path", tmp_path / "plain.jinja")
+    assert "plain.jinja" in said and "{% generation %}" in said
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([], ["rows.jsonl"]),
+        ([{"a": 1}], ["rows.jsonl", "messages"]),
+        ([{"text": "plain"}], ["conversational"]),
+        ([CHAT, SILENT, CHAT, SILENT], ["2 rows of", "rows.jsonl", "[1, 3]", "--skip_bad_rows"]),
+        ([SILENT, SILENT, "--skip_bad_rows"], ["rows.jsonl", "no rows"]),
+        ([{"messages": [{"role": "usher", "content": "a"}, CHAT["messages"][1]]}], ["usher", "message 0"]),
+    ],
+    ids=["empty", "columns", "text", "silent", "all-silent", "role"],
+)
+def test_rows(refuse, tmp_path, rows, words):
+    flags = ["--skip_bad_rows"] if "--skip_bad_rows" in rows else []
+    path = write(tmp_path / "rows.jsonl", *[row for row in rows if row != "--skip_bad_rows"])
+    said = refuse("--dataset_name", path, "--eval_rows", "0", *flags)
+    assert all(word in said for word in words), said
+
+
+def test_bad_rows_are_left_out_when_asked(run_recipe, tmp_path, capsys):
+    path = write(tmp_path / "rows.jsonl", *[CHAT] * 20, SILENT, *[CHAT] * 20)
+    run_recipe("qwen3_full", "--dataset_name", path, "--eval_rows", "0", "--max_steps", "1", "--skip_bad_rows")
+    assert "1 rows of" in capsys.readouterr().out
+
+
+def test_folder_in_use(refuse, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "old").touch()
+    said = refuse(written=True)
+    assert "in use" in said and "--resume_from_checkpoint true" in said
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["old"]
+
+
+def test_unknown_name_in_defaults(tmp_path):
+    source = (REPO / "recipes" / "qwen3_qlora.py").read_text().replace("lora_r=16", "lora_rank=16")
+    (tmp_path / "my_copy.py").write_text(source)
+    command = [sys.executable, tmp_path / "my_copy.py", "--use_cpu", "true"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and "lora_rank" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_two_processes_say_it_once(demo, tmp_path):
+    """Through the launcher: its own report follows, but our sentence stands there once, and the exit code is not 0."""
+    flags = ["--dataset_name", "no/such.jsonl", "--model_name_or_path", demo / "init", "--output_dir", tmp_path / "run"]
+    done = launch(REPO / "recipes" / "qwen3_qlora.py", *TINY, *flags, config="cpu_2proc")
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if "no/such.jsonl" in line]
+    assert len(said) == 1 and "qwen3_qlora.py: dataset no/such.jsonl" in said[0]
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", pytest.param("trainer_state.json", marks=pytest.mark.long)])
+def test_disk_full_while_saving(demo, tmp_path, name):
+    """/dev/full stands where step 4 saves `name`: the run stops with a sentence, and step 2's checkpoint goes on."""
+    (tmp_path / "full.py").write_text(f"""
+import os
+from transformers import TrainerCallback
+class Full(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 4 and not os.path.exists({str(tmp_path / 'freed')!r}):
+            os.makedirs(args.output_dir + "/checkpoint-4")
+            os.symlink("/dev/full", args.output_dir + "/checkpoint-4/{name}")
+def callback(trainer):
+    return Full()
+""")
+    flags = [*TINY, "--max_steps", 6, "--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 1]
+    flags += ["--model_name_or_path", demo / "init", "--dataset_name", demo / "rows" / "chat"]
+    flags += ["--output_dir", tmp_path / "run", "--hooks", tmp_path / "full.py"]
+    recipe = REPO / "recipes" / "qwen3_qlora.py"
+    flags += ["--chat_template_path", REPO / "chat_templates" / "qwen3.jinja"]
+    done = subprocess.run([sys.executable, recipe, *map(str, flags)], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr and "disk is full" in done.stderr.splitlines()[-1], done.stderr[-2000:]
+    assert json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())["global_step"] == 2
+    (tmp_path / "freed").touch()
+    (tmp_path / "run" / "checkpoint-4" / name).unlink(missing_ok=True)
+    flags += ["--resume_from_checkpoint", "true"]
+    done = subprocess.run([sys.executable, recipe, *map(str, flags)], capture_output=True, text=True)
+    assert done.returncode == 0 and "checkpoint-2'" in done.stdout, done.stderr[-2000:]
+
+
+def test_sentences_of_other_disk_trouble():
+    guard = runpy.run_path(str(REPO / "recipes" / "hooks" / "guard.py"))
+    for number, words in ((errno.EROFS, "read-only"), (errno.EDQUOT, "quota"), (errno.ENOSPC, "full")):
+        assert words in guard["sentence"](OSError(number, os.strerror(number)), ["main", "train", "save"])
+    assert guard["sentence"](ValueError("a bug in a step"), ["main", "train", "step"]) is None
+
+
+def test_make_refuses_an_old_python_and_one_without_venv(tmp_path):
+    real = sys.executable
+    old, bare = tmp_path / "old", tmp_path / "bare"
+    fake = 'import sys; sys.version_info = (3, 9, 1); sys.version = "3.9.1 x"; exec(sys.argv[1])'
+    old.write_text(f"#!/bin/sh\nexec {real} -c '{fake}' \"$2\"\n")
+    bare.write_text(f'#!/bin/sh\ncase "$2" in *ensurepip*) exit 1;; esac\nexec {real} "$@"\n')
+    for path in (old, bare):
+        path.chmod(0o755)
+    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
+        (tmp_path / name).write_text((REPO / name).read_text())
+    for python, words in ((old, "3.11 or newer"), (bare, "python3-venv"), (Path("no_such_python"), "no_such_python")):
+        done = subprocess.run(["make", "test", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode != 0 and words in done.stderr, done.stderr
+        assert not (tmp_path / ".venv").exists()

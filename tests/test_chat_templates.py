@@ -1,0 +1,616 @@
+"""Every chat template against the published renderings, a hand-written oracle, and itself as a server would use it.
+
+What would fool these tests, and what stands against it:
+- oracle and template share a mistake: both are compared with the published renderings, and the requests also with the
+  unmarked templates that TRL carries, on random conversations;
+- nothing is compared (all skipped, all refused, nothing trained): the random run counts what it saw and asserts it;
+- the list of exceptions hides a fault: an exception that does not differ fails;
+- the oracle would accept anything: every template is mutated (a marker moved, the stop untrained, the
+  header trained, the newline after the stop trained, ...) and each mutant must be found out.
+"""
+
+import json
+import os
+import re
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the hub is never asked
+
+import pytest
+import trl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jinja2 import TemplateError
+from template_oracle import FAMILIES, Refused
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
+from trl.chat_template_utils import has_generation_markers, is_chat_template_stop_token_trained
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+UPSTREAM = Path(trl.__file__).parent / "chat_templates"
+EXAMPLES, LONG_EXAMPLES = 200, 2000
+CHOICES = {  # the arguments every template takes
+    "train_turns": ("all", "last", "flagged"),
+    "train_tool_calls": ("on", "masked"),
+    "train_header": ("on", "off"),
+}
+
+families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+golden_only = pytest.mark.skipif(not (SHARED / "golden").is_dir(), reason="no ../shared/golden: renderings not at hand")
+
+
+# ---------------------------------------------------------------- templates and tokenizers
+
+
+@cache
+def template(name):
+    return (ROOT / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def serving(source):
+    """The line by which every recipe saves its template: markers become empty comments that trim the same way."""
+    return re.sub(r"{%(\W?)\s*(?:end)?generation\s*(\W?)%}", r"{#\1 \2#}", source)
+
+
+def render(source, messages, tools=None, prompt=False, bos="", eos="", **arguments):
+    """The text, rendered as transformers renders it, and the marked spans."""
+    texts, spans = render_jinja_template(
+        conversations=[messages],
+        tools=tools or None,
+        chat_template=source,
+        add_generation_prompt=prompt,
+        return_assistant_tokens_mask=not prompt and has_generation_markers(source),
+        bos_token=bos,
+        eos_token=eos,
+        **arguments,
+    )
+    return texts[0], spans[0] if spans else []
+
+
+CORPUS = [
+    "What is 17 * 3? And doubled? The weather in Oslo tomorrow is rain, about 4 degrees.\n\nThat is all.\n",
+    'def f(x):\n    return {"name": "get_weather", "arguments": {"city": "Oslo"}}\n\n\n',
+    "user\nassistant\nsystem\ntool\n  \n \n\t\n\r\n 用一句话解释梯度 café naïve\n",
+] * 4
+
+
+@cache
+def small_tokenizer(special, plain):
+    """Byte-level BPE with real merges (newlines too), split as Qwen splits, with a family's own tokens."""
+    backend = Tokenizer(models.BPE())
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    pattern = words + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    )
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@cache
+def real_tokenizer(name):
+    return AutoTokenizer.from_pretrained(SHARED / "tokenizers" / name)
+
+
+def tokenizer_of(family, kind="real"):
+    if kind == "real" and family.tokenizer and (SHARED / "tokenizers" / family.tokenizer).is_dir():
+        return real_tokenizer(family.tokenizer)
+    return small_tokenizer(family.special, family.plain)
+
+
+def encode(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+# ---------------------------------------------------------------- what the oracle expects
+
+
+def flag(message):
+    return next((message[name] for name in ("loss_mask", "train") if message.get(name) is not None), 1) == 1
+
+
+def expected(family, messages, tools, train_turns="all", **arguments):
+    """Training text, its trained spans, and for each trained answer (index, request, output)."""
+    convention = {
+        name: arguments.pop(name)
+        for name in ("train_thinking", "train_tool_calls", "train_header")
+        if name in arguments
+    }
+    text = family.history(messages, tools, **arguments)
+    last_answer = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
+
+    def request(k):
+        return family.history(messages[:k], tools, **arguments) + family.prompt(messages[:k], **arguments)
+
+    if messages[-1]["role"] == "assistant":
+        parts = family.output(messages, **arguments)
+        text = request(len(messages) - 1) + "".join(part for part, _ in parts) + family.after
+    spans, answers = [], []
+    for k, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        if train_turns == "last" and k != last_answer or train_turns == "flagged" and not flag(message):
+            continue
+        try:
+            before, parts = request(k), family.output(messages[: k + 1], **arguments)
+        except Refused:
+            continue
+        output = "".join(part for part, _ in parts)
+        if not text.startswith(before + output):
+            continue
+        answers.append((k, before, output))
+        if convention.get("train_header") == "on":
+            prompt = family.prompt(messages[:k], **arguments)
+            spans.append((len(before) - len(prompt), len(before)))
+        end = len(before)
+        for part, kind in parts:
+            start, end = end, end + len(part)
+            masked = (kind == "think" and convention.get("train_thinking") == "masked") or (
+                kind == "call" and convention.get("train_tool_calls") == "masked"
+            )
+            if part and not masked:
+                spans.append((start, end))
+    return text, merged(spans), answers
+
+
+def merged(spans):
+    out = []
+    for start, end in spans:
+        if out and out[-1][1] == start:
+            out[-1] = (out[-1][0], end)
+        else:
+            out.append((start, end))
+    return out
+
+
+def token_mask(tokenizer, text, spans):
+    """Trained tokens counted by encoding prefixes; None when a token lies across an edge."""
+    ids = encode(tokenizer, text)
+    mask = [0] * len(ids)
+    for start, end in spans:
+        first, last = encode(tokenizer, text[:start]), encode(tokenizer, text[:end])
+        if first != ids[: len(first)] or last != ids[: len(last)]:
+            return None
+        mask[len(first) : len(last)] = [1] * (len(last) - len(first))
+    return mask
+
+
+def disagreement(family, source, tokenizer, conversation, seen=None):
+    """Everything rules 1, 2 and 4 say about one conversation; the first thing found wrong, or None."""
+    seen = Counter() if seen is None else seen
+    messages, tools, arguments = conversation
+    try:
+        text, spans, answers = expected(family, messages, tools, **arguments)
+    except Refused:
+        seen["refused"] += 1
+        try:
+            render(source, messages, tools, bos=family.bos, **arguments)
+        except TemplateError as error:
+            return None if re.match(r"message \d+: ", str(error)) else f"a refusal that names no message: {error}"
+        return "rendered what the format has no place for"
+    ours = tokenizer.apply_chat_template(
+        messages,
+        tools=tools or None,
+        chat_template=source,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        **arguments,
+    )
+    ids = encode(tokenizer, text)
+    if ours["input_ids"] != ids:
+        return f"training text: {tokenizer.decode(ours['input_ids'])!r} instead of {text!r}"
+    mask = token_mask(tokenizer, text, spans)
+    if mask is None:
+        seen["straddling"] += 1
+    elif ours["assistant_masks"] != mask:
+        return f"mask: {marked(tokenizer, ids, ours['assistant_masks'])!r} instead of {marked(tokenizer, ids, mask)!r}"
+    for k, before, output in answers:
+        seen["trained"] += 1
+        request = tokenizer.apply_chat_template(
+            messages[:k],
+            tools=tools or None,
+            chat_template=serving(source),
+            add_generation_prompt=True,
+            return_dict=True,
+            **arguments,
+        )["input_ids"]
+        if request != encode(tokenizer, before):
+            return f"request {k}: {tokenizer.decode(request)!r} instead of {before!r}"
+        whole = request + encode(tokenizer, output)
+        if merges(tokenizer, before, output) != (whole != ids[: len(whole)]):
+            return f"answer {k}: request + output is not the training text, {before + output!r}"
+    seen["context"] += sum(m["role"] == "assistant" for m in messages) - len(answers)
+    seen["calls"] += sum(bool(messages[k].get("tool_calls")) for k, _, _ in answers)
+    seen["parallel"] += sum(len(messages[k].get("tool_calls") or []) > 1 for k, _, _ in answers)
+    seen["reasoning"] += sum(bool(messages[k].get("reasoning_content")) for k, _, _ in answers)
+    return None
+
+
+def merges(tokenizer, before, output):
+    """Rule 4, the whole set: a header that ends in a newline and an answer whose leading blanks hold one more, where
+    this tokenizer has a token for the two together."""
+    if not before.endswith("\n") or not re.match(r"\s*[\r\n]", output):
+        return False
+    return encode(tokenizer, before + output)[: len(encode(tokenizer, before))] != encode(tokenizer, before)
+
+
+def marked(tokenizer, ids, mask):
+    out, on = "", False
+    for token, trained in zip(ids, mask, strict=True):
+        out += ("⟦" if trained and not on else "⟧" if on and not trained else "") + tokenizer.decode([token])
+        on = bool(trained)
+    return out + ("⟧" if on else "")
+
+
+# ---------------------------------------------------------------- conversations
+
+WORDS = [
+    "Name three rivers.",
+    "13",
+    "Да, 97.",
+    "用一句话解释梯度。😀➡️",
+    "cafe\u0301 naïve\u00a0x\u2028y",
+    "{{ x }} {% if y %}",
+    "a\r\nb\tc",
+]
+CODE = [
+    '```python\nd = {"a": [1, 2]}\nprint(f"{d!r}")\n```\nThat is all.',
+    "def f():\n    return '\\n'\n\n\n",
+    "<b>&amp;</b> \"q\" \\ 'z'",
+]
+BLANKS = ["", " ", "\n", "\n\n", " \n x", "  lead", "trail  ", "trail\n\n", "\nlead", "\r\nlead", "\t"]
+CALLS = [
+    {"city": "Oslo", "day": "tomorrow"},
+    {},
+    {"expression": "2 < 3 & 'x'", "n": 1.5, "deep": {"a": [1, None, True]}},
+    {"t": "é\n😀"},
+]
+letters = st.characters(exclude_categories=["Cs"], exclude_characters="<|[>")
+texts = st.sampled_from([*WORDS, *CODE]) | st.sampled_from(BLANKS) | st.text(letters, max_size=12)
+questions = texts | st.just("<tool_response>\nI only quote this.\n</tool_response>")
+
+
+def tool(name, **properties):
+    parameters = {"type": "object", "properties": properties, "required": list(properties)}
+    described = {"name": name, "description": f"What {name} does: <x> & 'y' → é.", "parameters": parameters}
+    return {"type": "function", "function": described}
+
+
+TOOLS = [
+    tool(
+        "get_weather",
+        city={"type": "string", "description": "City name"},
+        day={"type": "string", "enum": ["today", "tomorrow"]},
+    ),
+    tool("calculate", expression={"type": "string"}),
+    tool("now"),
+]
+
+
+@st.composite
+def conversations(draw, family):
+    """(messages, tools, arguments): any shape the family can hold, and now and then one that it must refuse."""
+    number = iter(range(100))
+    tools = TOOLS[: draw(st.integers(1, 3))] if family.tools and draw(st.booleans()) else None
+    thinks = draw(st.sampled_from(["none", "none", "last", "every", "earlier", "some"]))
+    if not family.reasoning and thinks != "none":
+        thinks = draw(st.sampled_from(["none"] * 9 + ["last"]))
+    messages = []
+    if family.system and draw(st.booleans()):
+        messages.append({"role": "system", "content": draw(texts)})
+    for _ in range(draw(st.integers(1, 4))):
+        for _ in range(draw(st.sampled_from([1, 1, 1, 2])) if family.consecutive_users else 1):
+            messages.append({"role": "user", "content": draw(questions)})
+        for _ in range(draw(st.sampled_from([0, 0, 1, 2])) if tools else 0):
+            calls = []
+            for _ in range(draw(st.sampled_from([1, 2, 3])) if family.parallel else 1):
+                name, arguments = draw(st.sampled_from(TOOLS))["function"]["name"], draw(st.sampled_from(CALLS))
+                call = {
+                    "id": f"call{next(number):05d}",
+                    "type": "function",
+                    "function": {"name": name, "arguments": arguments},
+                }
+                calls.append(call)
+            messages.append({"role": "assistant", "content": draw(st.just("") | texts), "tool_calls": calls})
+            for call in calls:
+                reply = {"role": "tool", "tool_call_id": call["id"], "name": call["function"]["name"]}
+                messages.append({**reply, "content": draw(texts)})
+        messages.append({"role": "assistant", "content": draw(texts)})
+    spoken = [m for m in messages if m["role"] == "assistant"]
+    for m in spoken:
+        last = m is spoken[-1]
+        if {"none": False, "last": last, "every": True, "earlier": not last}.get(
+            thinks, thinks == "some" and draw(st.booleans())
+        ):
+            m["reasoning_content"] = draw(texts)
+    arguments = {}
+    for name, values in {**CHOICES, **family.arguments}.items():
+        value = draw(st.sampled_from([None, None, *values]))
+        if value is not None:
+            arguments[name] = value
+    if arguments.get("train_turns") == "flagged":
+        for m in spoken:
+            if draw(st.booleans()):
+                m[draw(st.sampled_from(["loss_mask", "train"]))] = draw(st.integers(0, 1))
+    return messages, tools, arguments
+
+
+def random_run(family, kind, examples):
+    tokenizer, source, seen = tokenizer_of(family, kind), template(family.name), Counter()
+
+    @settings(
+        max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(conversations(family))
+    def run(conversation):
+        wrong = disagreement(family, source, tokenizer, conversation, seen)
+        assert wrong is None, wrong
+
+    run()
+    for what in [
+        "trained",
+        *["calls", "parallel"][: family.tools + family.parallel * family.tools],
+        *["reasoning"] * family.reasoning,
+    ]:
+        assert seen[what] >= examples // 40, f"the random conversations held too little: {seen}"
+    return seen
+
+
+@families
+def test_random_conversations(family):
+    random_run(family, "real", EXAMPLES)
+
+
+@families
+def test_random_conversations_on_the_small_tokenizer(family):
+    if tokenizer_of(family) is tokenizer_of(family, "small"):
+        pytest.skip("the test above already ran on it: no real tokenizer at hand")
+    random_run(family, "small", EXAMPLES // 4)
+
+
+@pytest.mark.long
+@families
+def test_many_random_conversations(family):
+    random_run(family, "real", LONG_EXAMPLES)
+
+
+# ---------------------------------------------------------------- mutants: the suite must see red
+
+EMIT = "{%- generation %}{{- out.text }}{%- endgeneration %}"
+HEADER = r"\[\[header, train_header in \['on', true\]\],"
+MUTANTS = {
+    "starts a character late": lambda s: s.replace(EMIT, "{{- out.text[:1] }}" + EMIT.replace("text", "text[1:]")),
+    "starts a character early": lambda s: re.sub(HEADER, "[[header[:-1], false], [header[-1:], true],", s),
+    "header trained": lambda s: re.sub(HEADER, "[[header, true],", s),
+    "stop not trained": lambda s: re.sub(r", true\](, \['\\n', false\])?\] if text %}", r", false]\1] if text %}", s),
+    "newline after the stop trained": lambda s: s.replace("['\\n', false]] if", "['\\n', true]] if"),
+    "nothing trained": lambda s: s.replace(
+        EMIT, "{%- if false %}{%- generation %}{%- endgeneration %}{%- endif %}{{- out.text }}"
+    ),
+    "context trained": lambda s: re.sub(r"{%- set wanted = [^%]* %}", "{%- set wanted = true %}", s),
+}
+
+
+@cache
+def samples(family):
+    found = []
+
+    @settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(conversations(family))
+    def run(conversation):
+        found.append(conversation)
+
+    run()
+    return found
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+@families
+def test_every_mutant_is_found_out(family, mutant):
+    source = template(family.name)
+    assert source.count("generation %}") == 2, "one pair of markers, in the form that the mutants know"
+    mutated = MUTANTS[mutant](source)
+    if mutant == "newline after the stop trained" and not family.after:
+        assert mutated == source
+        pytest.skip("nothing follows the stop in this family")
+    assert mutated != source, "the template is not written in the form that the mutants know"
+    tokenizer = tokenizer_of(family, "small")
+    assert any(disagreement(family, mutated, tokenizer, conversation) for conversation in samples(family))
+
+
+# ---------------------------------------------------------------- fixed shapes, written out
+
+
+@families
+def test_a_rendering_marked_by_hand(family):
+    """One conversation whose trained text is marked by a reader's eye, not by any program."""
+    messages, tools, arguments, text = family.hard
+    tokenizer, plain = tokenizer_of(family), text.replace("⟦", "").replace("⟧", "")
+    ours = tokenizer.apply_chat_template(
+        messages,
+        tools=tools,
+        chat_template=template(family.name),
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        **arguments,
+    )
+    assert ours["input_ids"] == encode(tokenizer, plain)
+    assert marked(tokenizer, ours["input_ids"], ours["assistant_masks"]) == text
+
+
+SAID = ["13", "", "Yes, 97.", "用一句话解释梯度。😀", "def f():\n    return 1\n", "No.\n\n", "  x"]
+
+
+@families
+def test_twenty_turns(family):
+    messages = []
+    for i in range(20):
+        messages += [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": SAID[i % len(SAID)]}]
+    for arguments in [
+        {},
+        *({name: value} for name, values in {**CHOICES, **family.arguments}.items() for value in values),
+    ]:
+        wrong = disagreement(family, template(family.name), tokenizer_of(family), (messages, None, arguments))
+        assert wrong is None, f"{arguments}: {wrong}"
+
+
+@families
+def test_leading_newlines_are_the_only_answers_that_merge(family):
+    """Rule 4: with a header that ends in a newline, an answer that begins with one shares a token with it."""
+    tokenizer, question = tokenizer_of(family), [{"role": "user", "content": "?"}]
+    for arguments in [{}, *({"enable_thinking": value} for value in family.arguments.get("enable_thinking", ()))]:
+        before = family.history(question, None, **arguments) + family.prompt(question, **arguments)
+        for answer in [*SAID, *BLANKS, *WORDS, *CODE, "\n\n\n", "\n "]:
+            try:
+                answered = [*question, {"role": "assistant", "content": answer}]
+                output = "".join(part for part, _ in family.output(answered, **arguments))
+            except Refused:
+                continue
+            together = encode(tokenizer, before + output)
+            merged = together != encode(tokenizer, before) + encode(tokenizer, output)
+            if output.startswith("\n") or not re.match(r"\s*[\r\n]", output):  # between the two the vocabulary decides
+                assert merged == (before.endswith("\n") and output.startswith("\n")), repr(output)
+
+
+@families
+def test_misspelt_arguments_are_refused_and_none_means_unset(family):
+    conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "13"}]
+    source = template(family.name)
+    choices = {**CHOICES, **{name: values for name, values in family.arguments.items() if name.startswith("train_")}}
+    default = render(source, conversation)
+    for name in choices:
+        assert render(source, conversation, **{name: None}) == default
+        with pytest.raises(TemplateError, match=f"{name} is nonsense, it must be one of "):
+            render(source, conversation, **{name: "nonsense"})
+
+
+# ---------------------------------------------------------------- rule 1: the published renderings
+
+
+@cache
+def renderings():
+    return json.loads((SHARED / "golden" / "renderings.json").read_text(encoding="utf-8"))
+
+
+def published(family):
+    return [r for r in renderings() if r["family"] in family.golden]
+
+
+@golden_only
+@families
+def test_published_renderings(family):
+    cases = published(family)
+    assert len(cases) >= 18 * len(family.golden)
+    used, source = set(), serving(template(family.name))
+    for case in cases:
+        key = (case["case"], case["kind"])
+        reason = family.differences.get(key) or family.differences.get(("*", case["kind"]))
+        used.add(key if key in family.differences else ("*", case["kind"]))
+        arguments = {**case["kwargs"], **family.golden_arguments(case)}
+        prompt = case["kind"] == "request"
+        try:
+            text, _ = render(
+                source, case["messages"], case["tools"], prompt, case["bos_token"], case["eos_token"], **arguments
+            )
+        except TemplateError as error:
+            assert reason and re.match(r"message \d+: ", str(error)), f"{key}: {error}"
+            text = None
+        assert (text == case["text"]) == (reason is None), f"{key}: {reason}\n{text}\n{case['text']}"
+        try:
+            hand = family.history(case["messages"], case["tools"], **arguments) + (
+                family.prompt(case["messages"], **arguments) if prompt else ""
+            )
+            if not prompt and case["messages"][-1]["role"] == "assistant":
+                hand = expected(family, case["messages"], case["tools"], **arguments)[0]
+        except Refused:
+            hand = None
+        assert hand == text, f"{key}: the oracle disagrees"
+    assert set(family.differences) <= used, f"differences that no case shows: {set(family.differences) - used}"
+
+
+@families
+def test_requests_equal_upstreams_on_random_conversations(family):
+    """The unmarked templates inside TRL are the published ones: the same request for every random history."""
+    if not family.upstream:
+        pytest.skip("TRL carries no template of this family")
+    theirs, ours, seen = (
+        (UPSTREAM / family.upstream).read_text(encoding="utf-8"),
+        serving(template(family.name)),
+        Counter(),
+    )
+
+    @settings(
+        max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(conversations(family))
+    def run(conversation):
+        messages, tools, arguments = conversation
+        arguments = {name: value for name, value in arguments.items() if name in family.upstream_arguments}
+        for k, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            if "reasoning" in family.drops and any(m.get("reasoning_content") for m in messages[:k]):
+                continue
+            request = render(theirs, messages[:k], tools, True, family.bos, family.eos, **arguments)[0]
+            assert render(ours, messages[:k], tools, True, family.bos, family.eos, **arguments)[0] == request
+            seen["requests"] += 1
+
+    run()
+    assert seen["requests"] > EXAMPLES
+
+
+# ---------------------------------------------------------------- the serving form
+
+
+@families
+def test_serving_form_renders_the_same(family):
+    source = template(family.name)
+    plain = serving(source)
+    assert has_generation_markers(source) and not re.search(r"{%\W?\s*(end)?generation", plain)
+    seen = Counter()
+
+    @settings(
+        max_examples=EXAMPLES // 4,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(conversations(family))
+    def run(conversation):
+        messages, tools, arguments = conversation
+        for prompt in (False, True):
+            results = []
+            for form in (source, plain):
+                try:
+                    results.append(
+                        render(
+                            form, messages[: -1 if prompt else None], tools, prompt, family.bos, family.eos, **arguments
+                        )[0]
+                    )
+                except TemplateError as error:
+                    results.append(f"refused: {error}")
+            assert results[0] == results[1]
+            seen[prompt] += not results[0].startswith("refused: ")
+
+    run()
+    assert min(seen.values()) > EXAMPLES // 8
+
+
+@families
+def test_trl_takes_the_template_as_it_is(family):
+    tokenizer = tokenizer_of(family)
+    assert is_chat_template_stop_token_trained(tokenizer, template(family.name)) == family.stop_probe
