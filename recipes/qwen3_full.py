@@ -129,7 +129,8 @@ def begin(trainer, script):
     # what is saved carries the serving form of the template: markers become empty comments, which render nothing
     tokenizer.chat_template = re.sub(r"{%(\W?)\s*(?:end)?generation\s*(\W?)%}", r"{#\1 \2#}", tokenizer.chat_template)
     if trainer.is_world_process_zero():
-        print(f"{HERE.name}: {args.model_init_kwargs}, {args.use_liger_kernel=}, {args.resume_from_checkpoint=}")
+        print(f"{HERE.name}: {args.model_init_kwargs}, {args.use_liger_kernel=}, {args.gradient_accumulation_steps=}, "
+              f"from {args.resume_from_checkpoint or 'the start'}")
         shutil.copy(HERE, out / HERE.name)
         (out / "config.yaml").write_text(yaml.safe_dump(script.resolved))
         (out / "versions.json").write_text(json.dumps({d.name: d.version for d in importlib.metadata.distributions()}))
@@ -144,8 +145,7 @@ def main():
     tokenizer, train, held_out = load_data(script, args, model)
     trainer = SFTTrainer(
         model.model_name_or_path, args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer,
-        quantization_config=get_quantization_config(model), peft_config=get_peft_config(model),
-    )
+        quantization_config=get_quantization_config(model), peft_config=get_peft_config(model))
     begin(trainer, script)
     [trainer.add_callback(hook["callback"](trainer)) for hook in hooks.values() if "callback" in hook]
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

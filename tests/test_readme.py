@@ -1,0 +1,91 @@
+"""The README is true: every file it names exists, every command in it parses, every config names a real launch."""
+
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from conftest import REPO
+
+README = (REPO / "README.md").read_text()
+CONFIGS = sorted((REPO / "accelerate_configs").glob("*.yaml"))
+COMMANDS = sorted(set(re.findall(r"^    ((?:accelerate|python|make) .*?)(?:  #.*)?$", README, re.M)))
+
+
+def check(command, monkeypatch, tmp_path):
+    words = shlex.split(command)
+    if words[0] == "make":
+        done = subprocess.run(["make", "--dry-run", *words[1:]], cwd=REPO, capture_output=True)
+        assert done.returncode == 0
+    elif words[0] == "accelerate":
+        words = words[2:]
+        if words[0] == "--config_file":
+            assert (REPO / words[1]).is_file()
+            words = words[2:]
+        flags = [*words[1:], "--use_cpu", "true", "--output_dir", str(tmp_path / "none")]
+        monkeypatch.setattr(sys, "argv", [words[0], *flags])
+        monkeypatch.chdir(REPO)
+        runpy.run_path(str(REPO / words[0]))["parse_args"]()
+    else:
+        usage = subprocess.run([sys.executable, REPO / words[1], "--help"], capture_output=True, text=True, check=True)
+        flags = [word for word in words[2:] if word.startswith("--")]
+        assert flags and all(flag in usage.stdout for flag in flags)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands(command, monkeypatch, tmp_path):
+    check(command, monkeypatch, tmp_path)
+
+
+def test_it_found_the_commands():
+    kinds = {command.split()[0] for command in COMMANDS}
+    assert kinds == {"accelerate", "python", "make"} and len(COMMANDS) >= 5
+
+
+def test_tree_is_the_tree():
+    tree = README.split("## What is where")[1].split("##")[0]
+    folder, seen = None, set()
+    for depth, name in re.findall(r"^    ( *)(\S+) ", tree, re.M):
+        if name.endswith("/"):
+            folder = Path(name) if not depth else folder.parents[0] / folder.name / name
+        path = Path(name) if name.endswith("/") and not depth else folder / name if not name.endswith("/") else folder
+        assert list(REPO.glob(str(path))), path
+        seen.add(str(path))
+    rooms = ("recipes", "data_prep", "eval")
+    ours = {str(path.relative_to(REPO)) for room in rooms for path in REPO.glob(f"{room}/*.py")}
+    helpers = {"eval/measure.py", "eval/metrics.py"}  # imported by compare.py only
+    assert ours - helpers <= seen
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs(path):
+    """accelerate's own loader takes them (it refuses unknown keys), and they hold topology only."""
+    head = path.read_text().splitlines()
+    assert head[0].startswith("#") and f"accelerate launch --config_file accelerate_configs/{path.name}" in head[1]
+    settings = yaml.safe_load(path.read_text())
+    load_config_from_file(str(path))
+    assert not {"mixed_precision", "gradient_accumulation_steps", "dynamo_config"} & settings.keys()
+
+
+def test_no_unfinished_marks():
+    assert len(CONFIGS) >= 3
+    assert not re.search(r"DEMO_|TRL_RATIO|TODO", README)
+
+
+@pytest.mark.long
+def test_demo_in_a_fresh_clone_with_a_space(tmp_path):
+    """As a new user: clone into a path with a space, `make demo` twice; the second run installs nothing, same table."""
+    clone = tmp_path / "a new clone"
+    subprocess.run(["git", "clone", "--quiet", REPO, clone], check=True)
+    tables = []
+    for _ in range(2):
+        done = subprocess.run(["make", "demo"], cwd=clone, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert ("pip install" in done.stdout) is (not tables)
+        tables.append((clone / "runs" / "demo" / "qlora" / "report.json").read_bytes())
+    assert tables[0] == tables[1]
