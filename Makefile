@@ -8,6 +8,7 @@ export PYTHONWARNINGS := ignore
 
 .PHONY: demo test test-long lint clean
 
+demo: export OMP_NUM_THREADS ?= 2
 demo: .venv/installed
 	rm -rf runs/demo
 	$(RUN) data_prep/demo_rows.py --out runs/demo/rows

@@ -50,13 +50,13 @@ PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SHAPE = {  # 2.0 million parameters
-    "hidden_size": 192,
-    "intermediate_size": 512,
+SHAPE = {  # 0.87 million parameters
+    "hidden_size": 128,
+    "intermediate_size": 384,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 64,
+    "head_dim": 32,
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
     "initializer_range": 0.08,  # about 1 / sqrt(hidden_size): from the usual 0.02 such a short run learns far less
@@ -129,7 +129,7 @@ def main():
     )
     parser.add_argument("--rows", type=Path, required=True, help="folder that demo_rows.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder that does not exist yet")
-    parser.add_argument("--vocab_size", type=int, default=768, help="256 bytes, 26 special tokens, the rest learnt")
+    parser.add_argument("--vocab_size", type=int, default=640, help="256 bytes, 26 special tokens, the rest learnt")
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
     source = args.rows / "pretrain.jsonl"
@@ -158,11 +158,14 @@ def main():
     tokenizer = train_tokenizer(texts, args.vocab_size)
     model = build_model(tokenizer, args.seed)
     aside = args.out.with_name(f".{args.out.name}.{os.getpid()}.part")
-    aside.mkdir(parents=True)
     try:
+        aside.mkdir(parents=True)
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         aside.rename(args.out)
+    except OSError as error:
+        print(f"{args.out}: not written ({error}): make room or pass another --out", file=sys.stderr)
+        return 2
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     print(f"{args.out}: {len(tokenizer)} tokens, {model.num_parameters():,} parameters")

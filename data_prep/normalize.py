@@ -72,7 +72,7 @@ def sharegpt(row):
     """ShareGPT: conversations of from/value with human, gpt, system, function_call (JSON) and observation turns, an
     optional `system` text and a `tools` column that holds JSON. Neighbouring function_call turns are one turn."""
     roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-    turns = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    turns = [message({"role": "system", "content": row["system"]})] if row.get("system") else []
     for turn in listed(row["conversations"], "conversations"):
         speaker, value = turn["from"], turn["value"]
         if speaker == "function_call":
@@ -118,7 +118,8 @@ def plain_number(value):
     """ "12.0" -> "12"; every other number keeps the digits of its source."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+        int(number)  # inf and nan are floats too
+    except (TypeError, ValueError, OverflowError):
         raise Refused("number that is not a number", repr(value)) from None
     return str(int(number)) if number.is_integer() else str(value)
 
@@ -234,6 +235,8 @@ def to_row(raw, source, row_id):
         found = convert(raw)
     except KeyError as error:
         raise Refused("missing field", str(error.args[0])) from None
+    except (TypeError, AttributeError) as error:  # a number where text belongs, a list where an object belongs, …
+        raise Refused("field of another type", str(error)) from None
     check_messages(found["messages"])
     tools, kwargs = tool_list(found.get("tools")), found.get("chat_template_kwargs") or {}
     tags = found.get("tags") or []
@@ -445,10 +448,8 @@ def main():
                     )
                 rows.append(row)
             except Refused as refusal:
-                rejected.append(
-                    {"file": names[path], "line": line, "id": row_id, "reason": refusal.reason}
-                    | {"detail": str(refusal)}
-                )
+                entry = {"file": names[path], "line": line, "id": row_id, "reason": refusal.reason}
+                rejected.append(entry | {"detail": str(refusal)})
     table = Counter(entry["reason"] for entry in rejected).most_common()
     counts = ", ".join(f"{count} {reason}" for reason, count in table)
     if not rows and not rejected:
@@ -472,10 +473,13 @@ def main():
         }
     inputs = {names[path]: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
     report = report_of(f"normalize.py {args.source}", splits, rejected, args.seed, inputs)
-    if args.out.suffix == ".jsonl":
-        write_jsonl(args.out, rows, report, rejected)
-    else:
-        write_folder(args.out, splits, report, rejected)
+    try:
+        if args.out.suffix == ".jsonl":
+            write_jsonl(args.out, rows, report, rejected)
+        else:
+            write_folder(args.out, splits, report, rejected)
+    except OSError as error:
+        return stop(f"{args.out}: not written ({error}): make room or pass another --out")
     print(f"{args.out}: {len(rows):,} rows kept, {len(rejected):,} refused" + (f" ({counts})" if counts else ""))
     return 0
 

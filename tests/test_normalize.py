@@ -14,6 +14,8 @@ from unittest import mock
 
 import pytest
 from datasets import load_from_disk
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "data_prep"))
@@ -200,6 +202,8 @@ BAD = [  # (source, raw line, reason it is counted under)
     ("mawps", {"Question": "N_00 and N_02", "Numbers": "1.0 2.0", "Answer": 3.0}, "number index without a number"),
     ("mawps", {"Question": "N_00", "Numbers": "one", "Answer": 3.0}, "number that is not a number"),
     ("mawps", {"Question": "N_00", "Numbers": "1.0"}, "missing field"),
+    ("mawps", '{"Question": "N_00", "Numbers": "1.0", "Answer": 1e999}', "number that is not a number"),
+    ("mawps", {"Question": 7, "Numbers": "1.0", "Answer": 1.0}, "field of another type"),
     ("messages", {"text": "a"}, "missing field"),
     ("messages", {"messages": "a"}, "field of another type"),
     ("messages", {"messages": []}, "no assistant turn"),
@@ -241,14 +245,7 @@ for token in (
 
 
 def test_every_refusal_is_counted_by_reason_with_file_and_line(tmp_path):
-    good = {
-        "gsm8k": {"question": "a", "answer": "b"},
-        "cmath": {"input": "a", "golden": "1"},
-        "mawps": {"Question": "N_00 ?", "Numbers": "1.0", "Answer": 1.0},
-        "messages": {"messages": CHAT},
-        "sharegpt": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
-    }
-    for source, fine in good.items():
+    for source, fine in WHOLE.items():
         cases = [(line, reason) for name, line, reason in BAD if name == source]
         raw = tmp_path / f"{source}.jsonl"
         encoded = [
@@ -271,6 +268,45 @@ def test_every_refusal_is_counted_by_reason_with_file_and_line(tmp_path):
         assert (report["in"], report["out"]) == (len(cases) + 1, {"train": 1})
         for reason, count in report["refused"].items():
             assert f"{count} {reason}" in done.stdout
+
+
+PIECES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["", "a", "user", "tool", "<think>", "\ud800", "1e999", "[1]"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["name", "arguments", "role"]), inner),
+    max_leaves=4,
+)
+WHOLE = {
+    "gsm8k": {"question": "a", "answer": "b"},
+    "cmath": {"input": "a", "golden": "1"},
+    "mawps": {"Question": "N_00 ?", "Numbers": "1.0", "Answer": 1.0},
+    "messages": {"messages": CHAT, "tools": [TOOL], "tags": ["x"], "chat_template_kwargs": {}, "id": "a"},
+    "sharegpt": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s"},
+}
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_no_value_crashes_it(data):
+    """A row with any JSON at any place is a row that comes back equal from Arrow, or refused: never a traceback."""
+    source = data.draw(st.sampled_from(sorted(WHOLE)))
+    raw = json.loads(json.dumps(WHOLE[source]))
+    field = data.draw(st.sampled_from(sorted(raw)))
+    if isinstance(raw[field], list) and isinstance(raw[field][0], dict) and data.draw(st.booleans()):
+        inner = raw[field][data.draw(st.integers(0, len(raw[field]) - 1))]
+        inner[data.draw(st.sampled_from([*inner, "tool_calls", "reasoning_content", "name"]))] = data.draw(PIECES)
+    else:
+        raw[field] = data.draw(PIECES)
+    try:
+        row = normalize.to_row(raw, source, "a")
+    except normalize.Refused:
+        return
+    if normalize.kept_by_arrow(row):
+        (stored,) = normalize.as_dataset([row]).to_list()
+        assert {key: value for key, value in stored.items() if value is not None} == row
 
 
 ARGUMENTS = [
