@@ -13,8 +13,10 @@ import json
 import os
 import re
 from collections import Counter
-from functools import cache
+from datetime import datetime
+from functools import cache, lru_cache
 from pathlib import Path
+from random import Random
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the hub is never asked
 
@@ -32,12 +34,18 @@ from trl.chat_template_utils import has_generation_markers, is_chat_template_sto
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 UPSTREAM = Path(trl.__file__).parent / "chat_templates"
-EXAMPLES, LONG_EXAMPLES = 200, 2000
+EXAMPLES, LONG_EXAMPLES, SAMPLES = 200, 2000, 40
 CHOICES = {  # the arguments every template takes
     "train_turns": ("all", "last", "flagged"),
     "train_tool_calls": ("on", "masked"),
     "train_header": ("on", "off"),
 }
+
+
+def choices(family):
+    """The arguments that a family takes, and their values."""
+    return {**{k: v for k, v in CHOICES.items() if family.tools or k != "train_tool_calls"}, **family.arguments}
+
 
 families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 golden_only = pytest.mark.skipif(not (SHARED / "golden").is_dir(), reason="no ../shared/golden: renderings not at hand")
@@ -79,7 +87,7 @@ CORPUS = [
 
 
 @cache
-def small_tokenizer(special, plain):
+def small_tokenizer(special, plain, bos, eos):
     """Byte-level BPE with real merges (newlines too), split as Qwen splits, with a family's own tokens."""
     backend = Tokenizer(models.BPE())
     words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -97,7 +105,7 @@ def small_tokenizer(special, plain):
     )
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos or None, eos_token=eos or None)
 
 
 @cache
@@ -108,11 +116,23 @@ def real_tokenizer(name):
 def tokenizer_of(family, kind="real"):
     if kind == "real" and family.tokenizer and (SHARED / "tokenizers" / family.tokenizer).is_dir():
         return real_tokenizer(family.tokenizer)
-    return small_tokenizer(family.special, family.plain)
+    return small_tokenizer(family.special, family.plain, family.bos, family.eos)
 
 
 def encode(tokenizer, text):
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    """The ids of a text. A token of its own (special or added) always stands apart, so the pieces between are encoded
+    once and remembered; every training text is compared with the tokenizer's own encoding of the whole."""
+    return [token for piece in apart(tokenizer).split(text) for token in encode_piece(tokenizer, piece)]
+
+
+@cache
+def apart(tokenizer):
+    return re.compile("(" + "|".join(sorted(map(re.escape, tokenizer.get_added_vocab()), key=len, reverse=True)) + ")")
+
+
+@lru_cache(maxsize=100_000)
+def encode_piece(tokenizer, piece):
+    return tokenizer.backend_tokenizer.encode(piece, add_special_tokens=False).ids
 
 
 # ---------------------------------------------------------------- what the oracle expects
@@ -122,7 +142,7 @@ def flag(message):
     return next((message[name] for name in ("loss_mask", "train") if message.get(name) is not None), 1) == 1
 
 
-def expected(family, messages, tools, train_turns="all", **arguments):
+def expected(family, messages, tools, train_turns=None, **arguments):
     """Training text, its trained spans, and for each trained answer (index, request, output)."""
     convention = {
         name: arguments.pop(name)
@@ -138,6 +158,11 @@ def expected(family, messages, tools, train_turns="all", **arguments):
     if messages[-1]["role"] == "assistant":
         parts = family.output(messages, **arguments)
         text = request(len(messages) - 1) + "".join(part for part, _ in parts) + family.after
+    if family.published:
+        answers = family.published(
+            messages, tools, **arguments, **({"train_turns": train_turns} if train_turns else {})
+        )
+        return text, merged([(start, end) for _, start, end in answers]), [(k, None, text[a:b]) for k, a, b in answers]
     spans, answers = [], []
     for k, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -158,8 +183,10 @@ def expected(family, messages, tools, train_turns="all", **arguments):
         end = len(before)
         for part, kind in parts:
             start, end = end, end + len(part)
-            masked = (kind == "think" and convention.get("train_thinking") == "masked") or (
-                kind == "call" and convention.get("train_tool_calls") == "masked"
+            masked = (
+                kind == "environment"
+                or (kind == "think" and convention.get("train_thinking") == "masked")
+                or (kind == "call" and convention.get("train_tool_calls") == "masked")
             )
             if part and not masked:
                 spans.append((start, end))
@@ -177,27 +204,44 @@ def merged(spans):
 
 
 def token_mask(tokenizer, text, spans):
-    """Trained tokens counted by encoding prefixes; None when a token lies across an edge."""
+    """Trained tokens counted by encoding prefixes; None for a token that lies across an edge."""
     ids = encode(tokenizer, text)
     mask = [0] * len(ids)
+
+    def edge(position):
+        prefix = encode(tokenizer, text[:position])
+        return prefix == ids[: len(prefix)], len(common(prefix, ids))
+
     for start, end in spans:
-        first, last = encode(tokenizer, text[:start]), encode(tokenizer, text[:end])
-        if first != ids[: len(first)] or last != ids[: len(last)]:
-            return None
-        mask[len(first) : len(last)] = [1] * (len(last) - len(first))
+        (clean_start, first), (clean_end, last) = edge(start), edge(end)
+        mask[first:last] = [1] * (last - first)
+        if not clean_start:
+            mask[first] = None
+        if not clean_end:
+            mask[last] = None
+        if not text[end - 1].isascii():  # transformers ends a span on the first token of its last character
+            first_of_last = len(common(encode(tokenizer, text[: end - 1]), ids))
+            mask[first_of_last + 1 : last] = [None] * (last - first_of_last - 1)
     return mask
+
+
+def common(left, right):
+    """The longest common beginning of two lists of ids."""
+    return left[
+        : next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+    ]
 
 
 def disagreement(family, source, tokenizer, conversation, seen=None):
     """Everything rules 1, 2 and 4 say about one conversation; the first thing found wrong, or None."""
-    seen = Counter() if seen is None else seen
+    seen, served = Counter() if seen is None else seen, serving(template(family.name))
     messages, tools, arguments = conversation
     try:
         text, spans, answers = expected(family, messages, tools, **arguments)
     except Refused:
         seen["refused"] += 1
         try:
-            render(source, messages, tools, bos=family.bos, **arguments)
+            render(source, messages, tools, False, family.bos, family.eos, **arguments)
         except TemplateError as error:
             return None if re.match(r"message \d+: ", str(error)) else f"a refusal that names no message: {error}"
         return "rendered what the format has no place for"
@@ -213,23 +257,17 @@ def disagreement(family, source, tokenizer, conversation, seen=None):
     if ours["input_ids"] != ids:
         return f"training text: {tokenizer.decode(ours['input_ids'])!r} instead of {text!r}"
     mask = token_mask(tokenizer, text, spans)
-    if mask is None:
-        seen["straddling"] += 1
-    elif ours["assistant_masks"] != mask:
+    seen["straddling"] += None in mask
+    if any(want is not None and have != want for have, want in zip(ours["assistant_masks"], mask, strict=True)):
         return f"mask: {marked(tokenizer, ids, ours['assistant_masks'])!r} instead of {marked(tokenizer, ids, mask)!r}"
     for k, before, output in answers:
         seen["trained"] += 1
-        request = tokenizer.apply_chat_template(
-            messages[:k],
-            tools=tools or None,
-            chat_template=serving(source),
-            add_generation_prompt=True,
-            return_dict=True,
-            **arguments,
-        )["input_ids"]
-        if request != encode(tokenizer, before):
-            return f"request {k}: {tokenizer.decode(request)!r} instead of {before!r}"
-        whole = request + encode(tokenizer, output)
+        if before is None:  # a published mask, proven by its own test
+            continue
+        request = render(served, messages[:k], tools, True, family.bos, family.eos, **arguments)[0]
+        if request != before:
+            return f"request {k}: {request!r} instead of {before!r}"
+        whole = encode(tokenizer, request) + encode(tokenizer, output)
         if merges(tokenizer, before, output) != (whole != ids[: len(whole)]):
             return f"answer {k}: request + output is not the training text, {before + output!r}"
     seen["context"] += sum(m["role"] == "assistant" for m in messages) - len(answers)
@@ -278,9 +316,14 @@ CALLS = [
     {"expression": "2 < 3 & 'x'", "n": 1.5, "deep": {"a": [1, None, True]}},
     {"t": "é\n😀"},
 ]
-letters = st.characters(exclude_categories=["Cs"], exclude_characters="<|[>")
-texts = st.sampled_from([*WORDS, *CODE]) | st.sampled_from(BLANKS) | st.text(letters, max_size=12)
-questions = texts | st.just("<tool_response>\nI only quote this.\n</tool_response>")
+LETTERS = "aZ 9.,-'\"{}%\n\t\r\u00e9\u0301\u200d\u00a0\u2028\ufffd\u4f60\u0394\U0001f600\U0001f468\x85\x7f"
+
+
+def some_text(random):
+    kind = random.randrange(10)
+    if kind < 7:
+        return random.choice([WORDS, WORDS, CODE, BLANKS][kind % 4])
+    return "".join(random.choice(LETTERS) for _ in range(random.randrange(12)))
 
 
 def tool(name, **properties):
@@ -302,50 +345,52 @@ TOOLS = [
 
 @st.composite
 def conversations(draw, family):
-    """(messages, tools, arguments): any shape the family can hold, and now and then one that it must refuse."""
-    number = iter(range(100))
-    tools = TOOLS[: draw(st.integers(1, 3))] if family.tools and draw(st.booleans()) else None
+    """(messages, tools, arguments): any shape the family can hold, and now and then one that it must refuse.
+    Hypothesis chooses the shape, a seed of its choice the texts."""
+    random = Random(draw(st.integers(0, 2**32 - 1)))
+    wanted = draw(st.booleans()) and (family.tools or random.random() < 0.05)
+    tools = TOOLS[: random.randint(1, 3)] if wanted else None
     thinks = draw(st.sampled_from(["none", "none", "last", "every", "earlier", "some"]))
-    if not family.reasoning and thinks != "none":
-        thinks = draw(st.sampled_from(["none"] * 9 + ["last"]))
-    messages = []
-    if family.system and draw(st.booleans()):
-        messages.append({"role": "system", "content": draw(texts)})
-    for _ in range(draw(st.integers(1, 4))):
-        for _ in range(draw(st.sampled_from([1, 1, 1, 2])) if family.consecutive_users else 1):
-            messages.append({"role": "user", "content": draw(questions)})
-        for _ in range(draw(st.sampled_from([0, 0, 1, 2])) if tools else 0):
+    if not family.reasoning and random.random() < 0.95:
+        thinks = "none"
+    system = random.choice(family.systems) if family.systems and random.random() < 0.5 else some_text(random)
+    messages = [{"role": "system", "content": system}] if family.system and draw(st.booleans()) else []
+    ids = (f"call{i:05d}" for i in range(100))
+    for chain in draw(st.lists(st.integers(0, 2), min_size=1, max_size=4)):
+        for _ in range(random.choice([1, 1, 1, 2]) if family.consecutive_users else 1):
+            quoted = "<tool_response>\nI only quote this.\n</tool_response>"
+            messages.append({"role": "user", "content": quoted if random.random() < 0.1 else some_text(random)})
+        if family.late_system and random.random() < 0.05:
+            messages.append({"role": "system", "content": some_text(random)})
+        for _ in range(chain if tools else 0):
             calls = []
-            for _ in range(draw(st.sampled_from([1, 2, 3])) if family.parallel else 1):
-                name, arguments = draw(st.sampled_from(TOOLS))["function"]["name"], draw(st.sampled_from(CALLS))
-                call = {
-                    "id": f"call{next(number):05d}",
-                    "type": "function",
-                    "function": {"name": name, "arguments": arguments},
-                }
-                calls.append(call)
-            messages.append({"role": "assistant", "content": draw(st.just("") | texts), "tool_calls": calls})
+            for _ in range(random.randint(1, 3) if family.parallel else 1 + (random.random() < 0.05)):
+                called = {"name": random.choice(TOOLS)["function"]["name"], "arguments": random.choice(CALLS)}
+                if family.string_arguments and random.random() < 0.7:
+                    called["arguments"] = json.dumps(called["arguments"])
+                calls.append({"id": next(ids), "type": "function", "function": called})
+            said = some_text(random) if random.random() < (0.5 if family.text_before_calls else 0.05) else ""
+            messages.append({"role": "assistant", "content": said, "tool_calls": calls})
             for call in calls:
                 reply = {"role": "tool", "tool_call_id": call["id"], "name": call["function"]["name"]}
-                messages.append({**reply, "content": draw(texts)})
-        messages.append({"role": "assistant", "content": draw(texts)})
+                messages.append({**reply, "content": some_text(random)})
+        messages.append({"role": "assistant", "content": some_text(random)})
+        if family.parts and random.random() < 0.7:
+            kinds = random.choices(["text", "python", "python_output"], k=random.randint(1, 4))
+            messages[-1]["content"] = [{"type": kind, "text": some_text(random)} for kind in kinds]
     spoken = [m for m in messages if m["role"] == "assistant"]
     for m in spoken:
         last = m is spoken[-1]
-        if {"none": False, "last": last, "every": True, "earlier": not last}.get(
-            thinks, thinks == "some" and draw(st.booleans())
-        ):
-            m["reasoning_content"] = draw(texts)
+        if thinks == "every" or thinks == ("last" if last else "earlier") or thinks == "some" and random.random() < 0.5:
+            m["reasoning_content"] = some_text(random)
     arguments = {}
-    for name, values in {**CHOICES, **family.arguments}.items():
-        value = draw(st.sampled_from([None, None, *values]))
-        if value is not None:
-            arguments[name] = value
+    for name, values in choices(family).items():
+        if random.random() < 0.5:
+            arguments[name] = random.choice(values)
     if arguments.get("train_turns") == "flagged":
-        for m in spoken:
-            if draw(st.booleans()):
-                m[draw(st.sampled_from(["loss_mask", "train"]))] = draw(st.integers(0, 1))
-    return messages, tools, arguments
+        for m in random.sample(spoken, random.randint(1, len(spoken))):
+            m[random.choice(["loss_mask", "train"])] = random.randint(0, 1)
+    return messages, tools if family.tool_list or random.random() < 0.05 else None, arguments
 
 
 def random_run(family, kind, examples):
@@ -378,7 +423,7 @@ def test_random_conversations(family):
 def test_random_conversations_on_the_small_tokenizer(family):
     if tokenizer_of(family) is tokenizer_of(family, "small"):
         pytest.skip("the test above already ran on it: no real tokenizer at hand")
-    random_run(family, "small", EXAMPLES // 4)
+    random_run(family, "small", EXAMPLES // 8)
 
 
 @pytest.mark.long
@@ -389,18 +434,28 @@ def test_many_random_conversations(family):
 
 # ---------------------------------------------------------------- mutants: the suite must see red
 
+
+def begins(source, parts):
+    """Where the prompt ends with the user's own turn (Mistral), the end of that turn stands for the header."""
+    if "{%- set header = '' %}" in source and "[/INST]" in source:
+        return source.replace(" + '[/INST]' }}", " }}{%- generation %}{{- '[/INST]' }}{%- endgeneration %}")
+    return re.sub(HEADER, parts, source)
+
+
 EMIT = "{%- generation %}{{- out.text }}{%- endgeneration %}"
 HEADER = r"\[\[header, train_header in \['on', true\]\],"
 MUTANTS = {
-    "starts a character late": lambda s: s.replace(EMIT, "{{- out.text[:1] }}" + EMIT.replace("text", "text[1:]")),
-    "starts a character early": lambda s: re.sub(HEADER, "[[header[:-1], false], [header[-1:], true],", s),
-    "header trained": lambda s: re.sub(HEADER, "[[header, true],", s),
-    "stop not trained": lambda s: re.sub(r", true\](, \['\\n', false\])?\] if text %}", r", false]\1] if text %}", s),
-    "newline after the stop trained": lambda s: s.replace("['\\n', false]] if", "['\\n', true]] if"),
+    "starts late": lambda s: s.replace(EMIT, "{{- out.text[:12] }}" + EMIT.replace("text", "text[12:]")),
+    "starts a character early": lambda s: begins(s, "[[header[:-1], false], [header[-1:], true],"),
+    "header trained": lambda s: begins(s, "[[header, true],"),
+    "stop not trained": lambda s: re.sub(
+        r", true\](, \[('\\n'|rest), \w+\])?\] if text %}", r", false]\1] if text %}", s
+    ),
+    "newline after the stop": lambda s: re.sub(r"\[('\\n'|rest), (\w+)\]\] if", r"[\1, not \2]] if", s),
     "nothing trained": lambda s: s.replace(
         EMIT, "{%- if false %}{%- generation %}{%- endgeneration %}{%- endif %}{{- out.text }}"
     ),
-    "context trained": lambda s: re.sub(r"{%- set wanted = [^%]* %}", "{%- set wanted = true %}", s),
+    "context trained": lambda s: re.sub(r"{%- set wanted = [^%]*%}", "{%- set wanted = true %}", s),
 }
 
 
@@ -408,7 +463,9 @@ MUTANTS = {
 def samples(family):
     found = []
 
-    @settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=SAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
     @given(conversations(family))
     def run(conversation):
         found.append(conversation)
@@ -423,7 +480,7 @@ def test_every_mutant_is_found_out(family, mutant):
     source = template(family.name)
     assert source.count("generation %}") == 2, "one pair of markers, in the form that the mutants know"
     mutated = MUTANTS[mutant](source)
-    if mutant == "newline after the stop trained" and not family.after:
+    if mutant == "newline after the stop" and not family.after:
         assert mutated == source
         pytest.skip("nothing follows the stop in this family")
     assert mutated != source, "the template is not written in the form that the mutants know"
@@ -434,10 +491,21 @@ def test_every_mutant_is_found_out(family, mutant):
 # ---------------------------------------------------------------- fixed shapes, written out
 
 
+def test_every_template_is_proven_and_has_its_row():
+    files = {path.stem for path in (ROOT / "chat_templates").glob("*.jinja")}
+    table = (ROOT / "chat_templates" / "README.md").read_text(encoding="utf-8")
+    rows = set(re.findall(r"^\| (\w+) \|", table, re.M)) - {"template", "argument"}
+    assert files == {family.name for family in FAMILIES} == rows and len(files) >= 3
+
+
 @families
 def test_a_rendering_marked_by_hand(family):
     """One conversation whose trained text is marked by a reader's eye, not by any program."""
-    messages, tools, arguments, text = family.hard
+    for messages, tools, arguments, text in (family.hard, *family.more):
+        check_by_hand(family, messages, tools, arguments, text)
+
+
+def check_by_hand(family, messages, tools, arguments, text):
     tokenizer, plain = tokenizer_of(family), text.replace("⟦", "").replace("⟧", "")
     ours = tokenizer.apply_chat_template(
         messages,
@@ -459,11 +527,9 @@ def test_twenty_turns(family):
     messages = []
     for i in range(20):
         messages += [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": SAID[i % len(SAID)]}]
-    for arguments in [
-        {},
-        *({name: value} for name, values in {**CHOICES, **family.arguments}.items() for value in values),
-    ]:
-        wrong = disagreement(family, template(family.name), tokenizer_of(family), (messages, None, arguments))
+    for arguments in [{}, *({name: value} for name, values in choices(family).items() for value in values)]:
+        conversation = (messages[: 8 if arguments else None], None, arguments)
+        wrong = disagreement(family, template(family.name), tokenizer_of(family), conversation)
         assert wrong is None, f"{arguments}: {wrong}"
 
 
@@ -489,12 +555,56 @@ def test_leading_newlines_are_the_only_answers_that_merge(family):
 def test_misspelt_arguments_are_refused_and_none_means_unset(family):
     conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "13"}]
     source = template(family.name)
-    choices = {**CHOICES, **{name: values for name, values in family.arguments.items() if name.startswith("train_")}}
     default = render(source, conversation)
-    for name in choices:
+    for name in (name for name in choices(family) if name.startswith("train_")):
         assert render(source, conversation, **{name: None}) == default
         with pytest.raises(TemplateError, match=f"{name} is nonsense, it must be one of "):
             render(source, conversation, **{name: "nonsense"})
+
+
+def steptron_spans(messages, tools):
+    """StepTron's own way: a turn is what its prefix adds to the prefix before it, on the published Qwen3 template."""
+    source = (UPSTREAM / "qwen3.jinja").read_text(encoding="utf-8")
+    full, spans, stable = render(source, messages, tools)[0], [], True
+    last_user = max(i for i, m in enumerate(messages) if m["role"] == "user")
+    for k, message in enumerate(messages):
+        if k > last_user and message["role"] == "assistant" and message.get("loss_mask", 1) == 1:
+            before = render(source, messages[:k], tools, True)[0]
+            after = render(source, messages[: k + 1], tools)[0]
+            stable = stable and full.startswith(before) and full.startswith(after)
+            spans.append((len(before), len(after)))
+    return full, spans, stable
+
+
+def test_step3_qwen3_has_the_mask_of_steptron():
+    family, source, seen = next(f for f in FAMILIES if f.name == "step3_qwen3"), template("step3_qwen3"), Counter()
+
+    @settings(
+        max_examples=1000, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(conversations(family), st.integers(0, 2**32 - 1))
+    def run(conversation, seed):
+        messages, tools, _ = conversation
+        random = Random(seed)
+        messages = [{k: v for k, v in m.items() if k not in ("loss_mask", "train")} for m in messages]
+        for message in (m for m in messages if m["role"] == "assistant"):
+            if random.random() < 0.5:
+                message["loss_mask"] = random.randint(0, 1)
+            if random.random() < 0.6:  # most turns reason: only then is every prefix a true one
+                message["reasoning_content"] = random.choice(["20 - 7 = 13.", "用", "a\n\nb"])
+        try:
+            text, ours = render(source, messages, tools)
+        except TemplateError:  # nothing was asked, so the format shows no reasoning
+            seen["refused"] += 1
+            return
+        full, theirs, stable = steptron_spans(messages, tools)
+        assert text == full
+        assert not stable or ours == theirs
+        seen[stable] += 1
+        seen["spans"] += len(ours)
+
+    run()
+    assert seen[True] > 500 and seen[False] > 50 and seen["spans"] > 500, seen
 
 
 # ---------------------------------------------------------------- rule 1: the published renderings
@@ -512,6 +622,8 @@ def published(family):
 @golden_only
 @families
 def test_published_renderings(family):
+    if not family.golden:
+        pytest.skip("no published rendering of this family at hand")
     cases = published(family)
     assert len(cases) >= 18 * len(family.golden)
     used, source = set(), serving(template(family.name))
@@ -537,8 +649,20 @@ def test_published_renderings(family):
                 hand = expected(family, case["messages"], case["tools"], **arguments)[0]
         except Refused:
             hand = None
+        if hand and family.bos:
+            hand = case["bos_token"] + hand.removeprefix(family.bos)
         assert hand == text, f"{key}: the oracle disagrees"
     assert set(family.differences) <= used, f"differences that no case shows: {set(family.differences) - used}"
+
+
+def drops(family, message, tools):
+    """Does upstream silently drop something of this message or its tools?"""
+    calls = message.get("tool_calls")
+    return (
+        ("reasoning" in family.drops and message.get("reasoning_content"))
+        or ("tools" in family.drops and (tools or calls and family.tool_list))
+        or (calls and not family.text_before_calls and message["content"].strip())
+    )
 
 
 @families
@@ -552,24 +676,70 @@ def test_requests_equal_upstreams_on_random_conversations(family):
         Counter(),
     )
 
-    @settings(
-        max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-    )
-    @given(conversations(family))
-    def run(conversation):
-        messages, tools, arguments = conversation
+    for messages, tools, arguments in samples(family):
         arguments = {name: value for name, value in arguments.items() if name in family.upstream_arguments}
+        dated = {"date_string": datetime.now().strftime(family.upstream_date)} if family.upstream_date else {}
         for k, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            if "reasoning" in family.drops and any(m.get("reasoning_content") for m in messages[:k]):
+            if any(drops(family, m, tools) for m in messages[:k]):
                 continue
-            request = render(theirs, messages[:k], tools, True, family.bos, family.eos, **arguments)[0]
-            assert render(ours, messages[:k], tools, True, family.bos, family.eos, **arguments)[0] == request
+            try:
+                request = render(
+                    theirs, messages[:k], tools, True, family.bos, family.eos, **{**family.upstream_needs, **arguments}
+                )[0]
+            except (TemplateError, TypeError):  # what upstream refuses or breaks on, we refuse
+                if family.string_arguments:
+                    continue
+                with pytest.raises(TemplateError):
+                    render(ours, messages[:k], tools, True, family.bos, family.eos, **arguments, **dated)
+                continue
+            assert render(ours, messages[:k], tools, True, family.bos, family.eos, **arguments, **dated)[0] == request
             seen["requests"] += 1
 
-    run()
-    assert seen["requests"] > EXAMPLES
+    assert seen["requests"] > SAMPLES // 2
+
+
+STRING = {"type": "string"}
+SCHEMAS = [
+    {
+        "text": {**STRING, "description": "A text", "default": "x"},
+        "unit": {**STRING, "enum": ["C", "F"], "default": "C", "description": "Unit"},
+        "maybe": {**STRING, "nullable": True},
+        "n": {"type": "integer", "default": 3},
+        "x": {"type": "number", "nullable": True},
+        "flag": {"type": "boolean", "default": False},
+        "tags": {"type": "array", "items": STRING, "description": "Tags"},
+        "ids": {"type": "array", "items": {"type": "integer"}, "nullable": True},
+        "any": {"type": "array"},
+        "rows": {"type": "array", "items": {"type": "object", "properties": {"b": STRING, "A": {"type": "number"}}}},
+        "place": {"type": "object", "properties": {"city": STRING, "zip": {"type": "integer"}}, "required": ["city"]},
+        "bag": {"type": "object"},
+    },
+    {
+        "q": {"type": ["string", "null"]},
+        "o": {"oneOf": [{**STRING, "description": "s"}, {"type": "number", "default": 1}]},
+        "u": {"oneOf": [{"type": "object"}, STRING]},
+        "z": {},
+    },
+    {},
+]
+
+
+@families
+def test_tool_lists_equal_upstreams(family):
+    """Every kind of schema, as the families that rewrite schemas (gpt-oss, Gemma 4, Nemotron 3) spell it out."""
+    if not family.upstream or not family.tool_list or "tools" in family.drops or not family.tools:
+        pytest.skip("upstream carries no tool list, or no template of this family")
+    theirs, ours = (UPSTREAM / family.upstream).read_text(encoding="utf-8"), serving(template(family.name))
+    dated = {"date_string": datetime.now().strftime(family.upstream_date)} if family.upstream_date else {}
+    rich = [tool(f"t{i}", **properties) for i, properties in enumerate(SCHEMAS)]
+    for tools in (*([one] for one in rich), rich):
+        question = [{"role": "user", "content": "?"}]
+        request = render(theirs, question, tools, True, family.bos, family.eos, **family.upstream_needs)[0]
+        assert (
+            render(ours, question, tools, True, family.bos, family.eos, **family.upstream_needs, **dated)[0] == request
+        )
 
 
 # ---------------------------------------------------------------- the serving form
@@ -582,32 +752,17 @@ def test_serving_form_renders_the_same(family):
     assert has_generation_markers(source) and not re.search(r"{%\W?\s*(end)?generation", plain)
     seen = Counter()
 
-    @settings(
-        max_examples=EXAMPLES // 4,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(conversations(family))
-    def run(conversation):
-        messages, tools, arguments = conversation
+    for messages, tools, arguments in samples(family):
         for prompt in (False, True):
-            results = []
+            results, said = [], messages[:-1] if prompt else messages
             for form in (source, plain):
                 try:
-                    results.append(
-                        render(
-                            form, messages[: -1 if prompt else None], tools, prompt, family.bos, family.eos, **arguments
-                        )[0]
-                    )
+                    results.append(render(form, said, tools, prompt, family.bos, family.eos, **arguments)[0])
                 except TemplateError as error:
                     results.append(f"refused: {error}")
             assert results[0] == results[1]
             seen[prompt] += not results[0].startswith("refused: ")
-
-    run()
-    assert min(seen.values()) > EXAMPLES // 8
+    assert min(seen.values()) > SAMPLES // 2
 
 
 @families

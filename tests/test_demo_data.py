@@ -335,7 +335,7 @@ def test_model_loads_and_has_the_size_it_says(demo, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(demo / "init")
     assert type(model).__name__ == "Qwen3ForCausalLM"
     assert model.dtype == torch.float32
-    assert 1.4e6 < model.num_parameters() < 2.6e6
+    assert 0.8e6 < model.num_parameters() < 0.95e6
     assert model.lm_head.weight is model.model.embed_tokens.weight
     config = model.config
     assert (config.vocab_size, config.eos_token_id, config.pad_token_id) == (
@@ -345,7 +345,7 @@ def test_model_loads_and_has_the_size_it_says(demo, tokenizer):
     )
     with torch.no_grad():
         loss = model(**(batch := tokenizer("Q: 12+3=15", return_tensors="pt")), labels=batch["input_ids"]).loss
-    assert abs(loss.item() - torch.tensor(float(config.vocab_size)).log().item()) < 0.5  # untrained
+    assert abs(loss.item() - torch.tensor(float(config.vocab_size)).log().item()) < 1  # untrained: logits of variance 0.8 add about half of it
 
 
 def test_rows_render_and_end_as_the_template_trains(splits, tokenizer):

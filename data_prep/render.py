@@ -1,0 +1,534 @@
+"""What a run would train on, told without starting it: a recipe's settings, the rows, their tokens, mask and packs.
+
+    settings = read_settings("recipes/qwen3_qlora.py", flags={"max_length": 512})
+    tokenizer, rows = load_tokenizer(settings), load_rows("data/chats", settings)[0]
+    for doc in documents(rows, tokenizer, settings):
+        print(doc.ids, doc.mask())
+
+No script: preview.py and its like read a run through it. It does what TRL 1.16's SFTTrainer does with the rows, without
+importing TRL (4 s); tests/test_preview.py holds every piece against TRL, transformers and datasets themselves.
+"""
+
+import ast
+import bisect
+import difflib
+import json
+import math
+import re
+import runpy
+import sys
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+MAP_BATCH = 1000  # datasets' default batch of map(): TRL packs within it, never across
+
+# the names that decide what is trained, with the values that TRL and RecipeArguments give them where a recipe is silent
+READ = {
+    "model_name_or_path": None, "model_revision": "main", "chat_template_path": None, "eos_token": None,
+    "assistant_only_loss": False, "completion_only_loss": None, "dataset_text_field": "text",
+    "packing": False, "packing_strategy": "bfd", "max_length": 1024, "truncation_mode": "keep_start",
+    "shuffle_dataset": False, "dataset_num_proc": None, "dataset_train_split": "train", "dataset_test_split": "test",
+    "eval_rows": 0, "skip_bad_rows": False, "seed": 42,
+    "global_batch_size": 16, "per_device_train_batch_size": 8, "num_train_epochs": 3.0, "max_steps": -1,
+}  # fmt: skip
+CHOICES = {"packing_strategy": ("bfd", "bfd_split", "wrapped"), "truncation_mode": ("keep_start", "keep_end")}
+AT_LEAST = {"max_length": 1, "global_batch_size": 1, "per_device_train_batch_size": 1, "eval_rows": 0, "seed": 0}
+
+
+class BadInput(Exception):
+    """One sentence for the user: what, where, what to do."""
+
+
+# -- a recipe's settings: DEFAULTS < YAML < flags ---------------------------------------------------------------------
+def read_defaults(recipe):
+    """DEFAULTS of a recipe file. Running the whole file takes 5 s of imports, so first only what stands above it and
+    needs the standard library; where that is not enough, the whole file."""
+    path = Path(recipe)
+    if not path.is_file():
+        raise BadInput(f"{recipe}: no such recipe: pass a file like recipes/qwen3_qlora.py as --recipe")
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError) as error:
+        raise BadInput(f"{recipe}: not a Python file ({error}): pass a recipe as --recipe") from None
+    keep = []
+    for node in tree.body:
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) or (
+            modules and all(module.split(".")[0] in sys.stdlib_module_names for module in modules)
+        ):
+            keep.append(node)
+        if isinstance(node, ast.Assign) and any(getattr(name, "id", "") == "DEFAULTS" for name in node.targets):
+            break
+    else:
+        raise BadInput(f"{recipe}: has no DEFAULTS: pass a recipe like recipes/qwen3_qlora.py")
+    scope = {"__file__": str(path), "__name__": path.stem}
+    try:
+        exec(compile(ast.Module(keep, []), str(path), "exec"), scope)
+    except Exception:
+        try:
+            scope = runpy.run_path(str(path))
+        except Exception as error:
+            raise BadInput(f"{recipe}: DEFAULTS cannot be read ({type(error).__name__}: {error}): mend it") from None
+    if not isinstance(scope["DEFAULTS"], dict):
+        raise BadInput(f"{recipe}: DEFAULTS is no dict: write DEFAULTS = dict(name=value, ...)")
+    return scope["DEFAULTS"]
+
+
+def read_settings(recipe, config=None, flags=None):
+    """A namespace of READ's names. flags: {name: value}, None where a flag was not given."""
+    given = [(recipe, read_defaults(recipe)), (config, read_yaml(config) if config else {})]
+    given.append(("the command line", {name: value for name, value in (flags or {}).items() if value is not None}))
+    settings, source = dict(READ), {}
+    for where, values in given:
+        for name in values:
+            if near := name not in READ and difflib.get_close_matches(str(name), READ, 1, 0.9):
+                raise BadInput(f"{where}: {name} is no name that a recipe knows: write {near[0]}")
+        settings |= {name: values[name] for name in READ if name in values}
+        source |= {name: where for name in READ if name in values}
+    for name, value in settings.items():
+        settings[name] = typed(name, value, source.get(name))
+    settings = SimpleNamespace(**settings, data="")  # load_rows says which
+    if settings.global_batch_size % settings.per_device_train_batch_size:
+        raise BadInput(
+            f"global_batch_size {settings.global_batch_size}: must be a multiple of per_device_train_batch_size "
+            f"{settings.per_device_train_batch_size}, change one of them"
+        )
+    if settings.packing and settings.max_length is None:
+        raise BadInput("max_length: packing needs one, pass --max_length or --packing false")
+    return settings
+
+
+def read_yaml(path):
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror}): pass a YAML file as --config") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: not YAML ({' '.join(str(error).split())}): mend it") from None
+    if not isinstance(values, dict):
+        raise BadInput(f"{path}: holds no names: write lines of `name: value`")
+    return values
+
+
+def typed(name, value, where):
+    """The value as the name's type; YAML and a careless recipe may give any other."""
+    default = READ[name]
+    if value is None and (default is None or name == "max_length"):
+        return None
+    if isinstance(default, bool):
+        fine, wanted = isinstance(value, bool), "true or false"
+    elif name in CHOICES:
+        fine, wanted = value in CHOICES[name], "one of " + ", ".join(CHOICES[name])
+    elif isinstance(default, float):
+        fine = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+        wanted = "a number above 0"
+    elif isinstance(default, int) or name == "dataset_num_proc":
+        fine = isinstance(value, int) and not isinstance(value, bool) and value >= AT_LEAST.get(name, -1)
+        wanted = "a whole number" + (f" of at least {AT_LEAST[name]}" if name in AT_LEAST else "")
+    elif name == "completion_only_loss":
+        fine, wanted = isinstance(value, bool), "true or false"
+    else:
+        fine, wanted = isinstance(value, str), "text"
+    if not fine:
+        raise BadInput(f"{where}: {name} is {value!r}, it must be {wanted}")
+    return value
+
+
+# -- tokenizer and template -------------------------------------------------------------------------------------------
+def load_tokenizer(settings):
+    """The recipe's tokenizer with the recipe's template, as SFTTrainer sets it up."""
+    from transformers import AutoTokenizer
+
+    name = settings.model_name_or_path
+    if not name:
+        raise BadInput("model_name_or_path: the recipe names none, pass --model_name_or_path")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=settings.model_revision)
+    except Exception as error:  # OSError, ValueError and what hub clients and parsers raise: all mean the same here
+        text = " ".join(str(error).split())[:200].rstrip(".")
+        raise BadInput(
+            f"{name}: no tokenizer could be loaded ({type(error).__name__}: {text}): where the hub cannot be reached, "
+            "pass a local folder as --model_name_or_path"
+        ) from None
+    if not tokenizer.is_fast:
+        raise BadInput(f"{name}: its tokenizer does not tell where tokens stand in the text: pass a model with a "
+                       "tokenizer.json")  # fmt: skip
+    if settings.eos_token is not None:
+        if settings.eos_token not in tokenizer.get_vocab():
+            raise BadInput(f"eos_token {settings.eos_token}: {name} has no such token, pass one of its own")
+        tokenizer.eos_token = settings.eos_token
+    return tokenizer
+
+
+def load_template(settings, tokenizer):
+    """The text of the chat template: that of the recipe's file, else of the tokenizer; None where there is neither."""
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    path = settings.chat_template_path
+    template, where = tokenizer.chat_template, f"the template of {settings.model_name_or_path}"
+    if path is not None:
+        where = path
+        if not Path(path).is_file() or not path.endswith((".jinja", ".j2")):
+            raise BadInput(f"{path}: no such template: pass a .jinja file as --chat_template_path")
+        template = Path(path).read_text(encoding="utf-8")
+    if template is None:
+        return None
+    if not isinstance(template, str):
+        raise BadInput(f"{where}: several templates by name: pass one .jinja file as --chat_template_path")
+    try:
+        render_jinja_template([], chat_template=template)  # compiles it and renders nothing
+    except TemplateSyntaxError as error:
+        raise BadInput(f"{where}:{error.lineno}: not a template ({error.message}): mend it") from None
+    return template
+
+
+def has_markers(template):
+    return bool(re.search(r"\{%-?\s*generation\s*-?%\}", template or ""))
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+def load_rows(data, settings):
+    """(rows, order, note): the train split as recipes load it, the rows that are trained in the order in which they
+    reach the packing, and one sentence where that is not all of them. The row itself is what datasets gives back, with
+    the nulls that Arrow fills in, because that is what a template gets to see."""
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in the one sentence below
+    path, kind = Path(data), Path(data).suffix[1:].replace("jsonl", "json")
+    split, settings.data = settings.dataset_train_split, f"{data}: "
+    none = BadInput(f"{data}: no rows: pass rows of messages (data_prep/normalize.py makes them)")
+    if path.is_file() and path.stat().st_size < 1000 and not path.read_bytes().strip():
+        raise none
+    try:
+        if path.is_dir():
+            sets = datasets.load_from_disk(str(path))
+        elif not path.is_file():
+            raise BadInput(f"{data}: no such file or folder: pass a .jsonl, .json or .parquet file or a save_to_disk "
+                           "folder")  # fmt: skip
+        elif kind not in ("json", "parquet"):
+            raise BadInput(f"{data}: unknown kind of file: pass .jsonl, .json, .parquet or a save_to_disk folder")
+        else:
+            sets = datasets.load_dataset(kind, data_files={split: str(path)})
+    except BadInput:
+        raise
+    except Exception as error:  # datasets wraps what pyarrow, fsspec and its own readers raise
+        raise BadInput(f"{unreadable(path, error)}: mend it or make it anew (data_prep/normalize.py)") from None
+    if not isinstance(sets, dict):
+        raise BadInput(f"{data}: one set without splits: save a DatasetDict with a {split} split")
+    if split not in sets:
+        raise BadInput(f"{data}: no split {split}, only {', '.join(sets)}: pass one of them as --dataset_train_split")
+    rows = sets[split]
+    for column in rows.data.columns if kind == "json" else ():
+        try:
+            column.validate(full=True)  # Arrow takes bytes that are no UTF-8 and stumbles over them when a row is read
+        except Exception as error:
+            raise BadInput(f"{unreadable(path, error)}: save the file as UTF-8") from None
+    if not len(rows):
+        raise none
+    if not {"messages", "prompt", "text", "input_ids"} & {*rows.column_names}:
+        raise BadInput(
+            f"{data}: rows of {', '.join(rows.column_names)} are no messages: data_prep/normalize.py makes them"
+        )
+    if "messages" in rows.column_names and not isinstance(rows[0]["messages"], list):
+        # also what datasets makes of a file that Arrow cannot read: every message a row
+        fault = unreadable(path, TypeError("messages are no list"))
+        raise BadInput(f"{fault}: mend it or make it anew (data_prep/normalize.py)")
+    order, note = [*range(len(rows))], ""
+    if settings.assistant_only_loss and settings.skip_bad_rows and "messages" in rows.column_names:
+        order = [i for i, turns in enumerate(rows["messages"]) if any(t["role"] == "assistant" for t in turns or [])]
+    import numpy as np
+
+    if settings.dataset_test_split not in sets and settings.eval_rows:
+        if settings.eval_rows >= len(order):
+            note = f"the recipe holds out {settings.eval_rows} rows for validation, more than the set can spare: it "
+            note += "would stop; counted without that (--eval_rows 0)"
+        else:
+            # datasets' train_test_split: one draw by seed, the held-out rows first
+            drawn = np.random.default_rng(settings.seed).permutation(len(order))[settings.eval_rows :]
+            order = [order[i] for i in drawn.tolist()]
+            note = f"{settings.eval_rows} rows are held out for validation (eval_rows): packs and steps are those of "
+            note += f"the other {len(order):,}"
+    if settings.shuffle_dataset and "input_ids" not in rows.column_names:
+        order = [order[i] for i in np.random.default_rng(settings.seed).permutation(len(order)).tolist()]
+    return rows, order, note
+
+
+def unreadable(path, error):
+    """Where a file is broken, as exactly as can be told."""
+    if path.suffix in (".jsonl", ".json") and path.is_file():
+        data = path.read_bytes()
+        whole = data.lstrip()[:1] == b"["
+        for number, part in enumerate([data] if whole else data.split(b"\n"), 1):
+            try:
+                json.dumps(json.loads(part), ensure_ascii=False).encode() if part.strip() else None
+            except UnicodeDecodeError:
+                return f"{path}:{number}: not UTF-8"
+            except UnicodeEncodeError:
+                return f"{path}:{number}: holds half a surrogate pair, which is no text"
+            except json.JSONDecodeError as fault:
+                return f"{path}:{fault.lineno if whole else number}: not JSON ({fault.msg})"
+            except (ValueError, RecursionError) as fault:
+                return f"{path}:{number}: not JSON ({fault})"
+    cause = " ".join(str(error.__cause__ or error).split())[:200].rstrip(".")
+    return f"{path}: cannot be read ({type(error).__name__}: {cause})"
+
+
+# -- tokens and mask --------------------------------------------------------------------------------------------------
+@dataclass(slots=True)
+class Document:
+    """One row as the trainer gets it, before anything is cut."""
+
+    number: int  # from 0
+    row: dict
+    ids: list
+    spans: list  # trained tokens as [start, end), in order, apart from each other
+    text: str | None = None  # what was rendered; None in a compiled row
+    chars: list = field(default_factory=list)  # trained characters of the text, one span a {% generation %} block
+    encoding: object = None  # tokenizers.Encoding, which knows where the tokens stand in the text
+
+    def mask(self):
+        """0 or 1 a token, as transformers gives assistant_masks."""
+        mask = [0] * len(self.ids)
+        for start, end in self.spans:
+            mask[start:end] = [1] * (end - start)
+        return mask
+
+    def trained(self, start=0, end=None):
+        """Trained tokens within [start, end)."""
+        end = len(self.ids) if end is None else end
+        return sum(max(0, min(b, end) - max(a, start)) for a, b in self.spans)
+
+
+def runs(mask):
+    """[start, end) of every run of true values."""
+    spans = []
+    for index, value in enumerate(mask):
+        if value and spans and spans[-1][1] == index:
+            spans[-1][1] = index + 1
+        elif value:
+            spans.append([index, index + 1])
+    return spans
+
+
+def token_spans(encoding, chars, length):
+    """Token spans of character spans, by transformers' own rules (apply_chat_template with
+    return_assistant_tokens_mask), its quirks included: a token across an edge is trained whole, a span that starts
+    nowhere ends the search, and one that ends nowhere, or at token 0, trains all that follows."""
+    spans = []
+    for start_char, end_char in chars:
+        start, end = encoding.char_to_token(start_char), encoding.char_to_token(end_char - 1)
+        if start is None:
+            break
+        end = end + 1 if end else length
+        if spans and start <= spans[-1][1]:
+            spans[-1][1] = max(end, spans[-1][1])
+        elif end > start:
+            spans.append([start, end])
+    return spans
+
+
+def conversational(value):
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
+
+
+def documents(rows, tokenizer, settings, template=None, progress=None):
+    """Yield a Document a row, in order. Rows that cannot be rendered end it with a BadInput that counts them."""
+    template = template or load_template(settings, tokenizer)
+    first = next(iter(rows), None)
+    if first is None:
+        return
+    chat = conversational(first.get("messages", first.get("prompt")))
+    if settings.assistant_only_loss and "input_ids" not in first:
+        if not chat:
+            raise BadInput(f"{settings.data}the rows are no chats, and assistant_only_loss needs chats: pass rows of "
+                           "messages, or --assistant_only_loss false")  # fmt: skip
+        if not has_markers(template):
+            where = settings.chat_template_path or f"the template of {settings.model_name_or_path}"
+            raise BadInput(f"{where}: has no {{% generation %}} markers, so nothing would be trained: pass one of "
+                           "chat_templates/ as --chat_template_path")  # fmt: skip
+    if chat and template is None:
+        raise BadInput(f"{settings.model_name_or_path}: has no chat template: pass one as --chat_template_path")
+    failed, numbered = [], enumerate(rows)
+    while batch := list(islice(numbered, MAP_BATCH)):
+        if "input_ids" in first:
+            docs = [compiled(number, row, settings) for number, row in batch]
+        else:
+            docs = tokenised(batch, tokenizer, settings, template, chat, failed)
+        yield from docs
+        if progress:
+            progress(len(batch))
+    if failed:
+        number, row, reason = failed[0]
+        where = settings.data + name_of(number, row) + (f" and {len(failed) - 1:,} more" if failed[1:] else "")
+        raise BadInput(f"{where} cannot be rendered: {reason}")
+
+
+def name_of(number, row):
+    return f"row {number}" + (f" (id {row['id']})" if row.get("id") not in (None, "") else "")
+
+
+def compiled(number, row, settings):
+    """A row that has its ids: labels as TRL builds them, from labels, else from masks, else all."""
+    ids, here = row["input_ids"], settings.data + name_of(number, row)
+    if not isinstance(ids, list):
+        raise BadInput(f"{here}: input_ids is no list: compile the set anew")
+    names = ["completion_mask"] * bool(settings.completion_only_loss) + ["assistant_masks"]
+    masks = [row[name] for name in names if name in row]
+    if "labels" in row:
+        masks = [[label != -100 for label in row["labels"]]]
+    if any(len(mask) != len(ids) for mask in masks):
+        raise BadInput(f"{here}: as many labels as input_ids are needed: compile the set anew")
+    return Document(number, row, ids, runs(map(all, zip(*masks, strict=True))) if masks else runs([1] * len(ids)))
+
+
+def tokenised(batch, tokenizer, settings, template, chat, failed):
+    """Documents of a batch of (number, row), tokenised in one call; rows that fail are added to failed."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    def render(messages, row, **kwargs):
+        tools = row.get("tools")
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        # apply_chat_template drops what is None in a message, and what the row says wins over the special tokens
+        messages = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
+        asked = {**tokenizer.special_tokens_map, **row.get("chat_template_kwargs", {}), **kwargs}
+        out = render_jinja_template([messages], tools=tools, chat_template=template, **asked)
+        return out[0][0], (out[1][0] if out[1] else [])
+
+    paired = "prompt" in batch[0][1]
+    completion_only = settings.completion_only_loss
+    if completion_only is None:
+        completion_only = paired and "completion" in batch[0][1]
+    done, texts, prompts = [], [], []
+    for number, row in batch:
+        try:
+            if row.get("chat_template_kwargs", {}) is None:
+                raise ValueError("chat_template_kwargs is null, and TRL stops at that: write {} in every row")
+            if chat:
+                turns = row["prompt"] + row["completion"] if paired else row["messages"]
+                if not turns:
+                    raise ValueError("it has no messages: leave it out")
+                text, chars = render(turns, row, return_assistant_tokens_mask=settings.assistant_only_loss)
+                prompt = render(row["prompt"], row, add_generation_prompt=True)[0] if paired else ""
+            else:
+                key = "completion" if paired else settings.dataset_text_field
+                ending = "" if row[key].endswith(tokenizer.eos_token or "") else tokenizer.eos_token
+                text, chars, prompt = (row["prompt"] if paired else "") + row[key] + ending, [], row.get("prompt", "")
+            text.encode()  # half a surrogate pair is no text
+        except Exception as error:  # a template may raise anything: TemplateError, TypeError, KeyError, ...
+            reason = " ".join(str(error).split()) or type(error).__name__
+            known = isinstance(error, ValueError) and not isinstance(error, UnicodeError)
+            if isinstance(error, KeyError):
+                reason = f"it lacks {reason}"
+            elif not (known or "Template" in type(error).__name__):
+                reason = f"{type(error).__name__}: {reason}"
+            failed.append((number, row, reason))
+            continue
+        done.append((number, row, text, chars))
+        texts.append(text)
+        prompts.append(prompt)
+    if not texts:
+        return []
+    plain = {"add_special_tokens": not chat, "return_attention_mask": False}
+    encoded = tokenizer(texts, **plain)
+    starts = [0] * len(texts)
+    if paired:  # the completion starts where the prompt's tokens and the whole's diverge
+        starts = list(map(common, tokenizer(prompts, **plain)["input_ids"], encoded["input_ids"]))
+    out = []
+    for (number, row, text, chars), ids, encoding, start in zip(
+        done, encoded["input_ids"], encoded.encodings, starts, strict=True
+    ):
+        spans = token_spans(encoding, chars, len(ids)) if settings.assistant_only_loss else [[0, len(ids)]]
+        if completion_only:
+            spans = [[max(a, start), b] for a, b in spans if b > start]
+        spans = [span for span in spans if span[1] > span[0]]
+        out.append(Document(number, row, ids, spans, text, chars, encoding))
+    return out
+
+
+def common(ids, other_ids):
+    """Number of leading tokens that both have."""
+    pairs = enumerate(zip(ids, other_ids, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(ids), len(other_ids)))
+
+
+# -- packs ------------------------------------------------------------------------------------------------------------
+def pack(lengths, max_length, strategy="bfd", num_proc=None):
+    """The packs that TRL makes of rows of these lengths: a list of packs, each a list of (row, start, end) pieces.
+
+    TRL packs within the batches of 1,000 rows that datasets' map hands it, each process its own stretch of rows, so the
+    packs of a set are those of its batches, one after the other."""
+    shares = min(num_proc or 1, len(lengths)) or 1
+    size, rest = divmod(len(lengths), shares)
+    packs, start = [], 0
+    for share in range(shares):
+        stop = start + size + (share < rest)
+        for first in range(start, stop, MAP_BATCH):
+            batch = range(first, min(first + MAP_BATCH, stop))
+            packs += (wrapped if strategy == "wrapped" else best_fit)(lengths, batch, max_length, strategy)
+        start = stop
+    return packs
+
+
+def best_fit(lengths, batch, max_length, strategy):
+    """Best fit decreasing: the longest piece first, into the fullest pack that still has room for it, and of equally
+    full ones into the one that has been so for longest; else into a new pack. Longer rows are cut (bfd) or split."""
+    import pyarrow as pa
+
+    pieces = []
+    for row in batch:
+        ends = [min(lengths[row], max_length)] if strategy == "bfd" else [*range(max_length, lengths[row], max_length)]
+        ends += [lengths[row]] if strategy != "bfd" else []
+        starts = [0, *ends[:-1]]
+        pieces += [(row, start, end) for start, end in zip(starts, ends, strict=True) if end > start]
+    sizes = pa.array([end - start for _, start, end in pieces], pa.int32())
+    # by Arrow, as TRL sorts: pieces of one length must come in the same order too
+    ordered = pa.StructArray.from_arrays([sizes, pa.array(range(len(pieces)))], ["0", "1"]).sort("descending", by="0")
+    packs, rooms, by_room = [], [], defaultdict(deque)  # rooms: the sorted rooms that packs with space have
+    for size, index in zip(ordered.field(0).to_pylist(), ordered.field(1).to_pylist(), strict=True):
+        place = bisect.bisect_left(rooms, size)
+        if place < len(rooms):
+            room = rooms[place]
+            chosen = by_room[room].popleft()
+            if not by_room[room]:
+                rooms.pop(place)
+        else:
+            room, chosen = max_length, []
+            packs.append(chosen)
+        chosen.append(pieces[index])
+        if room > size:
+            if not by_room[room - size]:
+                bisect.insort(rooms, room - size)
+            by_room[room - size].append(chosen)
+    return packs
+
+
+def wrapped(lengths, batch, max_length, strategy):
+    """One stream of the batch's tokens, cut every max_length tokens."""
+    packs, room = [], 0
+    for row in batch:
+        start = 0
+        while start < lengths[row]:
+            if not room:
+                packs.append([])
+                room = max_length
+            end = min(lengths[row], start + room)
+            packs[-1].append((row, start, end))
+            room, start = room - (end - start), end
+    return packs
+
+
+def steps(units, settings):
+    """(optimizer steps of an epoch, of the run) over `units` packs or rows, on any number of processes."""
+    passes = math.ceil(units / settings.per_device_train_batch_size)
+    accumulation = settings.global_batch_size // settings.per_device_train_batch_size
+    epoch = max(1, math.ceil(passes / accumulation))
+    return epoch, settings.max_steps if settings.max_steps > 0 else math.ceil(settings.num_train_epochs * epoch)

@@ -1,0 +1,522 @@
+"""data_prep/check.py: every reason on a crafted row and none on sound ones, with file and line; what --fix mends and
+what it leaves; the real files of shared/ where they are.
+
+Each of these turns the suite red (tried): the tokens of the tokenizer ignored, or tools not searched for them; roles or
+the template's refusal passed over; a persona looked for without its mark, or with its switches; the row's arguments not
+given to the template; blanks before the newline not seen, or indentation stripped with it; rows left out and not
+counted, or said to be mended; exit 0 though something is left; the hash of rows in another order.
+"""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from conftest import REPO
+from datasets import Dataset, load_from_disk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer
+
+sys.path.insert(0, str(REPO / "data_prep"))
+import check  # noqa: E402
+import normalize  # noqa: E402
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+TEMPLATES = REPO / "chat_templates"
+real = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="no ../shared: own rows prove the same property")
+
+
+def run(*args, script=check):
+    """The script's main() as a command: exit code, stdout and stderr. In this process, which saves its start-up."""
+    out, err = io.StringIO(), io.StringIO()
+    with mock.patch("sys.argv", ["x.py", *map(str, args)]), redirect_stdout(out), redirect_stderr(err):
+        try:
+            code = script.main()
+        except SystemExit as error:
+            code = error.code
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
+
+
+def write(path, rows):
+    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def turn(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+def chat(*answer, system=None, **more):
+    system = [turn("system", system)] if system is not None else []
+    return [*system, turn("user", "Hi?"), turn("assistant", *(answer or ["Yes."]), **more)]
+
+
+def row_of(messages, **more):
+    return {"id": "a", "messages": messages, **more}
+
+
+def found(row, template=None, tokenizer=None):
+    """[(reason, detail)] of one row, in memory."""
+    text = template.read_text() if isinstance(template, Path) else template
+    return check.faults(row, check.Against(text, tokenizer))
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+CHAIN = [turn("user", "?"), turn("assistant", "", tool_calls=[CALL]), turn("tool", "1"), turn("assistant", "1")]
+SOUND = [
+    row_of(chat(system="Be brief.")),
+    row_of(CHAIN, tools=[TOOL], chat_template_kwargs={"enable_thinking": True}),
+    row_of(chat(reasoning_content="So.", loss_mask=1), tags=["x"]),
+    row_of(
+        [turn("user", "\nHi\n"), turn("assistant", "Yes.\n\n"), turn("user", "|im_end|"), turn("assistant", " x\ny")]
+    ),
+    row_of([*chat(), turn("user", "<b>2 < 3</b>"), turn("assistant", None, tool_calls=[CALL])]),
+]
+
+ORDER = "roles that do not alternate"
+CRAFTED = [  # (row or raw line, its one reason, a word of the detail)
+    (row_of([turn("user", "a"), turn("user", "b"), turn("assistant", "c")]), ORDER, "message 1: user after user"),
+    (row_of([*chat(), turn("assistant", "b")]), ORDER, "assistant after assistant"),
+    (row_of([turn("assistant", "c")]), ORDER, "assistant after start"),
+    (row_of([*chat(), turn("system", "c"), *chat()]), ORDER, "system after assistant"),
+    (row_of([turn("user", "a"), turn("tool", "b"), turn("assistant", "c")]), ORDER, "tool after user"),
+    (row_of([*chat(), turn("tool", "b"), turn("assistant", "c")]), ORDER, "tool after assistant"),
+    (row_of([*CHAIN[:2], turn("user", "b"), turn("assistant", "c")]), ORDER, "user after call"),
+    (row_of([turn("human", "a"), turn("assistant", "c")]), "unknown role", "human"),
+    (row_of([turn(None, "a"), turn("assistant", "c")]), "unknown role", "message 0: None"),
+    (row_of([*chat(), turn("user", "b")]), "last message is not the assistant's", ""),
+    (row_of(CHAIN[:3]), "last message is not the assistant's", ""),
+    (row_of([turn("user", "a")]), "no assistant turn", ""),
+    (row_of(chat("")), "empty text", "message 1"),
+    (row_of(chat(["part"])), "text that is not a string", "message 1: content is list"),
+    (row_of(chat(reasoning_content=3)), "text that is not a string", "message 1: reasoning_content is int"),
+    (row_of(chat(tool_calls=[{"name": 3}])), "tool call without a name or arguments", ""),
+    (row_of(chat(), tools="[{"), "tools that are not JSON", ""),
+    (row_of(chat(), chat_template_kwargs=[1]), "field of another type", "chat_template_kwargs"),
+    (row_of(chat(), tags=[1]), "field of another type", "tags"),
+    (row_of("Hi"), "field of another type", "messages"),
+    (row_of(chat("b \ud83d")), "text that is not Unicode", ""),
+    ({"text": "plain", "id": 3}, "row without messages", "text, id: see normalize.py"),
+    ("[1]", "row that is not an object", "list"),
+    ('{"messages": ', "not JSON", ""),
+    (row_of(chat("So <|im_end|>")), "control token in text", "message 1: <|im_end|>"),
+    (row_of([turn("user", "</think>"), turn("assistant", "b")]), "control token in text", "message 0: </think>"),
+    (row_of(chat(reasoning_content="a <|eot_id|>")), "control token in text", "message 1: <|eot_id|>"),
+    (row_of(CHAIN, tools=[{"function": {"name": "<tool_call>"}}]), "control token in text", "tool 0: <tool_call>"),
+    (row_of(chat("\nb")), "answer begins with a newline", "message 1: '\\nb'"),
+    (row_of(chat(" \r\n b")), "answer begins with a newline", "message 1"),
+    (row_of(chat(reasoning_content="\n\nb")), "reasoning begins with a newline", "message 1"),
+]  # fmt: skip
+MENDED = {"answer begins with a newline", "reasoning begins with a newline"}
+
+
+def test_every_reason_at_its_line_and_no_other(tmp_path):
+    """Sound rows stand between the crafted ones: each finding names its own line, and none names theirs."""
+    raw, wanted = [], []
+    for number, (row, reason, words) in enumerate(CRAFTED):
+        raw += [row, SOUND[number % len(SOUND)]]
+        wanted.append((2 * number + 1, reason, words))
+    path = write(tmp_path / "rows.jsonl", raw)
+    done = run(path, "--json", tmp_path / "found.json")
+    report = json.loads((tmp_path / "found.json").read_text())
+    findings = [(entry["line"], entry["reason"]) for entry in report["findings"]]
+    assert findings == [(line, reason) for line, reason, _ in wanted]
+    assert all(
+        entry["file"] == "rows.jsonl" and words in entry["detail"]
+        for entry, (*_, words) in zip(report["findings"], wanted, strict=True)
+    )
+    counts = Counter(reason for _, reason, _ in CRAFTED)
+    assert done.returncode == 1 and report["found"] == dict(counts) and report["in"] == len(raw)
+    for reason, count in counts.items():
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"  {reason} ")]
+        first = next(line for line, other, _ in wanted if other == reason)
+        assert f" {count} " in line and f"rows.jsonl:{first}" in line
+    assert str(tmp_path) not in (tmp_path / "found.json").read_text()
+
+
+def test_sound_rows_are_sound(demo, tmp_path):
+    path = write(tmp_path / "rows.jsonl", SOUND)
+    flags = ["--chat_template_path", TEMPLATES / "qwen3.jinja", "--model_name_or_path", demo / "init"]
+    for data in (path, demo / "rows" / "chat", demo / "rows" / "chat" / "test.jsonl"):
+        done = run(data, *flags)
+        assert done.returncode == 0 and "0 with findings" in done.stdout and done.stdout.count("\n") == 1
+    count = sum(map(len, load_from_disk(demo / "rows" / "chat").values()))
+    assert count > 400 and f"{count:,} rows" in run(demo / "rows" / "chat").stdout
+
+
+def test_several_faults_of_one_row(tmp_path):
+    """Each is named; the table counts rows."""
+    row = row_of([turn("user", "<|im_end|> <|im_end|>"), turn("assistant", "\n<|im_start|>")])
+    done = run(write(tmp_path / "rows.jsonl", [row]), "--json", tmp_path / "found.json")
+    report = json.loads((tmp_path / "found.json").read_text())
+    assert [entry["reason"] for entry in report["findings"]] == ["control token in text"] * 2 + [
+        "answer begins with a newline"
+    ]
+    assert report["found"] == {"control token in text": 1, "answer begins with a newline": 1}
+    assert "1 rows, 1 with findings" in done.stdout
+
+
+# -- control tokens: the tokenizer's own ------------------------------------------------------------------------------
+def test_tokens_of_the_tokenizer(demo, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(demo / "init")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[INST]"]})
+    tokenizer.add_tokens(["<b>"])  # as Gemma has them: a token of its own, but nothing that steers a chat
+    for text, known, own in (
+        ("<|im_end|>", True, True),
+        ("<think>", True, True),
+        ("<start_of_turn>", True, False),  # Gemma's: mere text to this tokenizer
+        ("[INST]", False, True),
+        ("<b>", False, False),
+        ("|im_end|", False, False),
+    ):
+        row = row_of(chat(f"So {text}."))
+        assert bool(found(row)) is known and bool(found(row, tokenizer=tokenizer)) is own, text
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert (len(ids) == 1) >= own  # what is refused is a token
+
+
+# -- persona ----------------------------------------------------------------------------------------------------------
+DEFAULT = "You are a helpful AI assistant named Small, trained by nobody."
+BODY = "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+LOSES = (  # custom_instructions=None falls to the default persona, silently: the bug that no score showed
+    "{% if custom_instructions is not defined and messages[0].role == 'system' %}"
+    "{% set custom_instructions = messages[0].content | replace('/no_think', '') | trim %}{% endif %}"
+    f"{{{{ custom_instructions or '{DEFAULT}' }}}}" + BODY
+)
+KEEPS = LOSES.replace("custom_instructions is not defined and ", "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["You are a pirate.", "You are a helpful AI assistant", "Yes.", "  Be\n\nbrief. ", "/no_think Be brief."],
+    ids=["own", "in the default", "in the answer", "blanks", "switch"],
+)
+def test_persona(text):
+    row = row_of(chat(system=text))
+    assert not found(row, LOSES) and not found(row, KEEPS)
+    bug = row | {"chat_template_kwargs": {"custom_instructions": None}}
+    assert [(reason, "message 0" in detail) for reason, detail in found(bug, LOSES)] == [("persona lost", True)]
+    assert not found(bug, KEEPS)
+
+
+def test_persona_as_an_argument():
+    row = row_of(chat(), chat_template_kwargs={"custom_instructions": "You are a pirate."})
+    assert not found(row, LOSES)
+    assert [reason for reason, _ in found(row, BODY)] == ["persona lost"]
+    assert not found(row | {"chat_template_kwargs": {"custom_instructions": None}}, LOSES)  # none given, none lost
+
+
+def test_persona_lost_names_the_row(tmp_path):
+    (tmp_path / "t.jinja").write_text(LOSES)
+    bug = row_of(chat(system="You are a pirate."), chat_template_kwargs={"custom_instructions": None})
+    path = write(tmp_path / "rows.jsonl", [*SOUND[:1], bug | {"id": "pirate-7"}])
+    done = run(path, "--chat_template_path", tmp_path / "t.jinja")
+    assert done.returncode == 1 and "persona lost" in done.stdout and "rows.jsonl:2 (pirate-7)" in done.stdout
+    assert "You are a pirate." in done.stdout
+    assert run(path).returncode == 0  # nothing to see without the template
+
+
+@pytest.mark.parametrize("path", sorted(TEMPLATES.glob("*.jinja")), ids=lambda path: path.stem)
+def test_our_templates_keep_the_persona(path):
+    """Rendered, or refused in words where the format has no system prompt."""
+    for text in ("Talk like a pirate.", "You are a helpful assistant. /no_think", "用一句话。"):
+        assert {reason for reason, _ in found(row_of(chat(system=text)), path)} <= {"template refuses the row"}
+
+
+# -- the template's own words -----------------------------------------------------------------------------------------
+def test_template_refuses(tmp_path):
+    rows = [SOUND[0], row_of(chat(reasoning_content="So."))]
+    done = run(write(tmp_path / "rows.jsonl", rows), "--chat_template_path", TEMPLATES / "chatml.jinja")
+    assert done.returncode == 1 and "template refuses the row" in done.stdout and "rows.jsonl:2" in done.stdout
+    assert "message 1: this template has no place for reasoning_content" in done.stdout
+    misspelt = row_of(chat(), chat_template_kwargs={"train_turns": "lats"})
+    ((reason, detail),) = found(misspelt, TEMPLATES / "chatml.jinja")
+    assert reason == "template refuses the row" and "train_turns is lats" in detail
+    ((reason, detail),) = found(SOUND[0], "{{ messages[0].content + 3 }}")  # fails without raise_exception
+    assert reason == "template refuses the row" and detail
+
+
+@pytest.mark.parametrize("key", ["tools", "chat_template", "messages", "conversations"])
+def test_reserved_arguments_do_not_crash(key):
+    row = row_of(chat(), chat_template_kwargs={key: 1})
+    assert {reason for reason, _ in found(row, TEMPLATES / "chatml.jinja")} <= {"template refuses the row"}
+
+
+# -- newlines ---------------------------------------------------------------------------------------------------------
+blanks = st.text(st.sampled_from(" \n\r\t\u00a0\u3000\u2028"), max_size=4)
+
+
+@settings(max_examples=300, deadline=None)
+@given(blanks, st.sampled_from(["", "b", "  b\n", "\u00e9", "{}"]), blanks)
+def test_what_merges_is_found_and_mended(text, rest, reasoning):
+    """The oracle is the tokenizer: where header + answer does not begin with the header's tokens, the row is found;
+    after mending, none merges, and nothing but the blanks up to the newline is gone."""
+    row = row_of(chat(text + rest, reasoning_content=reasoning + rest))
+    reasons = {reason for reason, _ in found(row) if "newline" in reason}
+    fixed = check.mended(row)
+    for field, name in (("content", "answer"), ("reasoning_content", "reasoning")):
+        before, after = row["messages"][1][field], fixed["messages"][1][field]
+        if merges(before):
+            assert f"{name} begins with a newline" in reasons
+        assert not merges(after)
+        assert before.endswith(after) and not before.removesuffix(after).strip()
+        assert before == after or before.removesuffix(after)[-1] in "\r\n"
+        assert (f"{name} begins with a newline" in reasons) == (before != after)
+    assert check.mended(fixed) == fixed and not {r for r, _ in found(fixed) if "newline" in r}
+    assert fixed["messages"][0] == row["messages"][0] and {**fixed, "messages": 0} == {**row, "messages": 0}
+
+
+@cache
+def tokenizers():
+    """Small byte-level BPE that splits as Qwen does and merges newlines, and the real one where it is."""
+    small = Tokenizer(models.BPE())
+    pattern = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\p{L}+|\p{N}|\s*[\r\n]+|\s+(?!\S)|\s+"
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    small.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), level])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    small.train_from_iterator(["assistant\n\n\n b\n\n \n  \n\r\n\r\n\t\n"] * 9, trainer)
+    small.add_special_tokens(["<|im_start|>", "<think>"])
+    folder = SHARED / "tokenizers" / "qwen3"
+    return [small, *([AutoTokenizer.from_pretrained(folder).backend_tokenizer] if folder.is_dir() else [])]
+
+
+def merges(text):
+    """Whether a token reaches from the header into the answer, by what the tokenizers make of both."""
+    for tokenizer in tokenizers():
+        for header in ("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"):
+            ids, both = (tokenizer.encode(part, add_special_tokens=False).ids for part in (header, header + text))
+            if both[: len(ids)] != ids:
+                return True
+    return False
+
+
+def test_the_oracle_bites():
+    assert merges("\nb") and merges(" \n b") and not merges("b\n") and not merges("  b")
+
+
+# -- fix --------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("suffix", [".jsonl", ""])
+def test_fix_mends_leaves_and_counts(tmp_path, suffix):
+    both = row_of(chat("\nb <|im_end|>"))
+    whole = {"chat_template_kwargs": {}, "source": "own", "tags": [], "lang": "en"}
+    clean = [row_of(chat(), **whole) | {"id": f"clean-{n}"} for n in range(2)]
+    raw = [clean[0], row_of(chat("\n\n  b")), both, row_of(chat("\n")), clean[1], {"messages": chat(), "extra": 1}]
+    path, out = write(tmp_path / "rows.jsonl", raw), tmp_path / f"out{suffix}"
+    done = run(path, "--fix", "--out", out, "--json", tmp_path / "found.json")
+    rows = (
+        lines(out) if suffix else [{k: v for k, v in r.items() if v is not None} for r in load_from_disk(out)["train"]]
+    )
+    report = json.loads((out / "report.json" if not suffix else tmp_path / "out.report.json").read_text())
+    rejected = lines(out / "rejected.jsonl" if not suffix else tmp_path / "out.rejected.jsonl")
+    assert done.returncode == 1 and "4 rows, 2 left out" in done.stdout
+    assert [row["id"] for row in rows] == ["clean-0", "a", "clean-1", "rows-6"] and [rows[0], rows[2]] == clean
+    assert rows[1]["messages"] == chat("  b") and rows[1]["source"] == "rows" and rows[1]["lang"] == "en"
+    assert [(entry["line"], entry["reason"]) for entry in rejected] == [
+        (3, "control token in text"),
+        (4, "empty text"),  # nothing but newlines
+    ]
+    assert report["in"] == report["out"]["train"] + sum(report["refused"].values()) == 6
+    assert report["refused"] == {"control token in text": 1, "empty text": 1}
+    assert report["mended"] == {"answer begins with a newline": 1}  # in the row that went out
+    assert report["hash"] == normalize.report_of("", {"train": rows}, [], None, {})["hash"]
+    assert report.get("columns_left_out") == (None if suffix else {"extra": 1}) and ("extra" in rows[3]) is bool(suffix)
+    told = json.loads((tmp_path / "found.json").read_text())
+    assert told["found"] == {"answer begins with a newline": 3, "control token in text": 1, "empty text": 1}
+    assert told["mended"] == report["mended"]
+    # what came out is sound, and a second pass changes nothing
+    again = tmp_path / f"again{suffix}"
+    done = run(out, "--fix", "--out", again)
+    assert done.returncode == 0 and "0 with findings" in done.stdout
+    second = json.loads((again / "report.json" if not suffix else tmp_path / "again.report.json").read_text())
+    assert second["output"] == report["output"] and (not suffix or again.read_bytes() == out.read_bytes())
+
+
+def test_all_mended_is_exit_0(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [row_of(chat("\nb")), row_of(chat(reasoning_content="\nb"))])
+    assert run(path).returncode == 1
+    done = run(path, "--fix", "--out", tmp_path / "out")
+    assert done.returncode == 0 and "2 with findings" in done.stdout and (tmp_path / "out" / "card.md").is_file()
+
+
+def test_no_sound_row_writes_nothing(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"text": "a"}])
+    done = run(path, "--fix", "--out", tmp_path / "out")
+    assert done.returncode == 1 and "not written" in done.stderr and not (tmp_path / "out").exists()
+
+
+# -- forms of input ---------------------------------------------------------------------------------------------------
+def test_every_form_gives_the_same_findings(tmp_path):
+    raw = [row_of(chat()), row_of(chat("\nb")), row_of([turn("user", "a"), turn("user", "b"), turn("assistant", "c")])]
+    write(tmp_path / "rows.jsonl", raw)
+    (tmp_path / "rows.json").write_text(json.dumps(raw, indent=1))
+    Dataset.from_list(raw).to_parquet(tmp_path / "rows.parquet")
+    Dataset.from_list(raw).save_to_disk(tmp_path / "rows")
+    for name in ("rows.jsonl", "rows.json", "rows.parquet", "rows"):
+        assert run(tmp_path / name, "--json", tmp_path / "found.json").returncode == 1
+        findings = json.loads((tmp_path / "found.json").read_text())["findings"]
+        assert [(entry["line"], entry["reason"]) for entry in findings] == [
+            (2, "answer begins with a newline"),
+            (3, ORDER),
+        ]
+        assert {entry["file"] for entry in findings} == {"train" if name == "rows" else name}
+    splits = {"train": [row_of(chat(), source="s")], "validation": [row_of(chat("\nb"), source="s")]}
+    whole = {split: [check.completed(row, "x", 1) for row in rows] for split, rows in splits.items()}
+    normalize.write_folder(tmp_path / "pool", whole, {})
+    done = run(tmp_path / "pool", "--fix", "--out", tmp_path / "fixed")
+    assert "validation:1 (a)" in done.stdout and done.returncode == 0
+    assert {split: len(rows) for split, rows in load_from_disk(tmp_path / "fixed").items()} == {
+        "train": 1,
+        "validation": 1,
+    }
+
+
+def test_same_input_same_bytes(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [row for row, *_ in CRAFTED] + SOUND)
+    for name in ("one", "two"):
+        run(path, "--fix", "--out", tmp_path / name / "out", "--json", tmp_path / name / "found.json")
+    files = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*") if p.is_file())
+    assert len(files) > 6
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+pieces = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.sampled_from(["", "a", "user", "tool", "<think>", "\ud800", "\n"]),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["role", "content", "name", "arguments", "function"]), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(SOUND), st.data())
+def test_no_value_crashes_it(row, data):
+    row = json.loads(json.dumps(row))
+    if data.draw(st.booleans()):
+        inner = row["messages"][data.draw(st.integers(0, len(row["messages"]) - 1))]
+        inner[data.draw(st.sampled_from([*inner, "tool_calls", "reasoning_content"]))] = data.draw(pieces)
+    else:
+        row[data.draw(st.sampled_from([*row, "tools", "tags", "chat_template_kwargs", "source"]))] = data.draw(pieces)
+    against = check.Against((TEMPLATES / "qwen3.jinja").read_text())
+    if not check.faults(row, against):
+        whole = check.completed(row, "x", 1)
+        assert not check.faults(whole, against) and normalize.json_line(whole).encode()
+        assert check.completed(whole, "y", 2) == whole
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["none.jsonl"], ["none.jsonl", ".parquet"]),
+        (["rows.txt"], ["rows.txt", ".jsonl"]),
+        (["folder"], ["folder", "save_to_disk"]),
+        (["empty.jsonl"], ["empty.jsonl", "no rows"]),
+        (["cut.json"], ["cut.json", "mend the array"]),
+        (["cut.parquet"], ["cut.parquet", "not a parquet file"]),
+        (["rows.jsonl", "--fix"], ["--fix and --out"]),
+        (["rows.jsonl", "--out", "out"], ["--fix and --out"]),
+        (["rows.jsonl", "--fix", "--out", "folder"], ["folder", "exists already"]),
+        (["rows.jsonl", "--fix", "--out", "rows.txt/out"], ["rows.txt/out", "not written"]),
+        (["rows.jsonl", "--json", "rows.txt/out"], ["rows.txt/out", "not written"]),
+        (["rows.jsonl", "--chat_template_path", "none.jinja"], ["none.jinja", "chat_templates/"]),
+        (["rows.jsonl", "--chat_template_path", "cut.jinja"], ["cut.jinja", "not a template"]),
+        (["rows.jsonl", "--model_name_or_path", "no/such"], ["no/such", "HF_ENDPOINT"]),
+        (["rows.jsonl", "--recipe", "none.py"], ["none.py", "recipes/"]),
+        (["rows.jsonl", "--recipe", "rows.txt"], ["rows.txt", "DEFAULTS"]),
+        (["rows.jsonl", "--mdoel", "x"], ["--mdoel"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith(("rows", "none", "cut", "empty", "folder")) else "",
+)
+def test_bad_input_is_one_sentence(tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    write(Path("rows.jsonl"), [row_of(chat())])
+    Path("empty.jsonl").touch()
+    Path("rows.txt").touch()
+    Path("folder").mkdir()
+    Path("cut.json").write_text('[{"messages": ')
+    Path("cut.parquet").write_text("PAR1")
+    Path("cut.jinja").write_text("{% for %}")
+    before = sorted(Path(".").rglob("*"))
+    done = run(*flags)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    said = [line for line in done.stderr.splitlines() if not line.startswith(("usage:", " "))]
+    assert len(said) == 1 and all(word in said[0] for word in words), done.stderr
+    assert sorted(Path(".").rglob("*")) == before
+
+
+def test_recipe_gives_template_and_tokenizer(demo, tmp_path):
+    """DEFAULTS of a real recipe, whose model is not at hand; a copy whose model is; flags win."""
+    path = write(tmp_path / "rows.jsonl", [row_of(chat(reasoning_content="So.")), row_of(chat("<start_of_turn>"))])
+    recipe = REPO / "recipes" / "qwen3_qlora.py"
+    done = run(path, "--recipe", recipe)
+    assert "no place for reasoning_content" in done.stdout and "control token in text" in done.stdout
+    assert "known control tokens" in done.stderr and "Traceback" not in done.stderr
+    source = f"DEFAULTS = dict(model_name_or_path={str(demo / 'init')!r}, chat_template_path={{!r}})\n"
+    (tmp_path / "mine.py").write_text(source.format(str(TEMPLATES / "chatml.jinja")))
+    done = run(path, "--recipe", tmp_path / "mine.py")
+    assert "no place for reasoning_content" in done.stdout and "control token" not in done.stdout + done.stderr
+    done = run(path, "--recipe", tmp_path / "mine.py", "--chat_template_path", TEMPLATES / "qwen3.jinja")
+    assert done.returncode == 0
+
+
+# -- real data --------------------------------------------------------------------------------------------------------
+@real
+def test_shared_files_with_counts_by_reason(tmp_path):
+    """Raw files of other shapes are counted, not crashed on; what normalize.py makes of them is sound."""
+    data = SHARED / "data"
+    for file, count, reason in (
+        ("chat/sharegpt_zh_1K_format.jsonl", 1000, "row without messages"),
+        ("tools/glaive_toolcall_en_demo.json", 300, "row without messages"),
+        ("tools/reason_tool_use_demo_50.jsonl", 50, "text that is not a string"),
+        ("tools/bfcl/BFCL_v4_multiple.json", 200, "row without messages"),
+        ("chat/tinker_conversations.jsonl", 128, None),
+    ):
+        done = run(data / file, "--json", tmp_path / "found.json", "--chat_template_path", TEMPLATES / "qwen3.jinja")
+        report = json.loads((tmp_path / "found.json").read_text())
+        assert report["in"] == count and report["found"] == ({reason: count} if reason else {})
+        assert done.returncode == (1 if reason else 0)
+    flags = ["--chat_template_path", TEMPLATES / "qwen3.jinja"]
+    flags += ["--model_name_or_path", SHARED / "tokenizers" / "qwen3"]
+    for file in ("chat/sharegpt_zh_1K_format.jsonl", "tools/glaive_toolcall_en_demo.json"):
+        out = tmp_path / f"{Path(file).stem}.jsonl"
+        raw = [row for _, row in normalize.read_rows(data / file) if len(row["conversations"]) < 50]
+        assert run("sharegpt", write(tmp_path / "raw.jsonl", raw), "--out", out, script=normalize).returncode == 0
+        done = run(out, *flags)
+        assert done.returncode == 0, done.stdout
+        assert int(re.search(r"([\d,]+) rows", done.stdout)[1].replace(",", "")) == len(lines(out)) > 250
+
+
+@real
+def test_shared_sharegpt_as_messages_without_normalize(tmp_path):
+    """Renamed only: the faults that normalize.py refuses are found here too."""
+    roles = {"human": "user", "gpt": "assistant"}
+    raw = [row for _, row in normalize.read_rows(SHARED / "data" / "chat" / "sharegpt_zh_1K_format.jsonl")]
+    rows = [
+        row_of([turn(roles.get(t["from"], t["from"]), t["value"].strip()) for t in row["conversations"]]) for row in raw
+    ]
+    done = run(write(tmp_path / "rows.jsonl", rows), "--json", tmp_path / "found.json")
+    report = json.loads((tmp_path / "found.json").read_text())
+    assert done.returncode == 1 and report["found"] == {
+        "control token in text": 1,
+        "empty text": 1,
+        "last message is not the assistant's": 6,
+        "no assistant turn": 1,
+    }
