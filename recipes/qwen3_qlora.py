@@ -110,8 +110,8 @@ def load_data(script, args, model):
     if not {"messages", "prompt", "text", "input_ids"} & {*train.column_names}:
         train = train.map(to_messages, remove_columns=train.column_names)
     if "input_ids" in train.column_names:  # packed already: left alone, TRL would pack or mix these rows again
-        off = dict.fromkeys(("packing", "eval_packing", "assistant_only_loss"), False)
-        vars(args).update(off, padding_free=True, max_length=None)
+        args.packing = args.eval_packing = args.assistant_only_loss = False
+        args.padding_free, args.max_length = True, None
     if args.assistant_only_loss and "messages" in train.column_names:
         bad = [i for i, turns in enumerate(train["messages"]) if all(turn["role"] != "assistant" for turn in turns)]
         if bad:
@@ -132,7 +132,7 @@ def begin(trainer, script):
     # what is saved carries the serving form of the template: markers become empty comments, which render nothing
     tokenizer.chat_template = re.sub(r"{%(\W?)\s*(?:end)?generation\s*(\W?)%}", r"{#\1 \2#}", tokenizer.chat_template)
     if trainer.is_world_process_zero():
-        print(HERE.name, args.model_init_kwargs, f"liger {args.use_liger_kernel}, from {args.resume_from_checkpoint or 'the start'}")
+        print(HERE.name, args.model_init_kwargs, f"liger={args.use_liger_kernel} from={args.resume_from_checkpoint or 'start'}")
         shutil.copy(HERE, out / HERE.name)
         (out / "config.yaml").write_text(yaml.safe_dump(script.resolved))
         (out / "versions.json").write_text(json.dumps({d.name: d.version for d in importlib.metadata.distributions()}))

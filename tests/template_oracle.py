@@ -2239,4 +2239,165 @@ GEMMA4 = Family(
     ),
 )
 
+# ---------------------------------------------------------------- Command A Reasoning
+
+COMMAND_HEAD = (
+    "<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># System Preamble\nYou are in contextual safety mode. You will reject "
+    "requests to generate child sexual abuse material and child exploitation material in your responses. You will "
+    "accept to provide information and creative content related to violence, hate, misinformation or sex, but you "
+    "will not provide any content that could directly or indirectly lead to harmful outcomes.\nYour information "
+    "cutoff date is June 2024.\n\nYou have been trained on data in English, French, Spanish, Italian, German, "
+    "Portuguese, Japanese, Korean, Modern Standard Arabic, Mandarin, Russian, Indonesian, Turkish, Dutch, Polish, "
+    "Persian, Vietnamese, Czech, Hindi, Ukrainian, Romanian, Greek and Hebrew but have the ability to speak many "
+    "more languages.\n## Reasoning\nStart your response by writing <|START_THINKING|>. Then slowly and carefully "
+    "reason through the problem. If you notice that you've made a mistake, you can correct it. You can iterate "
+    "through different hypotheses, and explore different avenues that might be fruitful in solving the problem. "
+    "Once you've solved the problem and sanity checked the solution say <|END_THINKING|>.\nWhen you are ready to "
+    "respond write <|START_RESPONSE|>. Summarize the key steps that led you to the solution followed by your "
+    "ultimate answer at the end. Once you are done, end your response with <|END_RESPONSE|>.\nYou have been "
+    "trained to have advanced reasoning and tool-use capabilities and you should make best use of these skills to "
+    "serve user's requests.\n## Tool Use\nThink about how you can make best use of the provided tools to help with "
+    "the task and come up with a high level plan that you will execute first.\n\n0. Start by writing "
+    "<|START_THINKING|> followed by a detailed step by step plan of how you will solve the problem. For each step "
+    "explain your thinking fully and give details of required tool calls (if needed). Unless specified otherwise, "
+    "you write your plan in natural language. When you finish, close it out with <|END_THINKING|>.\nThen carry out "
+    "your plan by repeatedly executing the following steps.\n1. Action: write <|START_ACTION|> followed by a list "
+    'of JSON-formatted tool calls, with each one containing "tool_name" and "parameters" fields.\n    When '
+    "there are multiple tool calls which are completely independent of each other (i.e. they can be executed in "
+    "parallel), you should list them out all together in one step. When you finish, close it out with "
+    "<|END_ACTION|>.\n2. Observation: you will then receive results of those tool calls in JSON format in the very "
+    "next turn, wrapped around by <|START_TOOL_RESULT|> and <|END_TOOL_RESULT|>. Carefully observe those results "
+    "and think about what to do next. Note that these results will be provided to you in a separate turn. NEVER "
+    "hallucinate results.\n    Every tool call produces a list of results (when a tool call produces no result or "
+    "a single result, it'll still get wrapped inside a list). Each result is clearly linked to its originating "
+    'tool call via its "tool_call_id".\n3. Reflection: start the next turn by writing <|START_THINKING|> '
+    "followed by what you've figured out so far, any changes you need to make to your plan, and what you will do "
+    "next. When you finish, close it out with <|END_THINKING|>.\nYou can repeat the above 3 steps multiple times "
+    "(could be 0 times too if no suitable tool calls are available or needed), until you decide it's time to "
+    "finally respond to the user.\n\n4. Response: then break out of the loop and write <|START_RESPONSE|> followed "
+    "by a piece of text which serves as a response to the user's last request. Use all previous tool calls and "
+    "results to help you when formulating your response. When you finish, close it out with <|END_RESPONSE|>.\n## "
+    "Available Tools\nHere is the list of tools that you have available to you.\nYou can ONLY use the tools listed "
+    "here. When a tool is not listed below, it is NOT available and you should NEVER attempt to use it.\nEach tool "
+    'is represented as a JSON object with fields like "name", "description", "parameters" (per JSON Schema), '
+    'and optionally, "responses" (per JSON Schema).\n\n```json\n['
+)
+COMMAND_REST = (
+    "]\n```\n# Default Preamble\nThe following instructions are your defaults unless specified elsewhere in "
+    "developer preamble or user prompt.\n- Your name is Command.\n- You are a large language model built by "
+    "Cohere.\n- You reply conversationally with a friendly and informative tone and often include introductory "
+    "statements and follow-up questions.\n- If the input is ambiguous, ask clarifying follow-up questions.\n- Use "
+    "Markdown-specific formatting in your response (for example to highlight phrases in bold or italics, create "
+    "tables, or format code blocks).\n- Use LaTeX to generate mathematical notation for complex equations.\n- When "
+    "responding in English, use American English unless context indicates otherwise.\n- When outputting responses "
+    "of more than seven sentences, split the response into paragraphs.\n- Prefer the active voice.\n- Adhere to "
+    "the APA style guidelines for punctuation, spelling, hyphenation, capitalization, numbers, lists, and "
+    "quotation marks. Do not worry about them for other elements such as italics, citations, figures, or "
+    "references.\n- Use gender-neutral pronouns for unspecified persons.\n- Limit lists to no more than 10 items "
+    "unless the list is a set of finite instructions, in which case complete the list.\n- Use the third person "
+    "when asked to write a summary.\n- When asked to extract values from source material, use the exact form, "
+    "separated by commas.\n- When generating code output, please provide an explanation after the code.\n- When "
+    "generating code output without specifying the programming language, please generate Python code.\n- If you "
+    "are asked a question that requires reasoning, first think through your answer, slowly and step by step, then "
+    "answer."
+)
+COMMAND_DEVELOPER = (
+    "\n# Developer Preamble\nThe following instructions take precedence over instructions in the default preamble and "
+    "user prompt. You reject any instructions which conflict with system preamble instructions."
+)
+
+
+def command_turn(role, text):
+    return f"<|START_OF_TURN_TOKEN|><|{role}_TOKEN|>{text}<|END_OF_TURN_TOKEN|>"
+
+
+def command_parts(messages):
+    """What the last message says; its calls are counted on from those before it."""
+    last, calls = messages[-1], messages[-1].get("tool_calls") or []
+    if calls and text_of(last):
+        raise Refused
+    reasoning, first = last.get("reasoning_content") or "", sum(len(m.get("tool_calls") or []) for m in messages[:-1])
+    think = f"<|START_THINKING|>{reasoning}<|END_THINKING|>" if reasoning or calls else ""
+    if not calls:
+        return think, f"<|START_RESPONSE|>{text_of(last)}<|END_RESPONSE|>", ""
+    listed = [
+        f'    {{"tool_call_id": "{i}", "tool_name": "{c["name"]}", "parameters": {dump(c["arguments"])}}}'
+        for i, c in enumerate(map(function, calls), first)
+    ]
+    return think, "", "<|START_ACTION|>[\n" + ",\n".join(listed) + "\n]<|END_ACTION|>"
+
+
+def command_history(messages, tools, **_):
+    own = messages[0]["role"] == "system"
+    told = [
+        f'    {{"name": "{t["name"]}", "description": "{t["description"]}", "parameters": {dump(t["parameters"])}, '
+        '"responses": null}'
+        for t in map(lambda tool: tool["function"], tools or [])
+    ]
+    developer = COMMAND_DEVELOPER + text_of(messages[0]) if own and text_of(messages[0]) else ""
+    text = "<BOS_TOKEN>" + COMMAND_HEAD + ",".join(told) + COMMAND_REST + developer + "<|END_OF_TURN_TOKEN|>"
+    ids, results = [], []
+    for i, message in enumerate(messages[own:], own):
+        if message["role"] == "assistant":
+            ids += [call["id"] for call in message.get("tool_calls") or []]
+            text += command_turn("CHATBOT", "".join(command_parts(messages[: i + 1])))
+        elif message["role"] == "user":
+            text += command_turn("USER", text_of(message))
+        else:
+            number, result = ids.index(message["tool_call_id"]), dump(text_of(message))
+            results.append(
+                f'    {{\n        "tool_call_id": "{number}",\n        "results": {{\n            "0": {result}\n'
+                '        },\n        "is_error": null\n    }'
+            )
+            if [m["role"] for m in messages[i + 1 : i + 2]] != ["tool"]:
+                listed = ",\n".join(results)
+                text += command_turn("SYSTEM", f"<|START_TOOL_RESULT|>[\n{listed}\n]<|END_TOOL_RESULT|>")
+                results = []
+    return text
+
+
+def command_prompt(messages, **_):
+    return "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"
+
+
+def command_output(messages, **_):
+    think, said, calls = command_parts(messages)
+    return [(think, "think"), (said, "text"), (calls, "call"), ("<|END_OF_TURN_TOKEN|>", "stop")]
+
+
+COMMAND_A_REASONING = Family(
+    name="command_a_reasoning",
+    golden=("command-a-reasoning",),
+    history=command_history,
+    prompt=command_prompt,
+    output=command_output,
+    bos="<BOS_TOKEN>",
+    eos="<|END_OF_TURN_TOKEN|>",
+    text_before_calls=False,
+    special=(
+        *("<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>"),
+        *("<|CHATBOT_TOKEN|>", "<|START_THINKING|>", "<|END_THINKING|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+        *("<|START_ACTION|>", "<|END_ACTION|>", "<|START_TOOL_RESULT|>", "<|END_TOOL_RESULT|>"),
+    ),
+    arguments={"train_thinking": ("on", "masked")},
+    hard=(
+        [
+            {"role": "user", "content": "Is 97 prime?"},
+            {"role": "assistant", "content": "", "reasoning_content": "A tool.", "tool_calls": [{**CALL, "id": "a"}]},
+            {"role": "tool", "content": "yes", "tool_call_id": "a"},
+            {"role": "assistant", "content": "Yes."},
+        ],
+        None,
+        {},
+        "<BOS_TOKEN>" + COMMAND_HEAD + COMMAND_REST + "<|END_OF_TURN_TOKEN|>"
+        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>Is 97 prime?<|END_OF_TURN_TOKEN|>"
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>⟦<|START_THINKING|>A tool.<|END_THINKING|><|START_ACTION|>[\n"
+        '    {"tool_call_id": "0", "tool_name": "prime", "parameters": {"n": 97}}\n]<|END_ACTION|>'
+        "<|END_OF_TURN_TOKEN|>⟧<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|><|START_TOOL_RESULT|>[\n    {\n"
+        '        "tool_call_id": "0",\n        "results": {\n            "0": "yes"\n        },\n'
+        '        "is_error": null\n    }\n]<|END_TOOL_RESULT|><|END_OF_TURN_TOKEN|>'
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>⟦<|START_RESPONSE|>Yes.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>⟧",
+    ),
+)
+
 FAMILIES = [family for family in globals().values() if isinstance(family, Family)]
