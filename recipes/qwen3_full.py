@@ -129,7 +129,7 @@ def begin(trainer, script):
     # what is saved carries the serving form of the template: markers become empty comments, which render nothing
     tokenizer.chat_template = re.sub(r"{%(\W?)\s*(?:end)?generation\s*(\W?)%}", r"{#\1 \2#}", tokenizer.chat_template)
     if trainer.is_world_process_zero():
-        print(HERE.name, args.model_init_kwargs, "liger", args.use_liger_kernel, args.resume_from_checkpoint or "from=start")
+        print(args.model_init_kwargs, f"{args.use_liger_kernel=}", args.resume_from_checkpoint or "from=start")
         shutil.copy(HERE, out / HERE.name)
         (out / "config.yaml").write_text(yaml.safe_dump(script.resolved))
         (out / "versions.json").write_text(json.dumps({d.name: d.version for d in importlib.metadata.distributions()}))
