@@ -393,9 +393,12 @@ def test_our_templates_pass_on_the_demo(look, demo, tmp_path):
         assert look(data, model=demo / "init", template=TEMPLATES / f"{name}.jinja")[0] == 0
 
 
-def test_a_token_across_the_edge_is_seen(look, demo):
-    """The demo's tokenizer has \\n\\n as one token, as Qwen3's has."""
-    code, out, _, report = look([chat(("user", "hi"), ("assistant", "\nnewline first")), *FINE], model=demo / "init")
+def test_a_token_across_the_edge_is_seen(look, demo, tmp_path):
+    """With 896 entries the demo's tokenizer has \\n\\n as one token, as Qwen3's has."""
+    script, model = Path(__file__).resolve().parents[1] / "data_prep" / "demo_model.py", tmp_path / "larger"
+    flags = ["--rows", demo / "rows", "--out", model, "--vocab_size", "896"]
+    subprocess.run([sys.executable, script, *flags], check=True, capture_output=True)
+    code, out, _, report = look([chat(("user", "hi"), ("assistant", "\nnewline first")), *FINE], model=model)
     assert report["rows"][0]["straddle"] and report["rows"][0]["newline"] and code == 0
     assert not any(row["straddle"] or row["newline"] for row in report["rows"][1:])
 
