@@ -13,6 +13,7 @@ import runpy
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 from conftest import EXACT, REPO, SHARED
