@@ -9,6 +9,10 @@ the others gets a row that ends with it, and no answer is trained twice: the row
 its own request + output stays together, so a conversation that the template trains whole stays one row, as it is, and
 so does one that was expanded before. The template itself decides, by what it renders.
 
+To reproduce StepTron (step3_qwen3.jinja), leave this script out: published is one row a conversation, which trains the
+answers after the last user turn whose loss_mask is 1, a call without reasoning as history shows it, without its think
+block. Expanded rows train the earlier answers too, and such a call with the empty block that its prompt asks for.
+
 PATH is a .jsonl, .json or .parquet file, or a save_to_disk folder, of which every split is expanded; OUT is a .jsonl
 file, or a folder with report.json, rejected.jsonl, card.md. An expanded row is ID#k: it ends with message k of row ID.
 Rows and answers that cannot be trained are listed in rejected.jsonl and counted by reason. The cost is counted in

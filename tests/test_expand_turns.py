@@ -273,48 +273,129 @@ def test_another_template_trains_each_answer_once_too(row):
     assert trained(rows, TEMPLATES / "chatml.jinja") == trained([row], TEMPLATES / "chatml.jinja")
 
 
+# -- every family, by its own oracle -----------------------------------------------------------------------------------
+def linked(messages):
+    """Each call with an id of its own and each reply with the id and name of its call: Mistral and Command A print or
+    count them, Gemma 4 names the reply by them."""
+    out, open_calls = [], []
+    for turn in messages:
+        calls = [call | {"id": f"call{len(out):02}{n:03}"} for n, call in enumerate(turn.get("tool_calls", []))]
+        open_calls += calls
+        turn = turn | ({"tool_calls": calls} if calls else {})
+        if turn["role"] == "tool":
+            call = open_calls.pop(0)
+            turn = turn | {"tool_call_id": call["id"], "name": call["function"]["name"]}
+        out.append(turn)
+    return out
+
+
 def shapes(family):
     """Conversations that a family may hold; its own oracle says which it refuses."""
-    call, reply = answer("", None, 1), REPLY
+    call, thought, brief = answer("", None, 1), answer("", "r", 1), {"role": "system", "content": "Be brief."}
     yield [user(), answer(), user("And?"), answer("So."), user("Well?"), answer("13")], None
-    yield [{"role": "system", "content": "Be brief."}, user(), answer(), user("And?"), answer("So.")], None
+    yield [brief, user(), answer(), user("And?"), answer("So.")], None
     yield [user(), answer("Yes.", "r"), user("And?"), answer("So."), user("Well?"), answer("13", "s")], None
     if family.tools:
         tools = [TOOL] if family.tool_list else None
-        yield [user(), call, reply, answer(), user("And?"), call, reply, call, reply, answer("So.")], tools
-        thought = answer("", "r", 1)
-        yield [user(), thought, reply, answer("Yes.", "s"), user("And?"), thought, reply, answer("So.", "t")], tools
+        chain = [user(), call, REPLY, answer(), user("And?"), call, REPLY, call, REPLY, answer("So.")]
+        yield linked(chain), tools
+        yield linked([brief, *chain]), tools
+        chain = [user(), thought, REPLY, answer("Yes.", "s"), user("And?"), thought, REPLY, answer("So.", "t")]
+        yield linked(chain), tools
+        if family.parallel:
+            yield linked([user(), answer("", None, 2), REPLY, REPLY, answer(), user("And?"), answer("So.")]), tools
 
 
-# expand_turns is not proven on these yet: the crafted rows below do not fit what they accept or train
-UNPROVEN = {"mistral_nemo", "mistral_small_3_2", "step3_qwen3", "gemma4", "command_a_reasoning"}
-PROVEN = [family for family in FAMILIES if family.name not in UNPROVEN]
-
-
-@pytest.mark.parametrize("family", PROVEN, ids=lambda family: family.name)
-def test_every_family(family):
-    """The same against the oracle of each family; a family is found here once it is in that list."""
-    template, compared = TEMPLATES / f"{family.name}.jinja", 0
-    for messages, tools in shapes(family):
-        row = row_of(*messages, tools=tools, bos_token=family.bos, eos_token=family.eos)
-        pairs, no_room = Counter(), 0
-        for k in [k for k, turn in enumerate(messages) if turn["role"] == "assistant"]:
-            try:
-                parts = family.output(messages[: k + 1])
-                pairs[
-                    family.history(messages[:k], tools) + family.prompt(messages[:k]), "".join(p for p, _ in parts)
-                ] += 1
-            except OracleRefused:
-                no_room += 1
+def oracle(family, messages, tools, **arguments):
+    """({k: (prompt, what is trained of answer k)}, number of answers that the family has no place for)"""
+    found, no_room = {}, 0
+    for k in [k for k, turn in enumerate(messages) if turn["role"] == "assistant"]:
         try:
-            rows, refused = expand(row, template)
-        except normalize.Refused:
-            assert not pairs
+            parts = family.output(messages[: k + 1], **arguments)
+            prompt = family.history(messages[:k], tools, **arguments) + family.prompt(messages[:k], **arguments)
+        except OracleRefused:
+            no_room += 1
             continue
-        assert trained(rows, template) == pairs and len(refused) == no_room
-        assert rows == [row] or trained([row], template) != pairs
-        compared += 1
-    assert compared
+        # StepTron's published mask trains the newline after the stop too
+        found[k] = prompt, "".join(part for part, _ in parts) + (family.after if family.published else "")
+    return found, no_room
+
+
+def proven(family, messages, tools, **arguments):
+    """(rows, Counter of what it cost), with everything asserted that holds in every family; None where none is left."""
+    template = TEMPLATES / f"{family.name}.jinja"
+    row = row_of(*messages, tools=tools, bos_token=family.bos, eos_token=family.eos, **arguments)
+    pairs, no_room = oracle(family, messages, tools, **arguments)
+    try:
+        rows, counts, refused = expand_turns.expand(row, check.Against(source(template)))
+    except normalize.Refused:
+        assert not pairs
+        return None
+    wanted = Counter(pairs.values())
+    assert trained(rows, template) == wanted and len(refused) == no_room
+    assert counts["answers_after"] == len(pairs) and counts["answers"] == len(pairs) + no_room
+    assert counts["trained_after"] == sum(len(said) for _, said in pairs.values())
+    if not no_room:  # only where the template needs it, and told so
+        as_it_stands = trained([row], template)
+        assert (rows == [row]) == (as_it_stands == wanted)
+        assert counts["answers_before"] == (as_it_stands & wanted).total()
+        assert (counts["total_after"] > counts["total_before"]) == (len(rows) > 1)
+    return rows, counts
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_family(family):
+    """Every answer once, under its true prompt; a family is found here once it is in the oracle's list."""
+    done = [proven(family, messages, tools) for messages, tools in shapes(family)]
+    assert sum(one is not None for one in done) >= 1 + family.system + 2 * family.tools
+
+
+def fitted(row, family):
+    """(messages, tools) of a random row without what the family has no place for."""
+    without = ["system"] * (not family.system) + ["tool"] * (not family.tools)
+    asked = next(k for k, turn in enumerate(row["messages"]) if turn["role"] == "user")
+    system = [turn for turn in row["messages"][:asked] if turn["role"] == "system"]  # no answer without a question
+    turns = system + row["messages"][asked:]
+    turns = [t for t in turns if t["role"] not in without and (family.tools or not t.get("tool_calls"))]
+    if not family.reasoning:
+        turns = [{k: v for k, v in turn.items() if k != "reasoning_content"} for turn in turns]
+    if not family.text_before_calls:
+        turns = [turn | ({"content": ""} if turn.get("tool_calls") else {}) for turn in turns]
+    return linked(turns), row.get("tools") if family.tools and family.tool_list else None
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_family_on_random_conversations(family):
+    switches = [name for name in ("enable_thinking", "preserve_thinking") if name in family.arguments]
+    compared = Counter()
+
+    @settings(max_examples=25, deadline=None, derandomize=True, database=None)
+    @given(conversations(), st.data())
+    def run(row, data):
+        arguments = {name: data.draw(st.sampled_from(family.arguments[name])) for name in switches}
+        messages, tools = fitted(row, family)
+        if proven(family, messages, tools, **arguments):
+            compared.update(rows=1, longer=len(messages) > 3, calls=any(t.get("tool_calls") for t in messages))
+
+    run()
+    assert compared["rows"] >= 15 and compared["longer"] >= 8 and compared["calls"] >= 4 * family.tools, compared
+
+
+def test_steptron_trains_less_than_its_expanded_rows():
+    """Published: one row a conversation, of which the answers after the last user turn are trained whose own loss_mask
+    is 1, a call without reasoning without its think block. Expanded, every answer that its own flag does not forbid."""
+    family, template = next(f for f in FAMILIES if f.name == "step3_qwen3"), TEMPLATES / "step3_qwen3.jinja"
+    messages = linked(
+        [user(), answer("Yes.", "r"), user("And?"), answer("", None, 1), REPLY, answer("", "s", 1), REPLY, answer("So")]
+    )
+    messages[5]["loss_mask"] = 0
+    row = row_of(*messages, tools=[TOOL])
+    pairs = oracle(family, messages, [TOOL])[0]
+    published = {said.removeprefix("<think>\n\n</think>\n\n") for k, (_, said) in pairs.items() if k == 3}
+    published |= {said for k, (_, said) in pairs.items() if k == 7}
+    assert {said for _, said in trained([row], template)} == published and len(published) == 2
+    rows, refused = expand(row, template)
+    assert trained(rows, template) == Counter(pair for k, pair in pairs.items() if k in (1, 3, 7)) and not refused
 
 
 def test_rows_of_the_main_cases_by_hand():
@@ -468,9 +549,15 @@ def test_cost_by_hand(tmp_path):
     assert ["trained", "95", "126", "x1.33"] in [line.split() for line in done.stdout.splitlines()]
 
 
-def test_cost_in_tokens_is_what_the_trainer_counts(demo, tmp_path):
+@pytest.mark.parametrize("name", ["qwen3", "gpt_oss", "mistral_nemo", "mistral_small_3_2", "step3_qwen3", "gemma4"])
+def test_cost_in_tokens_is_what_the_trainer_counts(demo, tmp_path, name):
     rows = [TWO, CHAINS | {"id": "b"}, GREETING | {"id": "c"}]
-    out, template = tmp_path / "out.jsonl", TEMPLATES / "qwen3.jinja"
+    if name != "qwen3":
+        family = next(family for family in FAMILIES if family.name == name)
+        held = [shape for shape in shapes(family) if proven(family, *shape)]
+        rows = [row_of(*turns, tools=tools, bos_token=family.bos, eos_token=family.eos) for turns, tools in held]
+        rows = [row | {"id": str(number)} for number, row in enumerate(rows)]
+    out, template = tmp_path / "out.jsonl", TEMPLATES / f"{name}.jinja"
     flags = ["--model_name_or_path", demo / "init", "--chat_template_path", template]
     assert run(write(tmp_path / "rows.jsonl", rows), *flags, "--out", out).returncode == 0
     report = json.loads((tmp_path / "out.report.json").read_text())
@@ -494,7 +581,7 @@ def test_cost_in_tokens_is_what_the_trainer_counts(demo, tmp_path):
     for n, name in enumerate(("total", "trained")):
         assert report["tokens"][f"{name}_before"] == counted["before"][n]
         assert report["tokens"][f"{name}_after"] == counted["after"][n]
-    assert counted["before"][1] < counted["after"][1]
+    assert len(rows) > 2 and counted["before"][0] < counted["after"][0]
 
 
 def test_nothing_is_dropped_without_a_count(tmp_path):
