@@ -359,6 +359,9 @@ def fitted(row, family):
     turns = [t for t in turns if t["role"] not in without and (family.tools or not t.get("tool_calls"))]
     if not family.reasoning:
         turns = [{k: v for k, v in turn.items() if k != "reasoning_content"} for turn in turns]
+    if not family.parallel:
+        turns = [turn | ({"tool_calls": [CALL]} if turn.get("tool_calls") else {}) for turn in turns]
+        turns = [turn for n, turn in enumerate(turns) if turn["role"] != "tool" or turns[n - 1]["role"] != "tool"]
     if not family.text_before_calls:
         turns = [turn | ({"content": ""} if turn.get("tool_calls") else {}) for turn in turns]
     return linked(turns), row.get("tools") if family.tools and family.tool_list else None
