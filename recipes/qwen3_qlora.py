@@ -63,6 +63,7 @@ class RecipeArguments(ScriptArguments):
     eval_rows: int = field(default=0, metadata={"help": "validation rows drawn by seed, where there is no such split"})
     skip_bad_rows: bool = field(default=False, metadata={"help": "go on without the rows that have no assistant turn"})
     hooks: list[str] = field(default_factory=list, metadata={"action": "extend", "help": "files, added to ours"})
+    allow: list[str] = field(default_factory=list, metadata={"help": "what a hook would refuse, by the name it gives"})
 
 
 def parse_args():
@@ -110,8 +111,7 @@ def load_data(script, args, model):
     if not {"messages", "prompt", "text", "input_ids"} & {*train.column_names}:
         train = train.map(to_messages, remove_columns=train.column_names)
     if "input_ids" in train.column_names:  # packed already: left alone, TRL would pack or mix these rows again
-        args.packing = args.eval_packing = args.assistant_only_loss = False
-        args.padding_free, args.max_length = True, None
+        vars(args).update(packing=False, assistant_only_loss=False, padding_free=True, max_length=None)
     if args.assistant_only_loss and "messages" in train.column_names:
         bad = [i for i, turns in enumerate(train["messages"]) if all(turn["role"] != "assistant" for turn in turns)]
         if bad:
@@ -144,9 +144,9 @@ def main():
     hooks |= {path: runpy.run_path(path) for path in script.hooks if path not in hooks and Path(path).is_file()}
     [print(f"{HERE.name}: hook {path} is not there, runs on without it") for path in script.hooks if path not in hooks]
     [hook["prepare"](script, args, model) for hook in hooks.values() if "prepare" in hook]
-    tokenizer, train, held_out = load_data(script, args, model)
+    tokenizer, script.rows, held_out = load_data(script, args, model)
     trainer = SFTTrainer(
-        model.model_name_or_path, args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer,
+        model.model_name_or_path, args, train_dataset=script.rows, eval_dataset=held_out, processing_class=tokenizer,
         quantization_config=get_quantization_config(model), peft_config=get_peft_config(model))
     begin(trainer, script)
     [trainer.add_callback(hook["callback"](trainer)) for hook in hooks.values() if "callback" in hook]
