@@ -21,16 +21,14 @@ tokens with --model_name_or_path, else in characters.
 Exit 0: done. 1: no row is left, nothing written. 2: bad input, one sentence.
 """
 
-import argparse
 import hashlib
 import sys
 from bisect import bisect_left, bisect_right
 from collections import Counter, namedtuple
 from pathlib import Path
 
-from check import BadInput, check_out, completed, load_against, read_pool, well_formed, words, write_pool
-from normalize import Refused, kept_by_arrow, stop, unique
-from tqdm import tqdm
+from normalize import BadInput, Refused, check_out, command, parser_of, place, refuse_unkept, shown, unique
+from render import completed, load_against, read_pool, read_settings, well_formed, write_pool
 
 # an answer's request + output, what of it is trained, and (text, spans) of the row that ends with it
 Answer = namedtuple("Answer", "text spans rendered")
@@ -114,8 +112,14 @@ def cost(text, spans, tokenizer):
 
 
 def expand(row, against):
-    """(rows, Counter of what it cost, refused answers) of one row; raises Refused where no answer is left."""
-    rows, found, refused = expanded(row, against.render)
+    """(rows, Counter of what it cost, [(k, Refused)] of its refused answers) of one row; raises Refused where no answer
+    is left. Counted before and after: answers, and tokens, all and trained ones (without a tokenizer, characters)."""
+
+    def render(row, turns, prompt=False):
+        text, spans = against.render(row, turns, prompt)
+        return text, [span for span in spans if span[0] < span[1]]
+
+    rows, found, refused = expanded(row, render)
     answers = sum(turn["role"] == "assistant" for turn in row["messages"])
     if not answers:
         raise Refused("no assistant turn")
@@ -125,7 +129,7 @@ def expand(row, against):
     before, trained = after[0], len(found)
     if len(rows) > 1 or rows[0][0] != row:
         try:
-            text, spans = against.render(row, row["messages"])
+            text, spans = render(row, row["messages"])
             before, trained = cost(text, spans, against.tokenizer), len(covered(found, text, spans))
         except Refused:
             before, trained = (0, 0), 0  # the trainer would have stopped at it
@@ -136,25 +140,20 @@ def expand(row, against):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("path", type=Path, metavar="PATH", help="rows: a file or a save_to_disk folder")
-    parser.add_argument("--chat_template_path", type=Path, required=True, help="the template to train with")
+    parser.add_argument("--chat_template_path", required=True, help="the template to train with")
     parser.add_argument("--out", type=Path, required=True, help="NAME.jsonl, or a folder that does not exist yet")
     parser.add_argument("--model_name_or_path", help="folder or hub id of the tokenizer, to count tokens")
-    args = parser.parse_args()
-    try:
-        return run(args)
-    except BadInput as error:
-        return stop(str(error))
+    return command(parser, run)
 
 
 def run(args):
     """The exit code; raises BadInput."""
     splits, inputs = read_pool(args.path)
     check_out(args.out, splits)
-    against = load_against(args.chat_template_path, args.model_name_or_path)
+    flags = {name: getattr(args, name) for name in ("chat_template_path", "model_name_or_path")}
+    against = load_against(read_settings(flags=flags), lenient=args.model_name_or_path is None)
     if not against.marked:
         raise BadInput(f"{args.chat_template_path}: no {{% generation %}} markers: pass one of chat_templates/")
     kept, rejected, counts = expand_pool(splits, against, args)
@@ -189,33 +188,26 @@ def expand_pool(splits, against, args):
     """({split: rows}, rejected, Counter)"""
     kept, rejected, counts, seen = {split: [] for split in splits}, [], Counter(), set()
     for split, rows in splits.items():
-        for file, line, row in tqdm(rows, desc=split, unit=" rows", disable=not sys.stderr.isatty()):
-            place = {"file": file, "line": line, "id": str(row.get("id", "")) if isinstance(row, dict) else ""}
+        for file, line, row in shown(rows, split):
+            where = place(file, line, row)
             try:
-                if isinstance(row, Refused):
-                    raise row
-                well_formed(row)
-                row = completed(row, args.path.stem, line)
-                if args.out.suffix != ".jsonl" and not kept_by_arrow(row):
-                    raise Refused("number that Arrow cannot keep", "over ten decimals or 64 bits")
+                row = completed(well_formed(row), args.path.stem, line)
+                refuse_unkept(row, args.out)
                 found, spent, refused = expand(row, against)
+                counts += spent + Counter(added=len(found) - 1)
             except RecursionError:
                 found, refused = [], [(None, Refused("row nested too deep"))]
             except Refused as refusal:
                 found, refused = [], [(None, refusal)]
-            if not found:
-                counts["refused_rows"] += 1
-            else:
-                counts += spent
-                counts["added"] += len(found) - 1
-            same = len(found) == 1 and found[0] == row
+            counts["refused_rows"] += not found
+            same = found == [row]
             counts["expanded"] += bool(found) and not same
             for one in found:
                 name = row["id"] if same else f"{row['id']}#{len(one['messages']) - 1}"
                 kept[split].append(one | {"id": unique(name, seen)})
             for k, refusal in refused:
-                name = place["id"] if k is None else f"{row['id']}#{k}"
-                rejected.append(place | {"id": name, "reason": refusal.reason, "detail": words(refusal)})
+                name = where["id"] if k is None else f"{row['id']}#{k}"
+                rejected.append(where | {"id": name, "reason": refusal.reason, "detail": refusal.detail})
     return kept, rejected, counts
 
 

@@ -23,10 +23,15 @@ import re
 import shutil
 import sys
 from collections import Counter
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
 from tqdm import tqdm
+
+
+class BadInput(Exception):
+    """What cannot be worked on at all: one sentence that says what, where and what to do. Exit code 2."""
 
 
 class Refused(ValueError):
@@ -34,7 +39,7 @@ class Refused(ValueError):
 
     def __init__(self, reason, detail=""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
+        self.reason, self.detail = reason, detail
 
 
 # -- sources: a raw row (dict) -> {"messages": [...]} and what else the row has; missing fields raise KeyError --------
@@ -143,8 +148,32 @@ def not_json(constant):
     raise ValueError(f"{constant} is not JSON")
 
 
+PARTS = ("reasoning", "text", "tool_call")  # in the order in which a message is rendered
+
+
+def joined(turn):
+    """A message whose content is a list of parts {"type": one of PARTS, "value" (or "text"): str}, as LLaMA-Factory and
+    StepTron write it, with one string instead: texts and reasoning joined as they stand, calls (JSON) in tool_calls.
+    Raises Refused for other parts, and for an order or a field beside them that one message cannot keep."""
+    found, role = {kind: [] for kind in PARTS}, turn["role"]
+    for part in listed(turn["content"], "content"):
+        kind, value = part.get("type"), part.get("value", part.get("text"))
+        if kind not in PARTS or kind != "text" and role != "assistant":
+            raise Refused("content part of another kind", f"{kind} in a {role} message")
+        if any(found[later] for later in PARTS[PARTS.index(kind) + 1 :]):
+            raise Refused("content parts out of order", f"{kind} behind what follows it in a message")
+        if kind != "tool_call" and not isinstance(value, str):
+            raise Refused("text that is not a string", f"{kind} part of a {role} message is {type(value).__name__}")
+        found[kind].append(parsed(value, "tool call that is not JSON") if kind == "tool_call" else value)
+    more = {"reasoning_content": "".join(found["reasoning"]), "tool_calls": found["tool_call"]}
+    if told := [name for name, value in more.items() if value and turn.get(name)]:
+        raise Refused("content parts out of order", f"{told[0]} in the parts and beside them")
+    return {**turn, "content": "".join(found["text"]), **{name: value for name, value in more.items() if value}}
+
+
 def message(turn):
     """One message in the shape of transformers' chat API; a leading <think> block becomes reasoning_content."""
+    turn = joined(turn) if isinstance(turn.get("content"), list) else turn
     role, content = turn["role"], turn.get("content")
     if content is None and turn.get("tool_calls"):
         content = ""
@@ -226,6 +255,16 @@ def language(turns):
     return max(letters, key=letters.get) if letters else "und"
 
 
+def columns(row):
+    """(tools, chat_template_kwargs, tags) of a row, empty where it has none; raises Refused."""
+    tools, kwargs, tags = tool_list(row.get("tools")), row.get("chat_template_kwargs") or {}, row.get("tags") or []
+    if not isinstance(kwargs, dict):
+        raise Refused("field of another type", "chat_template_kwargs must be an object")
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        raise Refused("field of another type", "tags must be a list of strings")
+    return tools, kwargs, tags
+
+
 def to_row(raw, source, row_id):
     """A checked row, keys in the order of the house; raises Refused."""
     if not isinstance(raw, dict):
@@ -238,10 +277,7 @@ def to_row(raw, source, row_id):
     except (TypeError, AttributeError) as error:  # a number where text belongs, a list where an object belongs, …
         raise Refused("field of another type", str(error)) from None
     check_messages(found["messages"])
-    tools, kwargs = tool_list(found.get("tools")), found.get("chat_template_kwargs") or {}
-    tags = found.get("tags") or []
-    if not isinstance(kwargs, dict) or not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
-        raise Refused("field of another type", "chat_template_kwargs must be an object, tags a list of strings")
+    tools, kwargs, tags = columns(found)
     if hit := next(filter(None, map(CONTROL.search, strings([found["messages"], tools]))), None):
         raise Refused("control token in text", hit[0])
     row = {"id": row_id, "messages": found["messages"]}
@@ -252,10 +288,7 @@ def to_row(raw, source, row_id):
         "tags": tags,
         "lang": str(found.get("lang") or lang or language(found["messages"])),
     }
-    try:
-        json_line(row).encode()
-    except UnicodeEncodeError:
-        raise Refused("text that is not Unicode", "half a surrogate pair") from None
+    refuse_half_pairs(row)
     return row
 
 
@@ -272,28 +305,34 @@ def strings(value):
 
 # -- files in ---------------------------------------------------------------------------------------------------------
 def read_rows(path):
-    """Yield (line, value) of a JSON lines file or a JSON array; value is a Refused where a line is not JSON."""
+    """Yield (line, value) of a JSON lines file or a JSON array; value is a Refused where a line is not JSON. Raises
+    BadInput where an array is not."""
     data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     if data.lstrip()[:1] == b"[":
         try:
             yield from enumerate(json.loads(data, parse_constant=not_json), 1)
-        except json.JSONDecodeError as error:
-            sys.exit(stop(f"{path}:{error.lineno}: not JSON ({error.msg}): mend the array or pass JSON lines"))
-        except ValueError as error:
-            sys.exit(stop(f"{path}: not JSON ({error}): mend the array or pass JSON lines"))
+        except (ValueError, RecursionError) as error:
+            line, said = f":{error.lineno}" if hasattr(error, "lineno") else "", getattr(error, "msg", error)
+            raise BadInput(f"{path}{line}: not JSON ({said}): mend the array or pass JSON lines") from None
         return
     for number, line in enumerate(data.split(b"\n"), 1):
         if line.strip():
             try:
                 yield number, json.loads(line, parse_constant=not_json)
+            except UnicodeDecodeError:
+                yield number, Refused("not JSON", "not UTF-8")
             except (ValueError, RecursionError) as error:
                 yield number, Refused("not JSON", str(error))
 
 
-def stop(sentence):
-    """Print one sentence and return 2, the exit code for bad input."""
-    print(sentence, file=sys.stderr)
-    return 2
+def place(file, line, row):
+    """Where a row comes from, as findings and rejected.jsonl name it."""
+    return {"file": file, "line": line, "id": str(row.get("id", "")) if isinstance(row, dict) else ""}
+
+
+def shown(rows, name):
+    """The rows, with a bar where somebody looks."""
+    return tqdm(rows, desc=name, unit=" rows", disable=not sys.stderr.isatty())
 
 
 # -- files out --------------------------------------------------------------------------------------------------------
@@ -303,6 +342,14 @@ LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 def json_line(row):
     """One line of JSON, readable as it is; only what str.splitlines takes for a line end is escaped."""
     return json.dumps(row, ensure_ascii=False).translate(LINE_ENDS) + "\n"
+
+
+def refuse_half_pairs(row):
+    """Refuse a row that no file in UTF-8 can hold."""
+    try:
+        json_line(row).encode()
+    except UnicodeEncodeError:
+        raise Refused("text that is not Unicode", "half a surrogate pair") from None
 
 
 def content_hash(rows):
@@ -335,6 +382,12 @@ def kept_by_arrow(row):
         return ujson_loads(ujson_dumps(parts)) == parts
     except (OverflowError, ValueError):
         return False
+
+
+def refuse_unkept(row, out=None):
+    """Refuse a row that a dataset folder would not give back equal; a .jsonl file keeps any."""
+    if (out is None or out.suffix != ".jsonl") and not kept_by_arrow(row):
+        raise Refused("number that Arrow cannot keep", "over ten decimals or 64 bits; write it as a string")
 
 
 def card(name, splits):
@@ -384,29 +437,82 @@ def write_folder(out, splits, report, rejected=(), extra=()):
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def write_jsonl(out, rows, report, rejected):
-    """Write OUT, NAME.report.json and NAME.rejected.jsonl aside; OUT is renamed last, so it vouches for the others."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    files = {
-        out.with_suffix(".rejected.jsonl"): "".join(map(json_line, rejected)),
-        out.with_suffix(".report.json"): json.dumps(report, indent=2, ensure_ascii=False) + "\n",
-        out: "".join(map(json_line, rows)),
-    }
+def write_files(files):
+    """Write {path: text} aside and rename all when all are written, the last one last: it vouches for the others."""
     asides = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
     try:
         for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
             asides[path].write_text(content, encoding="utf-8", newline="\n")
         for path in files:
             asides[path].replace(path)
     finally:
         for aside in asides.values():
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
+
+
+def write_jsonl(out, rows, report, rejected):
+    """Write OUT, NAME.report.json and NAME.rejected.jsonl."""
+    files = {
+        out.with_suffix(".rejected.jsonl"): "".join(map(json_line, rejected)),
+        out.with_suffix(".report.json"): json.dumps(report, indent=2, ensure_ascii=False) + "\n",
+        out: "".join(map(json_line, rows)),
+    }
+    write_files(files)
+
+
+def write_text(path, text):
+    """Write a file that a flag names. Raises BadInput."""
+    try:
+        write_files({path: text})
+    except OSError as error:
+        raise BadInput(f"{path}: not written ({error}): make room or pass another file") from None
+
+
+def check_out(out, splits=()):
+    """Raises BadInput where OUT cannot be what these splits are written to, before the work is done."""
+    if out.exists():
+        raise BadInput(f"{out}: exists already: remove it or pass another --out")
+    if out.suffix == ".jsonl" and len(splits) > 1:
+        raise BadInput(f"{out}: a file has no splits, the data has {', '.join(splits)}: pass a folder as --out")
+
+
+def write_out(out, splits, report, rejected):
+    """Write the splits to OUT, a .jsonl file of the only one or a dataset folder. Raises BadInput."""
+    try:
+        if out.suffix == ".jsonl":
+            write_jsonl(out, next(iter(splits.values())), report, rejected)
+        else:
+            write_folder(out, splits, report, rejected)
+    except OSError as error:
+        raise BadInput(f"{out}: not written ({error}): make room or pass another --out") from None
+
+
+# -- scripts ----------------------------------------------------------------------------------------------------------
+def parser_of(doc, **kwargs):
+    """An argument parser as every script of this room has it: its docstring as help, no abbreviations."""
+    form = argparse.RawTextHelpFormatter
+    return argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False, **kwargs)
+
+
+def command(parser, run):
+    """The exit code of a script: that of run(arguments), or 2 with BadInput's sentence."""
+    args = parser.parse_args()
+    try:
+        return run(args)
+    except BadInput as error:
+        return stop(str(error))
+
+
+def stop(sentence):
+    """Print one sentence and return 2, the exit code for bad input."""
+    print(sentence, file=sys.stderr)
+    return 2
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("source", choices=SOURCES)
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file or glob, JSON lines or a JSON array")
     parser.add_argument("--out", type=Path, required=True, help="NAME.jsonl, or a folder that does not exist yet")
@@ -414,38 +520,33 @@ def main():
         "--eval_rows", type=int, default=0, help="rows of a folder drawn by seed as its validation split"
     )
     parser.add_argument("--seed", type=int, default=42)
-    args = parser.parse_args()
+    return command(parser, normalize)
 
+
+def normalize(args):
+    """The exit code; raises BadInput."""
     paths = []
     for pattern in args.inputs:
-        found = (
-            [Path(pattern)]
-            if Path(pattern).is_file()
-            else [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
-        )
+        found = [Path(pattern)] if Path(pattern).is_file() else map(Path, sorted(glob.glob(pattern, recursive=True)))
         if not (found := [path for path in found if path.is_file()]):
-            return stop(f"{pattern}: no such file: pass a .jsonl or .json file or a quoted glob")
+            raise BadInput(f"{pattern}: no such file: pass a .jsonl or .json file or a quoted glob")
         paths += [path for path in found if path not in paths]
-    if args.out.exists():
-        return stop(f"{args.out}: exists already: remove it or pass another --out")
+    check_out(args.out)
     if args.eval_rows < 0 or args.eval_rows and args.out.suffix == ".jsonl":
-        return stop("--eval_rows: needs a number above 0 and a folder as --out, a .jsonl file has no splits")
+        raise BadInput("--eval_rows: needs a number above 0 and a folder as --out, a .jsonl file has no splits")
 
     # names without the machine's folders: the same input gives the same bytes wherever it lies
     top = os.path.commonpath([path.resolve().parent for path in paths])
     names = {path: os.path.relpath(path.resolve(), top) for path in paths}
     rows, rejected, seen = [], [], set()
     for path in paths:
-        for line, raw in tqdm(read_rows(path), desc=names[path], unit=" rows", disable=not sys.stderr.isatty()):
+        for line, raw in shown(read_rows(path), names[path]):
             row_id = str(raw["id"]) if isinstance(raw, dict) and raw.get("id") is not None else f"{path.stem}-{line}"
             try:
                 if isinstance(raw, Refused):
                     raise raw
                 row = to_row(raw, args.source, unique(row_id, seen))
-                if not kept_by_arrow(row):
-                    raise Refused(
-                        "number that Arrow cannot keep", "over ten decimals or 64 bits; write it as a string"
-                    )
+                refuse_unkept(row)
                 rows.append(row)
             except Refused as refusal:
                 entry = {"file": names[path], "line": line, "id": row_id, "reason": refusal.reason}
@@ -453,16 +554,13 @@ def main():
     table = Counter(entry["reason"] for entry in rejected).most_common()
     counts = ", ".join(f"{count} {reason}" for reason, count in table)
     if not rows and not rejected:
-        return stop(f"{', '.join(map(str, paths))}: no rows: pass files with JSON lines or a JSON array")
+        raise BadInput(f"{', '.join(map(str, paths))}: no rows: pass files with JSON lines or a JSON array")
     if not rows:
-        first = rejected[0]
-        print(
-            f"all {len(rejected)} rows refused ({counts}), the first at {first['file']}:{first['line']}",
-            file=sys.stderr,
-        )
+        first = f"{rejected[0]['file']}:{rejected[0]['line']}"
+        print(f"all {len(rejected)} rows refused ({counts}), the first at {first}", file=sys.stderr)
         return 1
     if args.eval_rows >= len(rows):
-        return stop(f"--eval_rows {args.eval_rows}: only {len(rows)} rows: keep some to train on")
+        raise BadInput(f"--eval_rows {args.eval_rows}: only {len(rows)} rows: keep some to train on")
 
     splits = {"train": rows}
     if args.eval_rows:
@@ -473,13 +571,7 @@ def main():
         }
     inputs = {names[path]: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
     report = report_of(f"normalize.py {args.source}", splits, rejected, args.seed, inputs)
-    try:
-        if args.out.suffix == ".jsonl":
-            write_jsonl(args.out, rows, report, rejected)
-        else:
-            write_folder(args.out, splits, report, rejected)
-    except OSError as error:
-        return stop(f"{args.out}: not written ({error}): make room or pass another --out")
+    write_out(args.out, splits, report, rejected)
     print(f"{args.out}: {len(rows):,} rows kept, {len(rejected):,} refused" + (f" ({counts})" if counts else ""))
     return 0
 

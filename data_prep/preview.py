@@ -18,20 +18,22 @@ import json
 import os
 import re
 import sys
-from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
-from normalize import CONTROL, stop, strings
+from normalize import BadInput, Refused, command, parser_of, write_text
 from render import (
-    BadInput,
+    control_tokens,
     documents,
+    load_against,
     load_rows,
-    load_template,
-    load_tokenizer,
+    lost_personas,
     name_of,
     pack,
     read_settings,
     steps,
+    turns_of,
+    within,
 )
 from tqdm import tqdm
 
@@ -44,17 +46,11 @@ PROBE = ("Wherefore", "Xylophone")  # a question and an answer that no template 
 class Checks:
     """The checks of one row, and what they need to know about tokenizer and template."""
 
-    def __init__(self, tokenizer, template, settings):
-        self.tokenizer, self.settings = tokenizer, settings
-        # as transformers' sanitize_control_tokens sees it (special tokens, and the added ones that the template
-        # writes), and what every row of this house is checked for
-        added = tokenizer.added_tokens_decoder.values()
-        names = {t.content for t in added if t.special or t.content in (template or "") or CONTROL.fullmatch(t.content)}
-        names = sorted((name for name in names if name.strip()), key=len, reverse=True)
-        self.control = re.compile("|".join(map(re.escape, names)) or "(?!)")
-        self.special = set(tokenizer.added_tokens_decoder)
-        self.stops = stop_tokens(tokenizer, template, settings)
-        self.blank = {}
+    def __init__(self, against, settings):
+        self.against, self.tokenizer, self.settings = against, against.tokenizer, settings
+        self.special = set(self.tokenizer.added_tokens_decoder)
+        self.stops = stop_tokens(against, settings)
+        self.is_blank = cache(lambda token: not self.tokenizer.decode([token]).strip())
 
     def stop_is_trained(self, doc):
         """Whether the last trained span ends with a stop token; a published mask may train the blanks after it."""
@@ -63,33 +59,16 @@ class Checks:
             end -= 1
         return end > start and doc.ids[end - 1] in self.stops
 
-    def is_blank(self, token):
-        if token not in self.blank:
-            self.blank[token] = not self.tokenizer.decode([token]).strip()
-        return self.blank[token]
-
     def control_token(self, doc):
         """The first control token that stands in the row's own text, else None."""
-        row = doc.row
-        if doc.text is None:
-            return None
-        texts = strings([[{key: value for key, value in turn.items() if key != "role"} for turn in turns(row)],
-                         row.get("tools")])  # fmt: skip
-        if not turns(row):
-            texts = [doc.text.removesuffix(self.tokenizer.eos_token or "")]  # the end that TRL adds
-        return next((hit[0] for hit in map(self.control.search, texts) if hit), None)
+        if turns_of(doc.row):
+            return next((token for _, token in control_tokens(doc.row, self.against)), None)
+        hit = self.against.control.search(doc.text.removesuffix(self.tokenizer.eos_token or ""))  # which TRL adds
+        return hit and hit[0]
 
     def lost_persona(self, doc):
-        """The first system text that the rendered text does not hold, else None."""
-        kwargs = doc.row.get("chat_template_kwargs") or {}
-        system = [turn for turn in turns(doc.row) if turn.get("role") in ("system", "developer")]
-        personas = [plain(turn.get("content")) for turn in system]
-        personas += [kwargs.get(name) for name in ("custom_instructions", "system_prompt", "model_identity")]
-        for persona in filter(None, personas):
-            # templates strip blanks, and some take their own mode flags out
-            if isinstance(persona, str) and persona.strip() not in doc.text and bare(persona) not in bare(doc.text):
-                return persona
-        return None
+        """The first system text that the template leaves out, else None."""
+        return next((text for _, text in lost_personas(doc.row, self.against)), None)
 
     def of(self, doc):
         """What is to be said about a row: {name: value}, its figures first."""
@@ -106,8 +85,8 @@ class Checks:
             "untrained": not trained,
             "empty": not left,
             "no_stop": bool(trained) and not self.stop_is_trained(doc),
-            "persona": self.lost_persona(doc) if doc.text is not None and turns(doc.row) else None,
-            "control": self.control_token(doc),
+            "persona": self.lost_persona(doc) if doc.text is not None and turns_of(doc.row) else None,
+            "control": self.control_token(doc) if doc.text is not None else None,
             "newline": any(re.match(r"[^\S\n]*\n", doc.text[a:b]) for a, b in doc.chars),
             "straddle": straddles(doc),
             "kept": (start, end),
@@ -133,30 +112,10 @@ def kept(doc, settings):
     return (total - limit, total) if settings.truncation_mode == "keep_end" and not settings.packing else (0, limit)
 
 
-def turns(row):
-    """The messages of a row, or [] where it has none."""
-    found = row.get("messages") or [*listed(row.get("prompt")), *listed(row.get("completion"))]
-    return [turn for turn in listed(found) if isinstance(turn, dict)]
-
-
-def listed(value):
-    return value if isinstance(value, list) else []
-
-
-def plain(content):
-    """The text of a message's content, which may come in parts."""
-    if isinstance(content, list):
-        return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
-    return content
-
-
-def bare(text):
-    return "".join(re.sub(r"/no_think|/think", "", text).split())
-
-
-def stop_tokens(tokenizer, template, settings):
+def stop_tokens(against, settings):
     """Ids that end an assistant turn: the eos token, those of generation_config.json, and what the template writes
     after an answer and after a tool call."""
+    tokenizer = against.tokenizer
     stops = {tokenizer.eos_token_id} - {None}
     path = Path(settings.model_name_or_path) / "generation_config.json"
     if path.is_file():
@@ -170,10 +129,8 @@ def stop_tokens(tokenizer, template, settings):
     asked = {"role": "user", "content": question}
     for turn in ({"content": answer}, {"content": "", "tool_calls": [call]}):
         try:
-            text = tokenizer.apply_chat_template(
-                [asked, {"role": "assistant", **turn}], chat_template=template, tokenize=False
-            )
-        except Exception:  # a template that demands more than the probe has: the eos token must do
+            text, _ = against.render({}, [asked, {"role": "assistant", **turn}])
+        except Refused:  # a template that demands more than the probe has: the eos token must do
             continue
         tail = tokenizer(text[text.rfind(answer) + len(answer) :], add_special_tokens=False)["input_ids"]
         tail = [token for token in tail if token in tokenizer.added_tokens_decoder]
@@ -194,10 +151,6 @@ def figures(marks, trained, order, settings, compiled):
         "lengths": {f"p{p}": lengths[max(0, -(-p * total // 100) - 1)] for p in (0, 50, 90, 95, 99, 100)},
         "histogram": histogram(lengths, settings.max_length),
     }
-
-    def within(spans, start, end):
-        return sum(max(0, min(b, end) - max(a, start)) for a, b in spans)
-
     limit = settings.pack_length or max(lengths)
     if compiled:
         units = [[(row, 0, marks[row]["tokens"])] for row in order]
@@ -387,24 +340,18 @@ def decoded(ids, tokenizer):
 def facts(mark):
     """(the figures of a row in words, what is wrong with it)."""
     share = f"{mark['trained'] / mark['tokens']:.0%}" if mark["tokens"] else "0%"
-    wrong = []
-    if mark["untrained"]:
-        wrong.append("nothing to train")
-    if mark["truncated"]:
-        start, end = mark["kept"]
-        wrong.append(f"truncated to {end - start:,} tokens, {mark['tokens'] - end + start:,} lost")
-    if mark["cut"]:
-        wrong.append("answer cut off" + (", all of it" if mark["empty"] else ""))
-    if mark["no_stop"]:
-        wrong.append("stop token untrained")
-    if mark["persona"]:
-        wrong.append("persona lost")
-    if mark["control"]:
-        wrong.append(f"control token {mark['control']} in text")
-    if mark["newline"]:
-        wrong.append("answer begins with a newline")
-    if mark["straddle"] and not mark["newline"]:
-        wrong.append("token across the edge of the trained text")
+    left = mark["kept"][1] - mark["kept"][0]
+    said = {
+        "untrained": "nothing to train",
+        "truncated": f"truncated to {left:,} tokens, {mark['tokens'] - left:,} lost",
+        "cut": "answer cut off" + (", all of it" if mark["empty"] else ""),
+        "no_stop": "stop token untrained",
+        "persona": "persona lost",
+        "control": f"control token {mark['control']} in text",
+        "newline": "answer begins with a newline",
+        "straddle": "" if mark["newline"] else "token across the edge of the trained text",
+    }
+    wrong = [words for name, words in said.items() if mark[name] and words]
     return f"{mark['tokens']:,} tokens, {mark['trained']:,} trained ({share})", wrong
 
 
@@ -576,20 +523,6 @@ def page(shown, also, lines, found, findings, warnings, head, note, settings):
 """
 
 
-def write(path, content):
-    """Written aside and renamed, so that a broken run leaves no half file."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(content, encoding="utf-8", newline="\n")
-        aside.replace(path)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be written ({error.strerror}): pass another file") from None
-    finally:
-        with suppress(OSError):
-            aside.unlink()
-
-
 # -- the command ------------------------------------------------------------------------------------------------------
 def boolean(text):
     if text.lower() not in ("true", "false"):
@@ -605,10 +538,7 @@ FLAGS = {  # of the recipe: name: type
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False,
-        usage="preview.py DATA --recipe FILE [--rows N] [--html FILE] [--name value]",
-    )  # fmt: skip
+    parser = parser_of(__doc__, usage="preview.py DATA --recipe FILE [--rows N] [--html FILE] [--name value]")
     parser.add_argument("data", metavar="DATA", help=".jsonl, .json or .parquet file, or a save_to_disk folder")
     parser.add_argument("--recipe", required=True, help="a recipes/NAME.py, whose DEFAULTS hold")
     parser.add_argument("--config", help="YAML file of a recipe's names: DEFAULTS < YAML < flags")
@@ -618,30 +548,25 @@ def main():
     parser.add_argument("--max_cut", type=float, default=0.01, help="share of rows whose answer may be cut off (0.01)")
     for name, kind in FLAGS.items():
         parser.add_argument(f"--{name}", type=kind, help="as in the recipe")
-    args = parser.parse_args()
-    try:
-        return preview(args)
-    except BadInput as sentence:
-        return stop(str(sentence))
+    return command(parser, preview)
 
 
 def preview(args):
+    """The exit code; raises BadInput."""
     if args.rows < 0:
         raise BadInput(f"--rows {args.rows}: must be 0 or more")
     if not 0 <= args.max_cut <= 1:
         raise BadInput(f"--max_cut {args.max_cut}: must be a share between 0 and 1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its remarks on long rows are no news here
     settings = read_settings(args.recipe, args.config, {name: getattr(args, name) for name in FLAGS})
     rows, order, note = load_rows(args.data, settings)
-    tokenizer = load_tokenizer(settings)
-    template = load_template(settings, tokenizer)
+    against = load_against(settings)
     compiled = "input_ids" in rows.column_names
     settings.pack_length = settings.max_length
     if compiled:  # recipes leave such rows as they are
         settings.max_length, settings.packing = None, False
-    checks, marks, trained, shown, first = Checks(tokenizer, template, settings), [], {}, [], {}
+    checks, marks, trained, shown, first = Checks(against, settings), [], {}, [], {}
     with tqdm(total=len(rows), unit=" rows", disable=not sys.stderr.isatty()) as bar:
-        for doc in documents(rows, tokenizer, settings, template, bar.update):
+        for doc in documents(rows, against, settings, bar.update):
             mark = checks.of(doc)
             marks.append(mark)
             trained[doc.number] = doc.spans
@@ -651,7 +576,7 @@ def preview(args):
             for name in TROUBLE:
                 if args.html and mark[name] and name not in first:
                     first[name] = mark, pieces(doc, checks, settings)
-    chat = bool(turns(rows[0])) and not compiled
+    chat = bool(turns_of(rows[0])) and not compiled
     found = figures(marks, trained, order, settings, compiled)
     findings, warnings = judge(marks, found, settings, args.max_cut, chat)
     lines = table(found, settings, compiled)
@@ -662,11 +587,11 @@ def preview(args):
         others = {mark["row"]: row_html(mark, parts) for mark, parts in first.values() if mark["row"] >= args.rows}
         also = [others[number] for number in sorted(others)]
         parts = [row_html(mark, parts) for mark, parts in shown]
-        write(args.html, page(parts, also, lines, found, findings, warnings, head, note, settings))
+        write_text(args.html, page(parts, also, lines, found, findings, warnings, head, note, settings))
     if args.report:
         report = {"totals": found, "findings": [*map(list, findings)], "warnings": [*map(list, warnings)], "note": note}
         report |= {"settings": vars(settings), "rows": marks}
-        write(args.report, json.dumps(report, ensure_ascii=False) + "\n")
+        write_text(args.report, json.dumps(report, ensure_ascii=False) + "\n")
     from rich.console import Console
 
     if hasattr(sys.stdout, "reconfigure"):

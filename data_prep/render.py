@@ -1,29 +1,49 @@
 """What a run would train on, told without starting it: a recipe's settings, the rows, their tokens, mask and packs.
 
     settings = read_settings("recipes/qwen3_qlora.py", flags={"max_length": 512})
-    tokenizer, rows = load_tokenizer(settings), load_rows("data/chats", settings)[0]
-    for doc in documents(rows, tokenizer, settings):
+    against, (rows, *_) = load_against(settings), load_rows("data/chats", settings)
+    for doc in documents(rows, against, settings):
         print(doc.ids, doc.mask())
 
-No script: preview.py and its like read a run through it. It does what TRL 1.16's SFTTrainer does with the rows, without
-importing TRL (4 s); tests/test_preview.py holds every piece against TRL, transformers and datasets themselves.
+No script: check.py, expand_turns.py and preview.py read rows and a run through it. It does what TRL 1.16's SFTTrainer
+does with the rows, without importing TRL (4 s); tests/test_preview.py holds every piece against TRL, transformers and
+datasets themselves. What the user can mend raises BadInput, a row that cannot be used raises Refused.
 """
 
 import ast
 import bisect
 import difflib
+import hashlib
 import json
 import math
 import re
 import runpy
 import sys
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
+from normalize import (
+    CONTROL,
+    BadInput,
+    Refused,
+    columns,
+    content_hash,
+    language,
+    listed,
+    read_rows,
+    refuse_half_pairs,
+    report_of,
+    strings,
+    tool_call,
+    write_out,
+)
+
 MAP_BATCH = 1000  # datasets' default batch of map(): TRL packs within it, never across
+COLUMNS = ("id", "messages", "tools", "chat_template_kwargs", "source", "tags", "lang")  # what a folder keeps
+PERSONAS = ("custom_instructions", "system_prompt", "model_identity")  # template arguments that say who speaks
 
 # the names that decide what is trained, with the values that TRL and RecipeArguments give them where a recipe is silent
 READ = {
@@ -36,10 +56,6 @@ READ = {
 }  # fmt: skip
 CHOICES = {"packing_strategy": ("bfd", "bfd_split", "wrapped"), "truncation_mode": ("keep_start", "keep_end")}
 AT_LEAST = {"max_length": 1, "global_batch_size": 1, "per_device_train_batch_size": 1, "eval_rows": 0, "seed": 0}
-
-
-class BadInput(Exception):
-    """One sentence for the user: what, where, what to do."""
 
 
 # -- a recipe's settings: DEFAULTS < YAML < flags ---------------------------------------------------------------------
@@ -78,9 +94,9 @@ def read_defaults(recipe):
     return scope["DEFAULTS"]
 
 
-def read_settings(recipe, config=None, flags=None):
-    """A namespace of READ's names. flags: {name: value}, None where a flag was not given."""
-    given = [(recipe, read_defaults(recipe)), (config, read_yaml(config) if config else {})]
+def read_settings(recipe=None, config=None, flags=None):
+    """A namespace of READ's names. flags: {name: value}, None where a flag was not given. Raises BadInput."""
+    given = [(recipe, read_defaults(recipe) if recipe else {}), (config, read_yaml(config) if config else {})]
     given.append(("the command line", {name: value for name, value in (flags or {}).items() if value is not None}))
     settings, source = dict(READ), {}
     for where, values in given:
@@ -118,21 +134,18 @@ def read_yaml(path):
 
 def typed(name, value, where):
     """The value as the name's type; YAML and a careless recipe may give any other."""
-    default = READ[name]
+    default, number = READ[name], isinstance(value, (int, float)) and not isinstance(value, bool)
     if value is None and (default is None or name == "max_length"):
         return None
-    if isinstance(default, bool):
+    if isinstance(default, bool) or name == "completion_only_loss":
         fine, wanted = isinstance(value, bool), "true or false"
     elif name in CHOICES:
         fine, wanted = value in CHOICES[name], "one of " + ", ".join(CHOICES[name])
     elif isinstance(default, float):
-        fine = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
-        wanted = "a number above 0"
+        fine, wanted = number and 0 < value < math.inf, "a number above 0"
     elif isinstance(default, int) or name == "dataset_num_proc":
-        fine = isinstance(value, int) and not isinstance(value, bool) and value >= AT_LEAST.get(name, -1)
+        fine = number and isinstance(value, int) and value >= AT_LEAST.get(name, -1)
         wanted = "a whole number" + (f" of at least {AT_LEAST[name]}" if name in AT_LEAST else "")
-    elif name == "completion_only_loss":
-        fine, wanted = isinstance(value, bool), "true or false"
     else:
         fine, wanted = isinstance(value, str), "text"
     if not fine:
@@ -142,19 +155,20 @@ def typed(name, value, where):
 
 # -- tokenizer and template -------------------------------------------------------------------------------------------
 def load_tokenizer(settings):
-    """The recipe's tokenizer with the recipe's template, as SFTTrainer sets it up."""
-    from transformers import AutoTokenizer
+    """The recipe's tokenizer, as SFTTrainer sets it up. Raises BadInput."""
+    import transformers
 
+    transformers.utils.logging.set_verbosity_error()  # rows may be longer than the model's context
     name = settings.model_name_or_path
     if not name:
         raise BadInput("model_name_or_path: the recipe names none, pass --model_name_or_path")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=settings.model_revision)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=settings.model_revision)
     except Exception as error:  # OSError, ValueError and what hub clients and parsers raise: all mean the same here
         text = " ".join(str(error).split())[:200].rstrip(".")
         raise BadInput(
             f"{name}: no tokenizer could be loaded ({type(error).__name__}: {text}): where the hub cannot be reached, "
-            "pass a local folder as --model_name_or_path"
+            "pass a local folder as --model_name_or_path or set HF_ENDPOINT to a mirror"
         ) from None
     if not tokenizer.is_fast:
         raise BadInput(f"{name}: its tokenizer does not tell where tokens stand in the text: pass a model with a "
@@ -166,17 +180,18 @@ def load_tokenizer(settings):
     return tokenizer
 
 
-def load_template(settings, tokenizer):
-    """The text of the chat template: that of the recipe's file, else of the tokenizer; None where there is neither."""
+def load_template(settings, tokenizer=None):
+    """The text of the chat template: that of the recipe's file, else of the tokenizer; None where there is neither.
+    Raises BadInput."""
     from jinja2 import TemplateSyntaxError
     from transformers.utils.chat_template_utils import render_jinja_template
 
     path = settings.chat_template_path
-    template, where = tokenizer.chat_template, f"the template of {settings.model_name_or_path}"
+    template, where = getattr(tokenizer, "chat_template", None), f"the template of {settings.model_name_or_path}"
     if path is not None:
         where = path
         if not Path(path).is_file() or not path.endswith((".jinja", ".j2")):
-            raise BadInput(f"{path}: no such template: pass a .jinja file as --chat_template_path")
+            raise BadInput(f"{path}: no such template: pass a .jinja file of chat_templates/ as --chat_template_path")
         template = Path(path).read_text(encoding="utf-8")
     if template is None:
         return None
@@ -189,64 +204,225 @@ def load_template(settings, tokenizer):
     return template
 
 
-def has_markers(template):
-    return bool(re.search(r"\{%-?\s*generation\s*-?%\}", template or ""))
+class Against:
+    """What rows are rendered with, either of it None where there is none: template, tokenizer. marked: whether the
+    template has {% generation %} markers; control: pattern of the tokens that must not stand in text, which are those
+    of the tokenizer or, without one, those of the known families."""
+
+    def __init__(self, template=None, tokenizer=None):
+        self.template, self.tokenizer, self.control = template, tokenizer, CONTROL
+        self.marked = bool(re.search(r"\{%-?\s*generation\s*-?%\}", template or ""))
+        self.names = {"bos_token": "", "eos_token": ""}
+        if tokenizer is not None:
+            self.names = tokenizer.special_tokens_map
+            # as transformers' sanitize_control_tokens sees it (special tokens, and the added ones that the template
+            # writes), and what every row of this house is checked for; not the HTML tags and newlines that Gemma adds
+            added, told = tokenizer.added_tokens_decoder.values(), template or ""
+            tokens = {t.content for t in added if t.special or t.content in told or CONTROL.fullmatch(t.content)}
+            tokens = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
+            self.control = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+
+    def render(self, row, messages, prompt=False):
+        """(text, trained [start, end) spans of its characters) of messages with the row's tools and template arguments,
+        as apply_chat_template renders them for TRL. Raises Refused with the template's words."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        # what is null in a message is dropped, and what the row says wins over the special tokens
+        messages = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
+        try:
+            texts, spans = render_jinja_template(
+                [messages],
+                tools=tools_of(row),
+                chat_template=self.template,
+                add_generation_prompt=prompt,
+                return_assistant_tokens_mask=self.marked and not prompt,
+                **{**self.names, **(row.get("chat_template_kwargs") or {})},
+            )
+        except Exception as error:  # a template is a program: it may fail in any way
+            raise Refused("template refuses the row", reason_of(error)) from None
+        return texts[0], spans[0] if spans else []
 
 
-# -- rows -------------------------------------------------------------------------------------------------------------
-def load_rows(data, settings):
-    """(rows, order, note): the train split as recipes load it, the rows that are trained in the order in which they
-    reach the packing, and one sentence where that is not all of them. The row itself is what datasets gives back, with
-    the nulls that Arrow fills in, because that is what a template gets to see."""
+def reason_of(error):
+    """What a template, or a row that is no chat, failed on."""
+    said = " ".join(str(getattr(error, "detail", error)).split()) or type(error).__name__
+    if isinstance(error, KeyError):
+        return f"it lacks {said}"
+    known = isinstance(error, ValueError) and not isinstance(error, UnicodeError)
+    return said if known or "Template" in type(error).__name__ else f"{type(error).__name__}: {said}"
+
+
+def load_against(settings, lenient=False):
+    """Against of a recipe's settings. lenient: without a tokenizer where none is at hand, which is said. Raises
+    BadInput."""
+    tokenizer = None
+    if settings.model_name_or_path or not lenient:
+        try:
+            tokenizer = load_tokenizer(settings)
+        except BadInput:
+            if not lenient:
+                raise
+            name = settings.model_name_or_path
+            print(f"no tokenizer of {name} at hand: known control tokens are looked for", file=sys.stderr)
+    return Against(load_template(settings, tokenizer), tokenizer)
+
+
+# -- one row ----------------------------------------------------------------------------------------------------------
+def turns_of(row):
+    """The messages of a row, of a prompt and completion too, or [] where it has none."""
+    found = row.get("messages")
+    for name in () if found else ("prompt", "completion"):
+        found = (found or []) + (row[name] if isinstance(row.get(name), list) else [])
+    return [turn for turn in found or [] if isinstance(turn, dict)]
+
+
+def tools_of(row):
+    """The tools of a row as the trainer reads them, from JSON text too."""
+    tools = row.get("tools")
+    return json.loads(tools) if isinstance(tools, str) else tools
+
+
+def well_formed(row):
+    """Refuse what no check and no template could read; the row itself where it is one."""
+    if isinstance(row, Refused):
+        raise row
+    if not isinstance(row, dict):
+        raise Refused("row that is not an object", type(row).__name__)
+    if not row.get("messages"):
+        raise Refused("row without messages", f"it has {', '.join(map(str, row)) or 'nothing'}: see normalize.py")
+    for number, turn in enumerate(listed(row["messages"], "messages")):
+        if not isinstance(turn.get("role"), str):
+            raise Refused("unknown role", f"message {number}: {turn.get('role')!r}")
+        for name in ("content", "reasoning_content"):
+            if not isinstance(turn.get(name), (str, type(None))):
+                what = f"{name} is {type(turn[name]).__name__}"
+                raise Refused("text that is not a string", f"message {number}: {what}, see normalize.py")
+        for call in listed(turn.get("tool_calls") or [], f"tool_calls of message {number}"):
+            tool_call(call)
+    columns(row)
+    refuse_half_pairs(row)
+    return row
+
+
+def completed(row, name, line):
+    """The house's row: what is missing is filled in, what is there stays as it is and where it is."""
+    row = {key: value for key, value in row.items() if value is not None}
+    said = [{**turn, "content": turn.get("content") or ""} for turn in row["messages"]]
+    filled = {"id": f"{name}-{line}", "chat_template_kwargs": {}, "source": name, "tags": [], "lang": language(said)}
+    row |= {key: value for key, value in filled.items() if key not in row}
+    row |= {"tools": tools_of(row)} if isinstance(row.get("tools"), str) else {}
+    return row | {key: str(row[key]) for key in ("id", "source", "lang")}
+
+
+def control_tokens(row, against):
+    """Yield (place, token): the first control token that stands in the text of each message and tool."""
+    for name, parts in (("message", turns_of(row)), ("tool", tools_of(row) or [])):
+        for number, part in enumerate(parts):
+            texts = strings({key: value for key, value in part.items() if key != "role"})
+            if hit := next(filter(None, map(against.control.search, texts)), None):
+                yield f"{name} {number}", hit[0]
+
+
+def lost_personas(row, against):
+    """Yield (place, text) of each persona (system message, or argument of the template) that the rendered text leaves
+    out. Each is rendered with a mark behind it: its text alone might stand in the default persona, or in what the user
+    says, and the row would pass though the template drops it."""
+    turns, kwargs = turns_of(row), row.get("chat_template_kwargs") or {}
+    given = {name: kwargs.get(name) for name in PERSONAS}
+    given |= {f"message {n}": t.get("content") for n, t in enumerate(turns) if t.get("role") in ("system", "developer")}
+    given = {place: text for place, text in given.items() if isinstance(text, str) and text.strip()}
+    if not given:
+        return
+    marked = {place: f"{text} persona{number}mark" for number, (place, text) in enumerate(given.items())}
+    turns = [{**turn, "content": marked.get(f"message {n}", turn.get("content"))} for n, turn in enumerate(turns)]
+    names = {place: text for place, text in marked.items() if place in kwargs}
+    try:
+        text, _ = against.render({**row, "chat_template_kwargs": kwargs | names}, turns)
+    except Refused:
+        return  # told where the row itself is rendered
+    for place, expected in marked.items():
+        if spoken(expected) not in spoken(text):
+            yield place, given[place]
+
+
+def spoken(text):
+    """Text without the switches that a template takes out of a persona and without a difference of blanks."""
+    return " ".join(re.sub(r"/(?:no_think|think|system_override)\b", " ", text).split())
+
+
+# -- rows in and out --------------------------------------------------------------------------------------------------
+def load_sets(path, split="train"):
+    """What datasets makes of a save_to_disk folder (a Dataset, or {split: Dataset}) or of a file ({split: Dataset}), as
+    recipes load it. Raises BadInput."""
     import datasets
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in the one sentence below
-    path, kind = Path(data), Path(data).suffix[1:].replace("jsonl", "json")
-    split, settings.data = settings.dataset_train_split, f"{data}: "
-    none = BadInput(f"{data}: no rows: pass rows of messages (data_prep/normalize.py makes them)")
+    kind = path.suffix[1:].replace("jsonl", "json")
+    if not path.exists():
+        raise BadInput(f"{path}: no such file or folder: pass .jsonl, .json, .parquet or a save_to_disk folder")
+    if path.is_file() and kind not in ("json", "parquet"):
+        raise BadInput(f"{path}: unknown kind of file: pass .jsonl, .json, .parquet or a save_to_disk folder")
     if path.is_file() and path.stat().st_size < 1000 and not path.read_bytes().strip():
-        raise none
+        raise no_rows(path)
     try:
         if path.is_dir():
             sets = datasets.load_from_disk(str(path))
-        elif not path.is_file():
-            raise BadInput(f"{data}: no such file or folder: pass a .jsonl, .json or .parquet file or a save_to_disk "
-                           "folder")  # fmt: skip
-        elif kind not in ("json", "parquet"):
-            raise BadInput(f"{data}: unknown kind of file: pass .jsonl, .json, .parquet or a save_to_disk folder")
         else:
             sets = datasets.load_dataset(kind, data_files={split: str(path)})
-    except BadInput:
-        raise
+        for one in sets.values() if isinstance(sets, dict) else [sets]:
+            for column in one.data.columns:
+                column.validate(full=True)  # Arrow takes bytes that are no UTF-8 and stumbles when a row is read
     except Exception as error:  # datasets wraps what pyarrow, fsspec and its own readers raise
-        raise BadInput(f"{unreadable(path, error)}: mend it or make it anew (data_prep/normalize.py)") from None
+        raise unreadable(path, error) from None
+    return sets
+
+
+def no_rows(path):
+    return BadInput(f"{path}: no rows: pass rows of messages (data_prep/normalize.py makes them)")
+
+
+def unreadable(path, error):
+    """A BadInput that says where a file is broken, as exactly as can be told."""
+    cause = " ".join(str(error.__cause__ or error).split())[:200].rstrip(".")
+    fault = f": cannot be read ({type(error).__name__}: {cause})"
+    for number, row in read_rows(path) if path.is_file() and path.suffix != ".parquet" else ():
+        try:
+            if isinstance(row, Refused):
+                raise row
+            refuse_half_pairs(row)
+        except Refused as refusal:
+            fault = f":{number}: {refusal}"
+            break
+    return BadInput(f"{path}{fault}: mend it or make it anew (data_prep/normalize.py, save_to_disk)")
+
+
+def load_rows(data, settings):
+    """(rows, order, note): the train split as recipes load it, the rows that are trained in the order in which they
+    reach the packing, and one sentence where that is not all of them. The row itself is what datasets gives back, with
+    the nulls that Arrow fills in, because that is what a template gets to see. Raises BadInput."""
+    import numpy as np
+
+    split, settings.data = settings.dataset_train_split, f"{data}: "
+    sets = load_sets(Path(data), split)
     if not isinstance(sets, dict):
         raise BadInput(f"{data}: one set without splits: save a DatasetDict with a {split} split")
     if split not in sets:
         raise BadInput(f"{data}: no split {split}, only {', '.join(sets)}: pass one of them as --dataset_train_split")
     rows = sets[split]
-    for column in rows.data.columns if kind == "json" else ():
-        try:
-            column.validate(full=True)  # Arrow takes bytes that are no UTF-8 and stumbles over them when a row is read
-        except Exception as error:
-            raise BadInput(f"{unreadable(path, error)}: save the file as UTF-8") from None
     if not len(rows):
-        raise none
+        raise no_rows(data)
     if not {"messages", "prompt", "text", "input_ids"} & {*rows.column_names}:
         raise BadInput(
             f"{data}: rows of {', '.join(rows.column_names)} are no messages: data_prep/normalize.py makes them"
         )
     if "messages" in rows.column_names and not isinstance(rows[0]["messages"], list):
         # also what datasets makes of a file that Arrow cannot read: every message a row
-        fault = unreadable(path, TypeError("messages are no list"))
-        raise BadInput(f"{fault}: mend it or make it anew (data_prep/normalize.py)")
+        raise unreadable(Path(data), TypeError("messages are no list"))
     order, note = [*range(len(rows))], ""
     if settings.assistant_only_loss and settings.skip_bad_rows and "messages" in rows.column_names:
         order = [i for i, turns in enumerate(rows["messages"]) if any(t["role"] == "assistant" for t in turns or [])]
-    import numpy as np
-
     if settings.dataset_test_split not in sets and settings.eval_rows:
         if settings.eval_rows >= len(order):
             note = f"the recipe holds out {settings.eval_rows} rows for validation, more than the set can spare: it "
@@ -262,24 +438,39 @@ def load_rows(data, settings):
     return rows, order, note
 
 
-def unreadable(path, error):
-    """Where a file is broken, as exactly as can be told."""
-    if path.suffix in (".jsonl", ".json") and path.is_file():
-        data = path.read_bytes()
-        whole = data.lstrip()[:1] == b"["
-        for number, part in enumerate([data] if whole else data.split(b"\n"), 1):
-            try:
-                json.dumps(json.loads(part), ensure_ascii=False).encode() if part.strip() else None
-            except UnicodeDecodeError:
-                return f"{path}:{number}: not UTF-8"
-            except UnicodeEncodeError:
-                return f"{path}:{number}: holds half a surrogate pair, which is no text"
-            except json.JSONDecodeError as fault:
-                return f"{path}:{fault.lineno if whole else number}: not JSON ({fault.msg})"
-            except (ValueError, RecursionError) as fault:
-                return f"{path}:{number}: not JSON ({fault})"
-    cause = " ".join(str(error.__cause__ or error).split())[:200].rstrip(".")
-    return f"{path}: cannot be read ({type(error).__name__}: {cause})"
+def read_pool(path):
+    """({split: [(file, line, row)]}, {file: sha256}) of all rows; row is a Refused where a line is not JSON. A folder's
+    file is its split; lines count from 1, in a folder and a parquet file they are rows. Raises BadInput."""
+    if path.is_file() and path.suffix in (".jsonl", ".json"):
+        splits = {"train": [(path.name, line, row) for line, row in read_rows(path)]}
+    else:
+        sets = load_sets(path)
+        splits = {
+            name: [
+                # what a row does not have is null in Arrow
+                (path.name if path.is_file() else name, line, {k: v for k, v in row.items() if v is not None})
+                for line, row in enumerate(rows, 1)
+            ]
+            for name, rows in (sets if isinstance(sets, dict) else {"train": sets}).items()
+        }
+    if not any(splits.values()):
+        raise no_rows(path)
+    if path.is_file():
+        return splits, {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
+    return splits, {name: content_hash(row for *_, row in rows) for name, rows in splits.items()}
+
+
+def write_pool(out, script, splits, rejected, inputs, more):
+    """OUT as a .jsonl file, or as a folder, where columns that the house does not know are left out and counted. more:
+    what the script adds to the report. Raises BadInput."""
+    extra = Counter()
+    if out.suffix != ".jsonl":
+        extra.update(name for rows in splits.values() for row in rows for name in row if name not in COLUMNS)
+        # in one order: the hash in the report is that of the rows as they will be read
+        splits = {split: [{k: row[k] for k in COLUMNS if k in row} for row in rows] for split, rows in splits.items()}
+    report = report_of(script, splits, rejected, None, inputs) | more
+    report |= {"columns_left_out": dict(sorted(extra.items()))} if extra else {}
+    write_out(out, splits, report, rejected)
 
 
 # -- tokens and mask --------------------------------------------------------------------------------------------------
@@ -302,10 +493,14 @@ class Document:
             mask[start:end] = [1] * (end - start)
         return mask
 
-    def trained(self, start=0, end=None):
+    def trained(self, start=0, end=math.inf):
         """Trained tokens within [start, end)."""
-        end = len(self.ids) if end is None else end
-        return sum(max(0, min(b, end) - max(a, start)) for a, b in self.spans)
+        return within(self.spans, start, end)
+
+
+def within(spans, start, end):
+    """Tokens of the spans within [start, end)."""
+    return sum(max(0, min(b, end) - max(a, start)) for a, b in spans)
 
 
 def runs(mask):
@@ -340,9 +535,9 @@ def conversational(value):
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
 
 
-def documents(rows, tokenizer, settings, template=None, progress=None):
-    """Yield a Document a row, in order. Rows that cannot be rendered end it with a BadInput that counts them."""
-    template = template or load_template(settings, tokenizer)
+def documents(rows, against, settings, progress=None):
+    """Yield a Document a row, in order; progress(count) is told of rows done. Rows that cannot be rendered end it with
+    a BadInput that counts them."""
     first = next(iter(rows), None)
     if first is None:
         return
@@ -351,18 +546,18 @@ def documents(rows, tokenizer, settings, template=None, progress=None):
         if not chat:
             raise BadInput(f"{settings.data}the rows are no chats, and assistant_only_loss needs chats: pass rows of "
                            "messages, or --assistant_only_loss false")  # fmt: skip
-        if not has_markers(template):
+        if not against.marked:
             where = settings.chat_template_path or f"the template of {settings.model_name_or_path}"
             raise BadInput(f"{where}: has no {{% generation %}} markers, so nothing would be trained: pass one of "
                            "chat_templates/ as --chat_template_path")  # fmt: skip
-    if chat and template is None:
+    if chat and against.template is None:
         raise BadInput(f"{settings.model_name_or_path}: has no chat template: pass one as --chat_template_path")
     failed, numbered = [], enumerate(rows)
     while batch := list(islice(numbered, MAP_BATCH)):
         if "input_ids" in first:
             docs = [compiled(number, row, settings) for number, row in batch]
         else:
-            docs = tokenised(batch, tokenizer, settings, template, chat, failed)
+            docs = tokenised(batch, against, settings, chat, failed)
         yield from docs
         if progress:
             progress(len(batch))
@@ -390,20 +585,9 @@ def compiled(number, row, settings):
     return Document(number, row, ids, runs(map(all, zip(*masks, strict=True))) if masks else runs([1] * len(ids)))
 
 
-def tokenised(batch, tokenizer, settings, template, chat, failed):
+def tokenised(batch, against, settings, chat, failed):
     """Documents of a batch of (number, row), tokenised in one call; rows that fail are added to failed."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    def render(messages, row, **kwargs):
-        tools = row.get("tools")
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        # apply_chat_template drops what is None in a message, and what the row says wins over the special tokens
-        messages = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
-        asked = {**tokenizer.special_tokens_map, **row.get("chat_template_kwargs", {}), **kwargs}
-        out = render_jinja_template([messages], tools=tools, chat_template=template, **asked)
-        return out[0][0], (out[1][0] if out[1] else [])
-
-    paired = "prompt" in batch[0][1]
+    tokenizer, paired = against.tokenizer, "prompt" in batch[0][1]
     completion_only = settings.completion_only_loss
     if completion_only is None:
         completion_only = paired and "completion" in batch[0][1]
@@ -416,23 +600,17 @@ def tokenised(batch, tokenizer, settings, template, chat, failed):
                 turns = row["prompt"] + row["completion"] if paired else row["messages"]
                 if not turns:
                     raise ValueError("it has no messages: leave it out")
-                text, chars = render(turns, row, return_assistant_tokens_mask=settings.assistant_only_loss)
-                prompt = render(row["prompt"], row, add_generation_prompt=True)[0] if paired else ""
+                text, chars = against.render(row, turns)
+                prompt = against.render(row, row["prompt"], prompt=True)[0] if paired else ""
             else:
                 key = "completion" if paired else settings.dataset_text_field
                 ending = "" if row[key].endswith(tokenizer.eos_token or "") else tokenizer.eos_token
                 text, chars, prompt = (row["prompt"] if paired else "") + row[key] + ending, [], row.get("prompt", "")
             text.encode()  # half a surrogate pair is no text
-        except Exception as error:  # a template may raise anything: TemplateError, TypeError, KeyError, ...
-            reason = " ".join(str(error).split()) or type(error).__name__
-            known = isinstance(error, ValueError) and not isinstance(error, UnicodeError)
-            if isinstance(error, KeyError):
-                reason = f"it lacks {reason}"
-            elif not (known or "Template" in type(error).__name__):
-                reason = f"{type(error).__name__}: {reason}"
-            failed.append((number, row, reason))
+        except Exception as error:
+            failed.append((number, row, reason_of(error)))
             continue
-        done.append((number, row, text, chars))
+        done.append((number, row, text, chars if settings.assistant_only_loss else []))
         texts.append(text)
         prompts.append(prompt)
     if not texts:

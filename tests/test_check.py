@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(REPO / "data_prep"))
 import check  # noqa: E402
 import normalize  # noqa: E402
+import render  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TEMPLATES = REPO / "chat_templates"
@@ -72,7 +73,7 @@ def row_of(messages, **more):
 def found(row, template=None, tokenizer=None):
     """[(reason, detail)] of one row, in memory."""
     text = template.read_text() if isinstance(template, Path) else template
-    return check.faults(row, check.Against(text, tokenizer))
+    return check.faults(row, render.Against(text, tokenizer))
 
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -376,7 +377,7 @@ def test_every_form_gives_the_same_findings(tmp_path):
         ]
         assert {entry["file"] for entry in findings} == {"train" if name == "rows" else name}
     splits = {"train": [row_of(chat(), source="s")], "validation": [row_of(chat("\nb"), source="s")]}
-    whole = {split: [check.completed(row, "x", 1) for row in rows] for split, rows in splits.items()}
+    whole = {split: [render.completed(row, "x", 1) for row in rows] for split, rows in splits.items()}
     normalize.write_folder(tmp_path / "pool", whole, {})
     done = run(tmp_path / "pool", "--fix", "--out", tmp_path / "fixed")
     assert "validation:1 (a)" in done.stdout and done.returncode == 0
@@ -415,11 +416,11 @@ def test_no_value_crashes_it(row, data):
         inner[data.draw(st.sampled_from([*inner, "tool_calls", "reasoning_content"]))] = data.draw(pieces)
     else:
         row[data.draw(st.sampled_from([*row, "tools", "tags", "chat_template_kwargs", "source"]))] = data.draw(pieces)
-    against = check.Against((TEMPLATES / "qwen3.jinja").read_text())
+    against = render.Against((TEMPLATES / "qwen3.jinja").read_text())
     if not check.faults(row, against):
-        whole = check.completed(row, "x", 1)
+        whole = render.completed(row, "x", 1)
         assert not check.faults(whole, against) and normalize.json_line(whole).encode()
-        assert check.completed(whole, "y", 2) == whole
+        assert render.completed(whole, "y", 2) == whole
 
 
 @pytest.mark.parametrize(
@@ -430,7 +431,7 @@ def test_no_value_crashes_it(row, data):
         (["folder"], ["folder", "save_to_disk"]),
         (["empty.jsonl"], ["empty.jsonl", "no rows"]),
         (["cut.json"], ["cut.json", "mend the array"]),
-        (["cut.parquet"], ["cut.parquet", "not a parquet file"]),
+        (["cut.parquet"], ["cut.parquet", "cannot be read", "Parquet"]),
         (["rows.jsonl", "--fix"], ["--fix and --out"]),
         (["rows.jsonl", "--out", "out"], ["--fix and --out"]),
         (["rows.jsonl", "--fix", "--out", "folder"], ["folder", "exists already"]),

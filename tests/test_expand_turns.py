@@ -27,9 +27,9 @@ from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 sys.path.insert(0, str(REPO / "data_prep"))
-import check  # noqa: E402
 import expand_turns  # noqa: E402
 import normalize  # noqa: E402
+import render  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TEMPLATES = REPO / "chat_templates"
@@ -67,7 +67,7 @@ def unmarked(messages):
 
 def expand(row, template):
     """(rows, refused answers) of one row, in memory."""
-    rows, _, refused = expand_turns.expand(row, check.Against(source(template)))
+    rows, _, refused = expand_turns.expand(row, render.Against(source(template)))
     return rows, refused
 
 
@@ -327,7 +327,7 @@ def proven(family, messages, tools, **arguments):
     row = row_of(*messages, tools=tools, bos_token=family.bos, eos_token=family.eos, **arguments)
     pairs, no_room = oracle(family, messages, tools, **arguments)
     try:
-        rows, counts, refused = expand_turns.expand(row, check.Against(source(template)))
+        rows, counts, refused = expand_turns.expand(row, render.Against(source(template)))
     except normalize.Refused:
         assert not pairs
         return None

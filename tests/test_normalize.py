@@ -136,6 +136,35 @@ def test_messages_shapes(tmp_path):
     assert second["chat_template_kwargs"] == {"enable_thinking": True}
 
 
+def test_content_in_parts_becomes_one_string(tmp_path):
+    """As LLaMA-Factory and StepTron write messages (value), and as OpenAI does (text): joined as they stand."""
+    called, again = [{"type": "tool_call", "value": value} for value in (json.dumps(CALL), CALL)]
+    said = [{"type": "reasoning", "value": " It "}, {"type": "reasoning", "value": "rains.\n"}]
+    said += [{"type": "text", "value": "\nLet me "}, {"type": "text", "text": " look. "}]
+    raw = {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "Weather?"}]},
+            {"role": "assistant", "content": [*said, called, again], "loss_mask": 0},
+            {"role": "tool", "content": [{"type": "text", "value": "rain"}]},
+            {"role": "assistant", "content": [{"type": "text", "value": "<think>\nSo\n</think>\n\nRain."}]},
+        ],
+        "tools": json.dumps([TOOL]),
+    }
+    (row,), _ = normalized(tmp_path, "messages", [raw])
+    assert row["messages"] == [
+        {"role": "user", "content": "Weather?"},
+        {
+            "role": "assistant",
+            "content": "Let me  look.",
+            "reasoning_content": "It rains.",
+            "tool_calls": [{"type": "function", "function": CALL}] * 2,
+            "loss_mask": 0,
+        },
+        {"role": "tool", "content": "rain"},
+        {"role": "assistant", "content": "Rain.", "reasoning_content": "So"},
+    ]
+
+
 def test_sharegpt_tools_become_triples(tmp_path):
     turns = [("human", "Weather?"), ("function_call", json.dumps(CALL)), ("observation", "rain"), ("gpt", "Rain.")]
     raw = {
@@ -186,6 +215,12 @@ def called(arguments):
     return {"messages": [turn("user", "a"), turn("assistant", "", tool_calls=calls(arguments))]}
 
 
+def parts(role, *content, **more):
+    """A chat in which a message of this role comes in parts."""
+    said = turn(role, [{"type": kind, "value": value} for kind, value in content], **more)
+    return {"messages": [said, CHAT[1]] if role == "user" else [CHAT[0], said]}
+
+
 REPLY = turn("assistant", "c")
 ORDER = "roles that do not alternate"
 BAD = [  # (source, raw line, reason it is counted under)
@@ -215,7 +250,20 @@ BAD = [  # (source, raw line, reason it is counted under)
     ("messages", {"messages": [turn("user", "a"), turn("system", "b"), REPLY]}, ORDER),
     ("messages", {"messages": [*CHAT, turn("tool", "b"), REPLY]}, ORDER),
     ("messages", {"messages": [turn("user", "a"), turn("critic", "b"), REPLY]}, "unknown role"),
-    ("messages", {"messages": [turn("user", [{"type": "text", "text": "a"}]), CHAT[1]]}, "text that is not a string"),
+    ("messages", parts("user", ("image", "a.png")), "content part of another kind"),
+    ("messages", parts("assistant", ("text", "a"), (None, "b")), "content part of another kind"),
+    ("messages", parts("user", ("reasoning", "a")), "content part of another kind"),
+    ("messages", parts("tool", ("tool_call", "{}")), "content part of another kind"),
+    ("messages", parts("assistant", ("text", "a"), ("reasoning", "b")), "content parts out of order"),
+    ("messages", parts("assistant", ("tool_call", json.dumps(CALL)), ("text", "a")), "content parts out of order"),
+    ("messages", parts("assistant", ("reasoning", "a"), reasoning_content="b"), "content parts out of order"),
+    ("messages", parts("assistant", ("tool_call", json.dumps(CALL)), tool_calls=[CALL]), "content parts out of order"),
+    ("messages", parts("assistant", ("text", None)), "text that is not a string"),
+    ("messages", parts("assistant", ("reasoning", ["a"])), "text that is not a string"),
+    ("messages", parts("assistant", ("tool_call", "f(x)")), "tool call that is not JSON"),
+    ("messages", parts("assistant", ("tool_call", '{"name": "f"}')), "tool call without a name or arguments"),
+    ("messages", parts("assistant", ("reasoning", "a")), "empty text"),
+    ("messages", {"messages": [turn("user", ["a"]), CHAT[1]]}, "field of another type"),
     ("messages", {"messages": [turn("user", "a"), turn("assistant", "<think>\nb\n</think>\n\n")]}, "empty text"),
     ("messages", called("{bad"), "tool arguments that are not JSON"),
     ("messages", called("[1]"), "tool arguments that are not an object"),
@@ -275,8 +323,12 @@ PIECES = st.recursive(
     | st.booleans()
     | st.integers()
     | st.floats()
-    | st.sampled_from(["", "a", "user", "tool", "<think>", "\ud800", "1e999", "[1]"]),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["name", "arguments", "role"]), inner),
+    | st.sampled_from(["", "a", "user", "tool", "<think>", "\ud800", "1e999", "[1]", *normalize.PARTS]),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["name", "arguments", "role", "type", "value"]), inner)
+        | st.lists(st.fixed_dictionaries({"type": st.sampled_from(normalize.PARTS), "value": inner}), max_size=3)
+    ),
     max_leaves=4,
 )
 WHOLE = {
@@ -442,6 +494,7 @@ def test_as_a_command(tmp_path):
         ("cmath", "cmath/cmath_dev.jsonl", 600, {}),
         ("mawps", "mawps/mawps_N00.jsonl", 1920, {}),
         ("messages", "chat/tinker_conversations.jsonl", 128, {}),
+        ("messages", "tools/reason_tool_use_demo_50.jsonl", 48, {"control token in text": 2}),  # a stray </think>
         ("sharegpt", "chat/fastchat_dummy_conversation.json", 500, {}),
         ("sharegpt", "tools/glaive_toolcall_en_demo.json", 300, {}),
         ("sharegpt", "tools/glaive_toolcall_zh_demo.json", 298, {"roles that do not alternate": 2}),
@@ -493,9 +546,16 @@ def test_real_files(tmp_path, source, pattern, kept, refused):
             keys = ("question", "answer") if source == "gsm8k" else ("input", "golden")
             assert after["messages"] == plain(*(before[key].strip() for key in keys))
         else:
-            assert [(m["role"], m["content"]) for m in after["messages"]] == [
-                (m["role"], m["content"].strip()) for m in before["messages"]
+            said = [m["content"] for m in before["messages"]]
+            said = [one if isinstance(one, list) else [{"type": "text", "value": one}] for one in said]
+            told = [{part["type"]: part["value"].strip() for part in one} for one in said]  # one text, one reasoning
+            assert [(m["role"], m["content"], m.get("reasoning_content")) for m in after["messages"]] == [
+                (m["role"], one.get("text", ""), one.get("reasoning"))
+                for m, one in zip(before["messages"], told, strict=True)
             ]
+            asked = [json.loads(part["value"]) for one in said for part in one if part["type"] == "tool_call"]
+            calls = [call["function"] for m in after["messages"] for call in m.get("tool_calls", [])]
+            assert calls == asked
 
 
 @real
@@ -503,5 +563,7 @@ def test_the_oracles_see_something():
     """The real files hold what the checks above are about: fractions, tool calls, several turns."""
     mawps = lines(SHARED / "data/mawps/mawps_N00.jsonl")
     assert sum(not float(row["Answer"]).is_integer() for row in mawps) > 100
+    reasoned = (SHARED / "data/tools/reason_tool_use_demo_50.jsonl").read_text()
+    assert reasoned.count('"type": "reasoning"') > 100 and reasoned.count('"type": "tool_call"') > 60
     glaive = json.loads((SHARED / "data/tools/glaive_toolcall_en_demo.json").read_text())
     assert sum(turn["from"] == "function_call" for row in glaive for turn in row["conversations"]) > 200

@@ -120,8 +120,8 @@ def test_ids_and_mask_are_those_of_apply_chat_template(source, name, demo, tmp_p
     if name != "qwen3":
         rows = [row for row in rows if not any(turn.get("reasoning_content") for turn in row["messages"])]
     assert len(order) >= len(rows) >= len(ODD)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    docs = list(render.documents(rows, tokenizer, settings(model, template)))
+    tokenizer, names = AutoTokenizer.from_pretrained(model), settings(model, template)
+    docs = list(render.documents(rows, render.load_against(names), names))
     assert [doc.number for doc in docs] == [*range(len(rows))]
     trained = 0
     for doc, row in zip(docs, rows, strict=True):
@@ -226,7 +226,7 @@ def test_account_equals_the_trainer(case, demo, tmp_path, run_recipe, hook, look
         names = {"max_length": 192, "eval_rows": 31 if case == "held_out" else 0}
         names = settings(demo / "init", template, **names, shuffle_dataset=case == "shuffled")
         loaded, order, _ = render.load_rows(data, names)
-        docs = list(render.documents(loaded, render.load_tokenizer(names), names))
+        docs = list(render.documents(loaded, render.load_against(names), names))
         packs = render.pack([len(docs[row].ids) for row in order], 192)
         packs = [[t for row, a, b in one for t in docs[order[row]].ids[a:b]] for one in packs]
         assert sorted(found["ids"]) == sorted(packs)
@@ -461,7 +461,7 @@ def test_exit_2(look, tiny, tmp_path):
         (FINE, ["--num_train_epochs", 0], {}, ["num_train_epochs", "above 0"]),
         (FINE, ["--rows", -1], {}, ["--rows -1"]),
         (FINE, ["--max_cut", 2], {}, ["--max_cut 2", "share"]),
-        (FINE, ["--html", at("x.csv") / "y.html"], {}, ["y.html", "cannot be written"]),
+        (FINE, ["--html", at("x.csv") / "y.html"], {}, ["y.html", "not written"]),
     ]
     for rows, flags, where, words in cases:
         code, out, err, report = look(rows, *flags, **where)
