@@ -10,6 +10,7 @@ import sys
 import traceback
 from dataclasses import fields
 
+import transformers.dynamic_module_utils
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -17,6 +18,8 @@ HUB = (
     "where the hub cannot be reached, pass a local folder as --model_name_or_path and a local .jsonl, .json, .parquet "
     "file or save_to_disk folder as --dataset_name, or set HF_ENDPOINT to a mirror"
 )
+LOST = "another rank has ended or cannot be reached"  # each rank that sees it says so
+REMOTE = "contains custom code"  # transformers, on models and tokenizers that bring Python files
 RUN = {}  # what prepare() was given, for the sentences
 
 
@@ -29,7 +32,13 @@ def sentence(error, frames):
     text = " ".join(str(error).split())
     name, modules = type(error).__name__, {cls.__module__.split(".")[0] for cls in type(error).__mro__}
     script, args, model = (RUN.get(key) for key in ("script", "args", "model"))
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; --resume_from_checkpoint true goes on from the newest checkpoint, where there is one"
+    if any(words in text for words in ("closed by peer", "reset by peer", "ncclRemoteError", "remote process exited")):
+        return f"{LOST}: --resume_from_checkpoint true goes on from the newest whole checkpoint ({text})"
     disk = {errno.ENOSPC: "the disk is full", errno.EROFS: "the disk is read-only", errno.EDQUOT: "the quota is used"}
+    disk |= {errno.EFBIG: "a file is larger than allowed (ulimit -f)"}
+    disk |= {errno.EACCES: "writing there is not permitted"} if "train" in frames[1:] else {}
     number = next((n for n in disk if getattr(error, "errno", None) == n or f"(os error {n})" in text), None)
     if number is None and any(words in text for words in ("No space left", "iostream error", "unexpected pos ")):
         number = errno.ENOSPC  # torch.save says it this way
@@ -52,6 +61,18 @@ def sentence(error, frames):
             f"dataset {script.dataset_name} lacks {text}: rows need `messages` (data_prep/normalize.py makes them), or "
             "the columns that to_messages reads, or another --dataset_train_split"
         )
+    if REMOTE in text or "execute custom code" in text:
+        return (
+            f"model {model.model_name_or_path} runs Python code of its own, which can do anything on this machine: "
+            "read its .py files, then --trust_remote_code true"
+        )
+    if isinstance(error, OSError) and "no file named model.safetensors" in text:
+        load = f"AutoModelForCausalLM.from_pretrained('{model.model_name_or_path}', dtype='auto')"
+        return (
+            f"model {model.model_name_or_path} has no model.safetensors, and pytorch_model.bin can run code when it is "
+            "loaded; where you trust it, convert it once and copy the tokenizer files beside it: "
+            f"python -c \"from transformers import *; {load}.save_pretrained('converted')\""
+        )
     if isinstance(error, OSError) and "from_pretrained" in frames:
         return f"model {model.model_name_or_path}: {text.rstrip('.')}; {HUB}"
     if isinstance(error, (OSError, ValueError, TypeError, KeyError, RuntimeError, TemplateError)) or "yaml" in modules:
@@ -66,7 +87,7 @@ def one_sentence(kind, error, trace):
     told = None if os.environ.get("SFT_TRACEBACK") else sentence(error, frames)
     if told is None:
         sys.__excepthook__(kind, error, trace)
-    elif os.environ.get("LOCAL_RANK", "0") == "0":
+    elif os.environ.get("LOCAL_RANK", "0") == "0" or told.startswith(LOST):
         print(f"{os.path.basename(sys.argv[0])}: {told}", file=sys.stderr)
 
 
@@ -76,10 +97,14 @@ sys.excepthook = one_sentence
 def prepare(script, args, model):
     """Checks what argparse leaves unchecked in YAML; silences TRL's stop-token warning where its probe is wrong.
 
+    Weights load from safetensors only, and Python code that comes with a model runs with --trust_remote_code true only.
+
     The probe is user, assistant, user: a template that trains only a final answer (Qwen3 hybrid) is then accused of
     never training its stop token. Here the probe ends with the answer, and the warning stays if that span lacks it.
     """
     RUN.update(script=script, args=args, model=model)
+    transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # code from elsewhere is refused, not asked about
+    args.model_init_kwargs = {"use_safetensors": True} | (args.model_init_kwargs or {})
     for part in (script, args, model):
         for field in fields(part):
             value, choices = getattr(part, field.name), field.metadata.get("choices")

@@ -1,0 +1,447 @@
+"""A run survives what happens to it: kills, broken checkpoints, bad rows, full disks, lost ranks, Ctrl-C."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO, TINY
+from datasets import Dataset
+from safetensors.torch import load_file
+
+HOOKS = REPO / "recipes" / "hooks"
+SURVIVE = ["--hooks", *(str(HOOKS / f"{name}.py") for name in ("survive", "stop", "heartbeat"))]
+SAVES = ["--max_steps", "6", "--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "no"]
+ON = ["--resume_from_checkpoint", "true"]
+
+
+@pytest.fixture
+def run(run_recipe, demo, tmp_path, capfd, monkeypatch):
+    """run(*flags, out=, probe=) runs qwen3_qlora here with the hooks; returns its folder, exit code and what it said.
+
+    probe is the source of one more hook. An exception is told as the recipe itself would tell it.
+    """
+
+    def start(*flags, out="run", probe=None, recipe="qwen3_qlora"):
+        if probe:
+            path = tmp_path / f"probe{abs(hash(probe))}.py"
+            path.write_text(probe)
+        capfd.readouterr()
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        code = 0
+        try:
+            run_recipe(recipe, *SURVIVE, *([path] if probe else []), *SAVES, *flags, out=out)
+        except SystemExit as stop:
+            code = stop.code
+        except Exception:
+            code = 1
+            sys.excepthook(*sys.exc_info())
+        finally:
+            for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+                signal.signal(number, handler)
+        said = "".join(capfd.readouterr())
+        assert "Traceback" not in said, said
+        return tmp_path / out, code, said
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def whole(demo, tmp_path_factory):
+    """The uninterrupted run, in a process of its own: what every interrupted one must equal."""
+    folder = tmp_path_factory.mktemp("survive") / "whole"
+    done = subprocess.run(command(demo, folder), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def command(demo, folder, *flags, recipe="qwen3_qlora", config=None):
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", REPO / "accelerate_configs" / f"{config}.yaml"]
+    given = [sys.executable, *(launcher if config else []), REPO / "recipes" / f"{recipe}.py", *TINY]
+    given += ["--model_name_or_path", demo / "init", "--dataset_name", demo / "rows" / "chat", "--output_dir", folder]
+    given += ["--chat_template_path", REPO / "chat_templates" / "qwen3.jinja", *SURVIVE, *SAVES, *flags]
+    return [str(word) for word in given]
+
+
+def copy_of(whole, tmp_path, final=False):
+    """A copy of the finished run as it was before its final save."""
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    if not final:
+        [path.unlink() for path in folder.glob("*.safetensors")]
+    return folder
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["num_tokens"]) for line in lines if "loss" in line]
+
+
+def assert_same(one, two, steps=6):
+    assert losses(one) == losses(two) and [step for step, *_ in losses(one)] == list(range(1, steps + 1))
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def steps_of(folder):
+    return sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+
+
+# -- 1: checksums ------------------------------------------------------------------------------------------------------
+def truncate(folder):
+    path = folder / "optimizer.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def half_delete(folder):
+    for path in sorted(folder.iterdir())[::2]:
+        if path.name not in ("trainer_state.json", "manifest.json"):
+            path.unlink()
+
+
+def flip(folder):
+    path = folder / "adapter_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut_short(folder):
+    (folder / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (truncate, ["optimizer.pt has", "bytes"]),
+        (half_delete, ["is missing"]),
+        (flip, ["adapter_model.safetensors is not what was written"]),
+        (cut_short, ["manifest.json", "cut short"]),
+    ],
+)
+def test_broken_checkpoint_is_named_and_the_one_before_taken(whole, tmp_path, capfd, monkeypatch, harm, words):
+    """Of the prepare() hook alone: nothing has been loaded when it has chosen."""
+    survive, folder = hook("survive"), copy_of(whole, tmp_path)
+    harm(folder / "checkpoint-6")
+    script, args = asked("true", folder, folder / "checkpoint-6")
+    survive["prepare"](script, args, None)
+    said = capfd.readouterr().out
+    assert args.resume_from_checkpoint == str(folder / "checkpoint-4")
+    assert all(word in said for word in ["checkpoint-6", "broken-checkpoint-6", *words]), said
+    assert steps_of(folder) == [4] and (folder / "broken-checkpoint-6").is_dir()
+    harm(folder / "checkpoint-4")
+    script, args = asked(folder / "checkpoint-4", folder, folder / "checkpoint-4")
+    with pytest.raises(ValueError, match="checkpoint-4 is broken"):
+        survive["prepare"](script, args, None)
+    script, args = asked("true", folder, folder / "checkpoint-4")
+    survive["prepare"](script, args, None)
+    assert args.resume_from_checkpoint is None and "starts afresh" in capfd.readouterr().out
+
+
+def hook(name):
+    import runpy
+
+    return runpy.run_path(str(HOOKS / f"{name}.py"))
+
+
+def asked(value, out, chosen):
+    from types import SimpleNamespace
+
+    script = SimpleNamespace(resolved={"resume_from_checkpoint": str(value)}, allow=[], rows=None)
+    return script, SimpleNamespace(output_dir=str(out), resume_from_checkpoint=str(chosen))
+
+
+def test_lone_checkpoints_are_taken_unverified(whole, tmp_path, capfd):
+    survive, folder = hook("survive"), copy_of(whole, tmp_path)
+    (folder / "run.json").unlink()
+    [path.unlink() for path in folder.glob("*/manifest.json")]
+    for said in ("checkpoint-6 was saved without checksums: taken unverified", ""):
+        script, args = asked("true", folder, folder / "checkpoint-6")
+        survive["prepare"](script, args, None)
+        assert args.resume_from_checkpoint == str(folder / "checkpoint-6") and said in capfd.readouterr().out
+
+
+def test_sealed_before_the_old_one_goes(run, whole):
+    """With --save_total_limit 1, a kill between the save and its seal must not leave the run without a checkpoint."""
+    probe = """
+import os, transformers.trainer
+from transformers import TrainerCallback
+real = transformers.trainer.rotate_checkpoints
+def rotate(output_dir, **limits):
+    names = sorted(os.listdir(output_dir))
+    print("ROTATES", [os.path.exists(f"{output_dir}/{name}/manifest.json") for name in names if "checkpoint" in name])
+    real(output_dir=output_dir, **limits)
+def prepare(script, args, model):
+    transformers.trainer.rotate_checkpoints = rotate
+def after(trainer):
+    transformers.trainer.rotate_checkpoints = real
+"""
+    folder, code, said = run("--save_total_limit", 1, probe=probe)
+    assert code == 0 and steps_of(folder) == [6]
+    assert said.count("ROTATES [True]") == 1 and said.count("ROTATES [True, True]") == 2
+    assert_same(folder, whole)
+
+
+# -- 2: the same run ---------------------------------------------------------------------------------------------------
+def test_another_run_is_refused(run, whole, tmp_path):
+    folder = copy_of(whole, tmp_path)
+    _, code, said = run(*ON, "--max_length", 256)
+    assert code and "another training tokens" in said and "template" not in said and "--allow other_run" in said
+    assert not list(folder.glob("*.safetensors")) and steps_of(folder) == [4, 6]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("recipe", ["another recipe (qwen3_qlora.py, not qwen3_full.py)"]),
+        ("template", ["another chat template:"]),
+        ("tokenizer", ["another tokenizer:"]),
+        ("label", ["another training tokens"]),
+        ("order", ["another training tokens"]),
+        ("length", ["another training tokens"]),
+        (None, []),
+    ],
+)
+def test_what_makes_another_run(change, words, demo, tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from transformers import AutoTokenizer
+
+    rows = [{"input_ids": [1, 2, 3, i], "labels": [-100, 2, 3, i], "seq_lengths": [3, 1]} for i in range(2000)]
+    template = tmp_path / "a.jinja"
+    template.write_text("{{ messages }}")
+
+    def resume(chosen, name="qwen3_qlora.py"):
+        survive = hook("survive")
+        survive["SCRIPT"]["script"] = SimpleNamespace(allow=[])
+        monkeypatch.setattr(sys, "argv", [name])
+        args = SimpleNamespace(
+            chat_template_path=template, output_dir=str(tmp_path), resume_from_checkpoint=chosen and str(chosen)
+        )
+        survive["same_run"](
+            SimpleNamespace(args=args, processing_class=tokenizer, train_dataset=Dataset.from_list(rows))
+        )
+
+    tokenizer = AutoTokenizer.from_pretrained(demo / "init")
+    resume(None)
+    if change == "template":
+        template.write_text("{{ messages }} ")
+    if change == "tokenizer":
+        tokenizer.add_special_tokens({"eos_token": "<new>"})
+    if change == "label":
+        rows[1500]["labels"][1] = -100
+    if change == "order":
+        rows[1], rows[2] = rows[2], rows[1]
+    if change == "length":
+        rows[0]["seq_lengths"] = [2, 2]
+    name = "qwen3_full.py" if change == "recipe" else "qwen3_qlora.py"
+    if not change:
+        return resume(tmp_path / "checkpoint-2", name)
+    with pytest.raises(ValueError) as error:
+        resume(tmp_path / "checkpoint-2", name)
+    said = str(error.value).replace(str(tmp_path), "")
+    assert all(word in said for word in words) and said.count("another") == 2, said  # it, and --output_dir
+    return None
+
+
+# -- 3: nan and explosions ---------------------------------------------------------------------------------------------
+POISON = """
+import json
+from pathlib import Path
+from transformers import TrainerCallback
+class Poison(TrainerCallback): pass
+def callback(trainer):
+    plain, step, seen = trainer.compute_loss, trainer.optimizer, []
+    def compute_loss(model, inputs, *rest, **kwargs):
+        loss = plain(model, inputs, *rest, **kwargs)
+        seen.append(1)
+        if len(seen) == CALL and trainer.args.process_index == RANK:
+            ids, places = inputs["input_ids"][0].tolist(), inputs["position_ids"][0].tolist()
+            starts = [i for i, place in enumerate(places) if place == 0] + [len(ids)]
+            texts = [trainer.processing_class.decode(ids[a:b]) for a, b in zip(starts, starts[1:])]
+            Path(trainer.args.output_dir, "texts.json").write_text(json.dumps(texts))
+            loss = loss * VALUE
+        return loss
+    trainer.compute_loss = compute_loss
+    class Count(TrainerCallback):
+        def on_optimizer_step(self, *_, **__):
+            print("STEPPED")
+    return Count()
+"""
+
+
+def poison(call, value, rank=0):
+    return POISON.replace("CALL", str(call)).replace("VALUE", value).replace("RANK", str(rank))
+
+
+def rows_of(texts, demo):
+    """By another way than the hook: the rendered text of every row against the decoded text of the documents."""
+    from datasets import load_from_disk
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(demo / "init")
+    tokenizer.chat_template = (REPO / "chat_templates" / "qwen3.jinja").read_text()
+    found = []
+    for row in load_from_disk(demo / "rows" / "chat")["train"]:
+        given = {"tools": row["tools"], "tokenize": False, **row["chat_template_kwargs"]}
+        if tokenizer.apply_chat_template(row["messages"], **given) in texts:
+            found.append(row["id"])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [("float('nan')", "the loss is nan"), ("1e4", "for a uniform guess")],
+    ids=["nan", "explosion"],
+)
+def test_a_bad_batch_stops_the_run(run, demo, value, words):
+    """In the fourth step, by its second of four batches: three steps taken, checkpoint-2 whole, nothing after it."""
+    folder, code, said = run("--learning_rate", "1e-3", probe=poison(14, value))
+    assert code == 1 and said.count("STEPPED") == 3
+    texts = json.loads((folder / "texts.json").read_text())
+    wanted = rows_of(texts, demo)
+    assert len(wanted) >= 2 and len(wanted) == len(texts)
+    line = next(line for line in said.splitlines() if "stopped before the weights changed" in line)
+    assert "step 4, rank 0" in line and words in line and "checkpoint-2" in line
+    named = re.findall(r"train-[\w-]+", line)
+    assert named == wanted
+    assert steps_of(folder) == [2] and hook("survive")["fault"](folder / "checkpoint-2") is None
+    assert not list(folder.glob("*.safetensors"))
+
+
+def test_the_rule_lets_healthy_runs_pass():
+    rule, noise = hook("stop")["Explosion"], random.Random(0)
+    healthy = {
+        "fine-tuning": [1.5 * 0.99**i + 0.4 + noise.gauss(0, 0.2) for i in range(400)],
+        "from scratch": [12.3 * 0.995**i + 1 for i in range(400)],
+        "memorised, then a hard batch": [0.01] * 100 + [3.0, 0.02, 8.0, 0.01, 11.0, 0.01, 6.0, 6.0, 6.0, 6.0],
+        "one-word answers": [0.05 if i % 7 else 9.0 for i in range(200)],
+    }
+    for name, losses in healthy.items():
+        watch = rule(151_669)
+        norms = [noise.lognormvariate(0, 2) for _ in losses]
+        assert [watch.told(*pair) for pair in zip(losses, norms, strict=True)] == [None] * len(losses), name
+    for losses, norms, at in (
+        ([1.0] * 20 + [30.0], [1.0] * 21, 20),
+        ([1.0] * 20 + [13.0, 14.0, 15.0], [1.0] * 23, 22),
+        ([1.0] * 21, [1.0] * 20 + [2000.0], 20),
+    ):
+        watch = rule(151_669)
+        told = [watch.told(*pair) for pair in zip(losses, norms, strict=True)]
+        assert [i for i, wrong in enumerate(told) if wrong] == [at]
+
+
+# -- 5: Ctrl-C ---------------------------------------------------------------------------------------------------------
+SIGNAL = """
+import os, signal
+from transformers import TrainerCallback
+class Signal(TrainerCallback):
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.NAME)
+def callback(trainer):
+    return Signal()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_saves_and_says_how_to_go_on(run, whole, name):
+    folder, code, said = run("--save_steps", 4, probe=SIGNAL.replace("NAME", name))
+    assert code == 128 + getattr(signal, name) and steps_of(folder) == [3]
+    assert "checkpoint-3 is saved and verified" in said and "--resume_from_checkpoint true" in said.splitlines()[-1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if name == "SIGINT":
+        _, code, _ = run("--save_steps", 4, *ON)
+        assert code == 0
+        assert_same(folder, whole)
+
+
+# -- 4: a rank is lost -------------------------------------------------------------------------------------------------
+LOST = """
+import os, signal, time
+from transformers import TrainerCallback
+class Lost(TrainerCallback):
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 2 and args.process_index == 1:
+            print("LOST AT", time.time(), flush=True)
+            os.kill(os.getpid(), signal.NAME)
+def callback(trainer):
+    return Lost()
+"""
+SLOW = """
+import time
+from transformers import TrainerCallback
+class Slow(TrainerCallback):
+    def on_save(self, args, state, control, **_):
+        if state.global_step == 2 and args.process_index == 0:
+            time.sleep(10)
+def callback(trainer):
+    plain = trainer.save_model
+    def save_model(*args, **kwargs):
+        if not kwargs:
+            time.sleep(10 * trainer.args.process_index)
+        plain(*args, **kwargs)
+    trainer.save_model = save_model
+    return Slow()
+"""
+
+
+def two(demo, tmp_path, source, *flags, beat="4"):
+    """A run of two processes; beat in seconds. Returns the process, which has ended, and the seconds it took."""
+    (tmp_path / "probe.py").write_text(source)
+    environment = os.environ | {"SFT_HEARTBEAT_S": beat, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
+    words = command(demo, tmp_path / "run", "--hooks", tmp_path / "probe.py", *flags, config="cpu_2proc")
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=600)
+    return done, time.time()
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "beat", "limit"),
+    [
+        ("SIGSTOP", "rank 0 ends: nothing heard of rank 1 for 4 s", "4", 20),
+        ("SIGKILL", "another rank has ended or cannot be reached", "4", 20),
+        pytest.param("SIGSTOP", "rank 0 ends: nothing heard of rank 1 for 30 s", "30", 60, marks=pytest.mark.long),
+    ],
+)
+def test_a_lost_rank_ends_the_other(demo, tmp_path, name, words, beat, limit):
+    done, ended = two(demo, tmp_path, LOST.replace("NAME", name), beat=beat)
+    assert done.returncode != 0 and ended - float(re.search(r"LOST AT ([\d.]+)", done.stdout)[1]) < limit
+    line = next(line for line in done.stderr.splitlines() if words in line)
+    assert line.startswith("qwen3_qlora.py: ") and "--resume_from_checkpoint true" in line
+    assert steps_of(tmp_path / "run") == [2] and hook("survive")["fault"](tmp_path / "run" / "checkpoint-2") is None
+
+
+def test_slow_is_not_lost(demo, tmp_path):
+    """A save of 10 s on one rank and an end 10 s later on the other, with a limit of 4 s; and a bad batch of rank 1."""
+    done, _ = two(demo, tmp_path, SLOW)
+    assert done.returncode == 0 and steps_of(tmp_path / "run") == [4, 6], done.stderr[-3000:]
+
+
+def test_a_bad_batch_of_one_rank_ends_both(demo, tmp_path):
+    done, _ = two(demo, tmp_path, poison(5, "float('inf')", rank=1), "--save_steps", 1)
+    said = [line for line in done.stderr.splitlines() if line.startswith("qwen3_qlora.py: ")]
+    assert done.returncode != 0 and len(said) == 1 and "step 3, rank 1: the loss is inf" in said[0], done.stderr[-3000:]
+    texts = json.loads((tmp_path / "run" / "texts.json").read_text())
+    assert re.findall(r"train-[\w-]+", said[0]) == rows_of(texts, demo) and done.stdout.count("STEPPED") == 4
+    assert "Traceback" not in done.stderr.split("ChildFailedError")[0] or "elastic" in done.stderr
+
+
+def test_sigterm_to_the_launcher_stops_all_ranks_at_one_step(demo, tmp_path):
+    probe = SIGNAL.replace("os.getpid(), signal.NAME", "os.getppid(), signal.SIGTERM")
+    probe = probe.replace("global_step == 2", "global_step == 2 and args.process_index == 1")
+    done, _ = two(demo, tmp_path, probe, "--save_steps", 6, "--max_steps", 40)
+    said = [line for line in done.stderr.splitlines() if "is saved and verified" in line]
+    assert done.returncode != 0 and len(said) == 1, done.stderr[-3000:]
+    step = int(re.search(r"checkpoint-(\d+) is saved", said[0])[1])
+    assert 3 <= step <= 5 and steps_of(tmp_path / "run") == [step]
+    again = done.stderr.split(said[0])[1].strip().splitlines()[0]
+    assert "accelerate" in again and "--num_processes" not in again and again.endswith("--resume_from_checkpoint true")
+    assert hook("survive")["fault"](tmp_path / "run" / f"checkpoint-{step}") is None
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in (tmp_path / f"run/checkpoint-{step}").iterdir()}
