@@ -82,7 +82,7 @@ def template(row, against):
 
 
 def persona(row, against):
-    for where, text in lost_personas(row, against) if against.template is not None else ():
+    for where, text in lost_personas(row, against):
         yield "persona lost", f"{where}: {text[:60]!r} is not in the rendered text"
 
 

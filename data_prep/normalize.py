@@ -7,7 +7,8 @@ INPUT is a file or a glob of JSON lines or of one JSON array. OUT ending in .jso
 NAME.report.json and NAME.rejected.jsonl beside it; any other OUT becomes a dataset folder (for load_from_disk, with
 report.json, rejected.jsonl, card.md). A row that cannot be used is refused, listed in rejected.jsonl (line = row
 number in a JSON array) and counted by reason. Text is stripped at both ends, because an answer that begins with a
-newline merges with the newline of the role header, and CRLF becomes LF; nothing else is rewritten.
+newline merges with the newline of the role header, and CRLF becomes LF; content in parts (text, reasoning, tool_call)
+becomes one string with its reasoning and calls beside it; nothing else is rewritten.
 
 Exit 0: done, some rows may be refused. 1: every row refused, nothing written. 2: bad input, one sentence.
 """
@@ -68,7 +69,8 @@ def mawps(row):
 
 
 def messages(row):
-    """Rows that are already chats, with messages, or conversations of role/content, and tools as a list or as JSON."""
+    """Rows that are already chats, with messages, or conversations of role/content, and tools as a list or as JSON;
+    content may come in parts (LLaMA-Factory's reason_tool_use_demo_50, StepTron)."""
     turns = row["messages"] if "messages" in row else row["conversations"]
     return {**row, "messages": [message(turn) for turn in listed(turns, "messages")]}
 
@@ -114,6 +116,7 @@ def exchange(question, answer):
 
 
 def text(value, where):
+    """The string without blanks at its ends, CRLF as LF; raises Refused, which names `where`."""
     if not isinstance(value, str):
         raise Refused("text that is not a string", f"{where} is {type(value).__name__}")
     return value.replace("\r\n", "\n").strip()
@@ -130,12 +133,14 @@ def plain_number(value):
 
 
 def listed(value, where):
+    """The value where it is a list of objects; raises Refused."""
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise Refused("field of another type", f"{where} must be a list of objects")
     return value
 
 
 def parsed(value, reason):
+    """A value that may be JSON text; raises Refused with this reason where it is text and not JSON."""
     if not isinstance(value, str):
         return value
     try:
@@ -172,7 +177,8 @@ def joined(turn):
 
 
 def message(turn):
-    """One message in the shape of transformers' chat API; a leading <think> block becomes reasoning_content."""
+    """One message in the shape of transformers' chat API; a leading <think> block becomes reasoning_content. Raises
+    Refused."""
     turn = joined(turn) if isinstance(turn.get("content"), list) else turn
     role, content = turn["role"], turn.get("content")
     if content is None and turn.get("tool_calls"):
@@ -190,7 +196,8 @@ def message(turn):
 
 
 def tool_call(call):
-    """{"type": "function", "function": {"name": str, "arguments": object}}, whatever of the usual shapes came in."""
+    """{"type": "function", "function": {"name": str, "arguments": object}}, from any of the usual shapes. Raises
+    Refused."""
     function = call.get("function", call) if isinstance(call, dict) else {}
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or "arguments" not in function:
         raise Refused("tool call without a name or arguments")
@@ -202,6 +209,8 @@ def tool_call(call):
 
 
 def tool_list(tools):
+    """A list, or its JSON text, as the list of {"type": "function", "function": {"name": ...}} that transformers'
+    templates read; raises Refused."""
     tools = parsed(tools or [], "tools that are not JSON")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise Refused("tools that are not a list of objects")

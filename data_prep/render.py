@@ -33,6 +33,7 @@ from normalize import (
     content_hash,
     language,
     listed,
+    parsed,
     read_rows,
     refuse_half_pairs,
     report_of,
@@ -61,7 +62,7 @@ AT_LEAST = {"max_length": 1, "global_batch_size": 1, "per_device_train_batch_siz
 # -- a recipe's settings: DEFAULTS < YAML < flags ---------------------------------------------------------------------
 def read_defaults(recipe):
     """DEFAULTS of a recipe file. Running the whole file takes 5 s of imports, so first only what stands above it and
-    needs the standard library; where that is not enough, the whole file."""
+    needs the standard library; where that is not enough, the whole file. Raises BadInput."""
     path = Path(recipe)
     if not path.is_file():
         raise BadInput(f"{recipe}: no such recipe: pass a file like recipes/qwen3_qlora.py as --recipe")
@@ -119,6 +120,7 @@ def read_settings(recipe=None, config=None, flags=None):
 
 
 def read_yaml(path):
+    """{name: value} of a YAML file, as --config takes it. Raises BadInput."""
     import yaml
 
     try:
@@ -133,7 +135,7 @@ def read_yaml(path):
 
 
 def typed(name, value, where):
-    """The value as the name's type; YAML and a careless recipe may give any other."""
+    """The value where it has the name's type; YAML and a careless recipe may give any other. Raises BadInput."""
     default, number = READ[name], isinstance(value, (int, float)) and not isinstance(value, bool)
     if value is None and (default is None or name == "max_length"):
         return None
@@ -259,11 +261,10 @@ def load_against(settings, lenient=False):
     if settings.model_name_or_path or not lenient:
         try:
             tokenizer = load_tokenizer(settings)
-        except BadInput:
+        except BadInput as error:
             if not lenient:
                 raise
-            name = settings.model_name_or_path
-            print(f"no tokenizer of {name} at hand: known control tokens are looked for", file=sys.stderr)
+            print(f"known control tokens are looked for, not the tokenizer's own: {error}", file=sys.stderr)
     return Against(load_template(settings, tokenizer), tokenizer)
 
 
@@ -300,6 +301,7 @@ def well_formed(row):
         for call in listed(turn.get("tool_calls") or [], f"tool_calls of message {number}"):
             tool_call(call)
     columns(row)
+    parsed(row.get("tools"), "tools that are not JSON")  # empty text: the trainer stops at it
     refuse_half_pairs(row)
     return row
 
@@ -325,13 +327,13 @@ def control_tokens(row, against):
 
 def lost_personas(row, against):
     """Yield (place, text) of each persona (system message, or argument of the template) that the rendered text leaves
-    out. Each is rendered with a mark behind it: its text alone might stand in the default persona, or in what the user
-    says, and the row would pass though the template drops it."""
+    out, as SmolLM3's own did for custom_instructions=None. Each is rendered with a mark behind it: its text alone might
+    stand in the default persona, or in what the user says, and the row would pass though the template drops it."""
     turns, kwargs = turns_of(row), row.get("chat_template_kwargs") or {}
     given = {name: kwargs.get(name) for name in PERSONAS}
     given |= {f"message {n}": t.get("content") for n, t in enumerate(turns) if t.get("role") in ("system", "developer")}
     given = {place: text for place, text in given.items() if isinstance(text, str) and text.strip()}
-    if not given:
+    if not given or against.template is None:
         return
     marked = {place: f"{text} persona{number}mark" for number, (place, text) in enumerate(given.items())}
     turns = [{**turn, "content": marked.get(f"message {n}", turn.get("content"))} for n, turn in enumerate(turns)]
@@ -532,6 +534,7 @@ def token_spans(encoding, chars, length):
 
 
 def conversational(value):
+    """Whether TRL takes the value for messages."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
 
 
@@ -572,7 +575,8 @@ def name_of(number, row):
 
 
 def compiled(number, row, settings):
-    """A row that has its ids: labels as TRL builds them, from labels, else from masks, else all."""
+    """Document of a row that has its ids: trained is what TRL builds labels of, from labels, else masks, else all.
+    Raises BadInput."""
     ids, here = row["input_ids"], settings.data + name_of(number, row)
     if not isinstance(ids, list):
         raise BadInput(f"{here}: input_ids is no list: compile the set anew")
@@ -640,7 +644,8 @@ def common(ids, other_ids):
 
 # -- packs ------------------------------------------------------------------------------------------------------------
 def pack(lengths, max_length, strategy="bfd", num_proc=None):
-    """The packs that TRL makes of rows of these lengths: a list of packs, each a list of (row, start, end) pieces.
+    """The packs that TRL's pack_dataset makes of rows of these lengths (in tokens): a list of packs, each a list of
+    pieces (row, start, end), [start, end) the tokens of the row.
 
     TRL packs within the batches of 1,000 rows that datasets' map hands it, each process its own stretch of rows, so the
     packs of a set are those of its batches, one after the other."""
@@ -705,7 +710,8 @@ def wrapped(lengths, batch, max_length, strategy):
 
 
 def steps(units, settings):
-    """(optimizer steps of an epoch, of the run) over `units` packs or rows, on any number of processes."""
+    """(optimizer steps of an epoch, of the run) over `units` packs or rows, on any number of processes, as the Trainer
+    of transformers counts them: a last batch and a last accumulation that are not full are steps too."""
     passes = math.ceil(units / settings.per_device_train_batch_size)
     accumulation = settings.global_batch_size // settings.per_device_train_batch_size
     epoch = max(1, math.ceil(passes / accumulation))

@@ -82,6 +82,7 @@ CHAIN = [turn("user", "?"), turn("assistant", "", tool_calls=[CALL]), turn("tool
 SOUND = [
     row_of(chat(system="Be brief.")),
     row_of(CHAIN, tools=[TOOL], chat_template_kwargs={"enable_thinking": True}),
+    row_of(CHAIN, tools=json.dumps([TOOL])),  # as some sets hold them, and the trainer reads them
     row_of(chat(reasoning_content="So.", loss_mask=1), tags=["x"]),
     row_of(
         [turn("user", "\nHi\n"), turn("assistant", "Yes.\n\n"), turn("user", "|im_end|"), turn("assistant", " x\ny")]
@@ -108,6 +109,7 @@ CRAFTED = [  # (row or raw line, its one reason, a word of the detail)
     (row_of(chat(reasoning_content=3)), "text that is not a string", "message 1: reasoning_content is int"),
     (row_of(chat(tool_calls=[{"name": 3}])), "tool call without a name or arguments", ""),
     (row_of(chat(), tools="[{"), "tools that are not JSON", ""),
+    (row_of(chat(), tools=""), "tools that are not JSON", ""),
     (row_of(chat(), chat_template_kwargs=[1]), "field of another type", "chat_template_kwargs"),
     (row_of(chat(), tags=[1]), "field of another type", "tags"),
     (row_of("Hi"), "field of another type", "messages"),
@@ -189,6 +191,8 @@ def test_tokens_of_the_tokenizer(demo, tmp_path):
         assert bool(found(row)) is known and bool(found(row, tokenizer=tokenizer)) is own, text
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert (len(ids) == 1) >= own  # what is refused is a token
+    writes = "{% for m in messages %}<b>{{ m.content }}</b>{% endfor %}"  # then it does steer a chat
+    assert found(row_of(chat("So <b>.")), writes, tokenizer) == [("control token in text", "message 1: <b>")]
 
 
 # -- persona ----------------------------------------------------------------------------------------------------------
@@ -220,6 +224,18 @@ def test_persona_as_an_argument():
     assert not found(row, LOSES)
     assert [reason for reason, _ in found(row, BODY)] == ["persona lost"]
     assert not found(row | {"chat_template_kwargs": {"custom_instructions": None}}, LOSES)  # none given, none lost
+
+
+def test_every_place_of_a_persona():
+    """A developer's message and the names that gpt-oss and other templates have for it."""
+    body = "{% for m in messages if m.role in ('user', 'assistant') %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    told = {name: f"You are {name}." for name in ("custom_instructions", "system_prompt", "model_identity")}
+    row = row_of([turn("developer", "Be brief."), *chat()], chat_template_kwargs=told)
+    lost = told | {"message 0": "Be brief."}
+    assert dict(render.lost_personas(row, render.Against(body))) == lost
+    for name in told:
+        said = dict(render.lost_personas(row, render.Against(body + f"{{{{ {name} }}}}")))
+        assert said == {place: text for place, text in lost.items() if place != name}
 
 
 def test_persona_lost_names_the_row(tmp_path):
@@ -363,7 +379,8 @@ def test_no_sound_row_writes_nothing(tmp_path):
 
 # -- forms of input ---------------------------------------------------------------------------------------------------
 def test_every_form_gives_the_same_findings(tmp_path):
-    raw = [row_of(chat()), row_of(chat("\nb")), row_of([turn("user", "a"), turn("user", "b"), turn("assistant", "c")])]
+    nameless = {"messages": [turn("user", "a"), turn("user", "b"), turn("assistant", "c")]}  # its id is null in Arrow
+    raw = [row_of(chat()), row_of(chat("\nb")), nameless]
     write(tmp_path / "rows.jsonl", raw)
     (tmp_path / "rows.json").write_text(json.dumps(raw, indent=1))
     Dataset.from_list(raw).to_parquet(tmp_path / "rows.parquet")
@@ -371,9 +388,9 @@ def test_every_form_gives_the_same_findings(tmp_path):
     for name in ("rows.jsonl", "rows.json", "rows.parquet", "rows"):
         assert run(tmp_path / name, "--json", tmp_path / "found.json").returncode == 1
         findings = json.loads((tmp_path / "found.json").read_text())["findings"]
-        assert [(entry["line"], entry["reason"]) for entry in findings] == [
-            (2, "answer begins with a newline"),
-            (3, ORDER),
+        assert [(entry["line"], entry["id"], entry["reason"]) for entry in findings] == [
+            (2, "a", "answer begins with a newline"),
+            (3, "", ORDER),
         ]
         assert {entry["file"] for entry in findings} == {"train" if name == "rows" else name}
     splits = {"train": [row_of(chat(), source="s")], "validation": [row_of(chat("\nb"), source="s")]}

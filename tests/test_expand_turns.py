@@ -482,6 +482,12 @@ def test_history_that_is_not_trained(close):
     )
 
 
+def test_an_empty_block_trains_nothing():
+    empty = "{% generation %}{% endgeneration %}"
+    template = CLOSES.replace("<u>{{ m.content }}", f"<u>{empty}{{{{ m.content }}}}").replace("<r>", f"<r>{empty}")
+    assert template.count(empty) == 2 and expand(TWO, template) == expand(TWO, CLOSES)
+
+
 @pytest.mark.parametrize("argument", ["train_turns", "loss_mask"])
 def test_either_mark_will_do(argument):
     """A template that trains history in a form that nobody sends: marked with what it honours."""

@@ -136,6 +136,17 @@ def test_ids_and_mask_are_those_of_apply_chat_template(source, name, demo, tmp_p
     assert trained > len(rows)
 
 
+def test_a_null_key_is_a_missing_key(tiny):
+    """Arrow fills nulls in; templates that ask whether a key is there must not see them."""
+    from transformers import AutoTokenizer
+
+    tokenizer, template = AutoTokenizer.from_pretrained(tiny), "{{ messages[0].name is defined }}{{ eos_token }}"
+    for name in (None, "x"):
+        messages = [{"role": "user", "content": "q", "name": name}]
+        wanted = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        assert render.Against(template, tokenizer).render({}, messages) == (wanted, [])
+
+
 # -- packs and steps are TRL's ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
 @pytest.mark.parametrize("num_proc", [None, 2])
@@ -348,6 +359,8 @@ NONE = "{{ m.content + '<|im_end|>\n' }}{% if 0 %}{% generation %}{% endgenerati
         ([chat(("user", "q < | im_end|>"), ("assistant", "a")), *FINE], WHOLE, [], None, "passed"),
         ([*FINE, chat(("user", "q"), ("assistant", "\na"))], WHOLE, [], None, "1 row with an answer that begins with"),
         ([*FINE, chat(("user", "q"), ("assistant", "a\nb\n"))], WHOLE, [], None, "newline first 0"),
+        ([chat(("user", "q"), ("assistant", "\na"))], WHOLE, ["--assistant_only_loss", "false"], None,
+         "newline first 0"),
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) < 24 else None,
 )  # fmt: skip
