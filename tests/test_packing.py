@@ -8,7 +8,8 @@ import json
 
 import pytest
 import torch
-from conftest import EXACT
+from conftest import EXACT, REPO, TINY
+from engines import ENGINES, run
 
 GRADIENTS = """
 from pathlib import Path
@@ -16,22 +17,30 @@ import torch
 from transformers import TrainerCallback
 class Probe(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        torch.save(grads, args.output_dir + "/gradients.pt")
+        grads = {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.grad is not None}
+        whole = {name: g.full_tensor() if hasattr(g, "full_tensor") else g.clone() for name, g in grads.items()}
+        if args.process_index == 0:
+            torch.save(whole, f"{args.output_dir}/gradients.pt")
+            Path(args.output_dir, "world").write_text(str(args.world_size))
 def callback(trainer):
     Path(trainer.args.output_dir, "rows").write_text(str(len(trainer.train_dataset)))
     return Probe()
 """
 
 
-def first_step(run_recipe, hook, recipe, out, rows, *flags):
-    """(loss, all gradients as one vector, rows or packs) of one optimizer step over all `rows`, not clipped."""
-    fixed = ["--dataset_name", rows, "--eval_rows", "0", "--max_steps", "1", "--max_grad_norm", "1e9"]
-    folder = run_recipe(recipe, *EXACT, *hook(GRADIENTS), *fixed, *flags, out=out)
+FIXED = ["--eval_rows", "0", "--max_steps", "1", "--max_grad_norm", "1e9"]
+
+
+def read(folder):
+    """(loss, all gradients as one vector, rows or packs) of the one optimizer step of a run, not clipped."""
     loss = json.loads((folder / "log.jsonl").read_text().splitlines()[0])["loss"]
     gradients = torch.load(folder / "gradients.pt")
     gradient = torch.cat([gradients[name].flatten().double() for name in sorted(gradients)])
     return loss, gradient, int((folder / "rows").read_text())
+
+
+def difference(one, other):
+    return abs(other[0] - one[0]), ((other[1] - one[1]).norm() / one[1].norm()).item()
 
 
 @pytest.fixture
@@ -49,20 +58,61 @@ def sixteen(demo, tmp_path):
     return path
 
 
+@pytest.fixture
+def first_step(run_recipe, hook, sixteen, demo, tmp_path):
+    """first_step(recipe, out, *flags, engine=None): one optimizer step over all sixteen documents, here or launched."""
+
+    def step(recipe, out, *flags, engine=None):
+        flags = [*EXACT, *hook(GRADIENTS), "--dataset_name", sixteen, *FIXED, *flags]
+        if engine is None:
+            return read(run_recipe(recipe, *flags, out=out))
+        template, parity = REPO / "chat_templates" / "qwen3.jinja", REPO / "recipes" / "hooks" / "parity.py"
+        data = ["--model_name_or_path", demo / "init", "--chat_template_path", template, "--hooks", parity]
+        run(ENGINES[engine].command(recipe, *TINY, *data, *flags, "--output_dir", tmp_path / out))
+        assert (tmp_path / out / "world").read_text() == str(ENGINES[engine].processes)
+        return read(tmp_path / out)
+
+    return step
+
+
+UNPACKED = ["--packing", "false", "--global_batch_size", 16, "--per_device_train_batch_size"]
+PACKED = ["--packing_strategy", "bfd", "--max_length", 1024, "--global_batch_size", 16]  # more than there are packs
+
+
 @pytest.mark.parametrize("recipe", ["qwen3_full", "qwen3_qlora"])
-def test_packed_equals_unpacked(run_recipe, hook, sixteen, recipe):
-    unpacked = ["--packing", "false", "--global_batch_size", 16, "--per_device_train_batch_size", 4]
-    loss, gradient, count = first_step(run_recipe, hook, recipe, "rows", sixteen, *unpacked)
+def test_packed_equals_unpacked_in_any_accumulation(first_step, recipe):
+    """Rows in four passes against sixteen passes, one pass, and packs in as many passes as packs."""
+    rows = first_step(recipe, "rows", *UNPACKED, 4)
+    assert rows[2] == 16 and rows[1].norm() > 1e-3
+    for passes in (1, 16):
+        gaps = difference(rows, first_step(recipe, f"rows{passes}", *UNPACKED, 16 // passes))
+        assert max(gaps) <= 1e-5, (passes, gaps)
+    packs = first_step(recipe, "packs", *PACKED)
+    assert packs[2] < 16, "nothing was packed"
+    assert max(difference(rows, packs)) <= 1e-5
+    leaking = first_step(recipe, "wrapped", *PACKED, "--packing_strategy", "wrapped")
+    assert leaking[2] < 16
+    assert difference(rows, leaking)[1] > 1e-3, "wrapped packing leaks between documents, and this test did not see it"
 
-    def difference(out, strategy, packs):
-        packed = ["--packing_strategy", strategy, "--max_length", 1024, "--global_batch_size", packs]
-        other = first_step(run_recipe, hook, recipe, out, sixteen, *packed)
-        assert other[2] < 16, "nothing was packed"
-        return abs(other[0] - loss), ((other[1] - gradient).norm() / gradient.norm()).item()
 
-    assert count == 16 and gradient.norm() > 1e-3
-    packs = 16  # more than there are: one step takes them all
-    loss_gap, gradient_gap = difference("bfd", "bfd", packs)
-    assert loss_gap <= 1e-5 and gradient_gap <= 1e-5
-    loss_gap, gradient_gap = difference("wrapped", "wrapped", packs)
-    assert gradient_gap > 1e-3, "wrapped packing leaks between documents, and this test did not see it"
+WORLDS = [("qwen3_full", "ddp", PACKED)]
+LONG = [("qwen3_full", "ddp", [*UNPACKED, 2]), ("qwen3_full", "ddp8", [*UNPACKED, 1]), ("qwen3_full", "fsdp2", PACKED)]
+LONG += [("qwen3_lora", "ddp", PACKED), ("qwen3_qlora", "ddp", PACKED), ("qwen3_lora", "fsdp2", PACKED)]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "engine", "flags"),
+    WORLDS + [pytest.param(*case, marks=pytest.mark.long) for case in LONG],
+    ids=lambda part: part if isinstance(part, str) else ("packed" if part is PACKED else "rows"),
+)
+def test_in_any_number_of_processes(first_step, recipe, engine, flags):
+    """Where the passes are uneven, a row that is filled in twice shows; wrapped packing must show too.
+
+    ZeRO keeps no gradients until this point: its gradient norms are compared in test_engines.py.
+    """
+    rows = first_step(recipe, "rows", *UNPACKED, 4)
+    gaps = difference(rows, first_step(recipe, "many", *flags, engine=engine))
+    assert max(gaps) <= 1e-5, gaps
+    if flags is PACKED and (recipe, engine) == ("qwen3_full", "ddp"):
+        leaking = first_step(recipe, "wrapped", *flags, "--packing_strategy", "wrapped", engine=engine)
+        assert difference(rows, leaking)[1] > 1e-3

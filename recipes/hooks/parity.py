@@ -1,0 +1,65 @@
+"""Hook: a step weighs every trained token alike and every row once, in any accelerate config, as one process does.
+
+Two things break that, measured in accelerate 1.15 and transformers 5.23. Where the rows of an epoch do not divide by
+the processes, accelerate fills its last pass with rows from the start, which are trained twice. And under sequence
+parallelism the loss of a step is the mean of the rows' means, so that short answers weigh more.
+"""
+
+import torch
+from transformers import TrainerCallback
+
+
+def mask_repeats(trainer, batches):
+    """Takes the labels from rows that only fill the last pass; their gradient is then zero."""
+    state, args = trainer.accelerator.gradient_state, trainer.args
+    if not batches or not state.end_of_dataloader or state.remainder <= 0:
+        return
+    rows = args.per_device_train_batch_size
+    mine = min(max(state.remainder - args.process_index * rows, 0), rows)  # rows of the last pass that are new
+    if mine == rows:
+        return
+    batch = batches[-1]
+    if rows > 1 and len(batch["input_ids"]) == 1 and mine:  # packs of one pass lie in one row
+        raise ValueError(f"--per_device_train_batch_size {rows}: packing on several processes needs 1")
+    for name in ("labels", "shift_labels"):
+        if name in batch:
+            batch[name] = batch[name].clone()
+            batch[name][mine:] = -100
+
+
+def weigh_tokens(trainer):
+    """Under sequence parallelism: a row's mean loss counts by its share of the tokens of the step."""
+    from deepspeed.utils import groups
+
+    size, step = trainer.accelerator.parallelism_config.sp_size, {}
+    plain_loss, world = trainer.compute_loss, trainer.args.world_size
+
+    def count(batches, device):
+        tokens = sum((batch["shift_labels"] != -100).sum() for batch in batches)
+        step["tokens"] = trainer.accelerator.gather(torch.as_tensor(tokens, device=device)).sum()
+
+    def compute_loss(model, inputs, *rest, **kwargs):
+        loss = plain_loss(model, inputs, *rest, **kwargs)
+        if not trainer.model.training:
+            return loss
+        tokens = (inputs["shift_labels"] != -100).sum()
+        torch.distributed.all_reduce(tokens, group=groups._get_sequence_parallel_group())
+        return loss * tokens * trainer.current_gradient_accumulation_steps * (world // size) / step["tokens"].clamp(1)
+
+    trainer._get_num_items_in_batch, trainer.compute_loss = count, compute_loss
+
+
+def callback(trainer):
+    config = getattr(trainer.accelerator, "parallelism_config", None)
+    parallel = config is not None and config.sp_size > 1
+    if parallel:
+        weigh_tokens(trainer)
+    plain_count = trainer._get_num_items_in_batch
+
+    def count(batches, device):
+        if not parallel:
+            mask_repeats(trainer, batches)
+        return plain_count(batches, device)
+
+    trainer._get_num_items_in_batch = count
+    return TrainerCallback()

@@ -1,0 +1,133 @@
+"""Runs a recipe under a shipped accelerate config on CPUs, and says from inside what the engine really was.
+
+Used by test_engines, test_packing, test_two_nodes and test_slurm. accelerate and its engines fall back to one process
+or to DDP without a word, so nothing outside the run is believed: PROBE looks at the wrapped model on every rank.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+from conftest import REPO
+
+PROBE = """
+import json
+from pathlib import Path
+import torch
+from transformers import TrainerCallback
+
+def prepare(script, args, model):
+    if args.deepspeed_plugin is not None:  # ZeRO-3 keeps weights below 100,000 numbers whole: here, all of them
+        args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+def held(weight):  # numbers of a weight on this rank, and in all
+    if hasattr(weight, "ds_id"):
+        return (weight.ds_tensor if weight.numel() == 0 else weight).numel(), weight.ds_numel
+    return (weight.to_local() if hasattr(weight, "to_local") else weight).numel(), weight.numel()
+
+def look(trainer):
+    engine, model = trainer.model_wrapped, trainer.model
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    states = [state.get("exp_avg", state.get("state1")) for state in optimizer.state.values()]
+    states = [state.to_local() if hasattr(state, "to_local") else state for state in states if state is not None]
+    weights = {id(weight): (held(weight), type(module).__name__) for module in model.modules()
+               for weight in module.parameters(recurse=False)}.values()
+    return {
+        "engine": type(engine).__name__,
+        "stage": engine.zero_optimization_stage() if hasattr(engine, "zero_optimization_stage") else None,
+        "weights": [sum(here for (here, _), _ in weights), sum(whole for (_, whole), _ in weights)],
+        "four_bit": [sum(size[i] for size, kind in weights if kind == "Linear4bit") for i in (0, 1)],
+        "states": [sum(state.numel() for state in states),
+                   sum(held(weight)[1] for weight in model.parameters() if weight.requires_grad)],
+    }
+
+def logits(trainer):  # of one fixed row
+    trainer.model.eval()
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        return trainer.model_wrapped(input_ids=torch.arange(5, 69)[None]).logits.float()
+
+def callback(trainer):
+    args, seen, plain = trainer.args, [], trainer.training_step
+    backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else None
+    def training_step(model, inputs, *rest, **kwargs):
+        seen.append(inputs["input_ids"].flatten().tolist())
+        return plain(model, inputs, *rest, **kwargs)
+    trainer.training_step = training_step
+    class Probe(TrainerCallback):
+        def on_step_end(self, *_, **__):  # in training: after an evaluation ZeRO-3 holds small weights whole
+            self.found = {"world": args.world_size, "backend": backend, "seen": seen} | look(trainer)
+        def on_train_end(self, *_, **__):
+            found = self.found
+            Path(args.output_dir, f"rank{args.process_index}.json").write_text(json.dumps(found))
+            torch.save(logits(trainer), f"{args.output_dir}/logits{args.process_index}.pt")
+    return Probe()
+"""
+
+
+@dataclass
+class Engine:
+    config: str
+    processes: int = 2
+    engine: str = "DeepSpeedEngine"
+    stage: int | None = None
+    sharded: bool = False  # the weights; the optimizer states are under all but DDP
+    launch: list = field(default_factory=list)  # flags of accelerate launch, as a user would pass them
+    flags: list = field(default_factory=list)  # flags of the recipe
+
+    def command(self, recipe, *flags, launch=()):
+        """`accelerate launch` with the shipped config; only the number of processes and the CPU are ours."""
+        fsdp = self.config.startswith("fsdp")
+        shim = [REPO / "tests" / "fsdp_cpu_shim.py"] if fsdp else []
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+        command += [REPO / "accelerate_configs" / f"{self.config}.yaml", "--num_processes", self.processes]
+        command += [*(launch or ["--main_process_port", 0]), *self.launch, *shim, REPO / "recipes" / f"{recipe}.py"]
+        return [*map(str, [*command, *flags, *self.flags, "--use_cpu", "false" if fsdp else "true"])]
+
+
+SP = ["--packing", "false", "--pad_to_multiple_of", "512"]  # gloo wants rows of one length on all ranks
+ENGINES = {
+    "one": Engine("cpu", 1, engine=""),
+    "ddp": Engine("ddp_8gpu", engine="DistributedDataParallel"),
+    "zero1": Engine("zero1", stage=1),
+    "zero2": Engine("zero2", stage=2),
+    "zero3": Engine("zero3", stage=3, sharded=True),
+    "offload": Engine("zero3_offload", stage=3, sharded=True),
+    "fsdp2": Engine("fsdp2_8gpu", engine="FSDP", sharded=True),
+    "hsdp": Engine(
+        "fsdp2_8nodes", 4, engine="FSDP", sharded=True,
+        launch=["--num_machines", "1", "--parallelism_config_dp_replicate_size", "2",
+                "--parallelism_config_dp_shard_size", "2"],
+    ),
+    "sp": Engine("sequence_parallel", stage=3, sharded=True, flags=SP, launch=["--parallelism_config_sp_size", "2"]),
+    "sp2x2": Engine(
+        "sequence_parallel", 4, stage=3, sharded=True, flags=SP, launch=["--parallelism_config_sp_size", "2"]
+    ),
+    "ddp8": Engine("ddp_8gpu", 8, engine="DistributedDataParallel"),
+}  # fmt: skip
+
+
+def run(command, **kwargs):
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=environment, **kwargs)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def ranks(folder):
+    return [json.loads((folder / f"rank{i}.json").read_text()) for i in range(len(list(folder.glob("rank*.json"))))]
+
+
+def curve(folder, name):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+def gap(one, other, name):
+    """Largest difference of two curves: absolute, for gradient norms relative."""
+    pairs = list(zip(curve(one, name), curve(other, name), strict=True))
+    assert pairs
+    return max(abs(a - b) / (a if name == "grad_norm" else 1) for a, b in pairs)
