@@ -341,6 +341,7 @@ def start(trainer, state, data):
 
 def prepare(script, args, model):
     RUN.update(script=script, args=args, model=model)
+    args.run_name = args.run_name or Path(args.output_dir).name  # in trackio and W&B: not a random one
 
 
 def callback(trainer):

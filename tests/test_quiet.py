@@ -1,0 +1,89 @@
+"""Library messages: those named in quiet.py are left out, everything else still shows, and files get no bars."""
+
+import runpy
+import warnings
+from pathlib import Path
+
+import pytest
+import transformers
+from conftest import REPO, TINY, launch
+
+HOOK = REPO / "recipes" / "hooks" / "quiet.py"
+IMPORTS = (  # before a hook can do anything: printed by bitsandbytes when the recipe imports TRL
+    "Failed to load CPU gemm_4bit_forward from kernels-community: ",
+)
+NEW = """
+import logging
+import warnings
+from transformers import TrainerCallback
+class Probe(TrainerCallback):
+    def on_train_begin(self, args, state, control, **_):
+        warnings.warn("something nobody has seen before")
+        warnings.warn("`is_gradient_checkpointing_too` is deprecated", FutureWarning)
+        logging.getLogger("transformers.trainer_utils").warning("a checkpoint is gone")
+        logging.getLogger("DeepSpeed").warning("no accelerator")
+def callback(trainer):
+    return Probe()
+"""
+
+
+def unexpected(stderr):
+    return [line for line in stderr.splitlines() if not line.startswith(IMPORTS) and line.strip()]
+
+
+def run(demo, folder, recipe, *flags, config="cpu"):
+    given = ["--model_name_or_path", demo / "init", "--dataset_name", demo / "rows" / "chat", "--output_dir", folder]
+    given += ["--chat_template_path", REPO / "chat_templates" / "qwen3.jinja", *TINY]
+    done = launch(REPO / "recipes" / f"{recipe}.py", *given, *flags, config=config)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_a_log_file_holds_no_library_messages_but_new_ones(demo, hook, tmp_path):
+    saves = ["--save_strategy", "steps", "--save_steps", 1, "--save_total_limit", 1, "--max_steps", 3]
+    done = run(demo, tmp_path / "run", "qwen3_qlora", *saves, "--hooks", HOOK, *hook(NEW)[1:])
+    lines = [line for line in unexpected(done.stderr) if not line.startswith("  ")]  # the source line of a warning
+    new = ["something nobody has seen before", "`is_gradient_checkpointing_too` is deprecated", "a checkpoint is gone"]
+    assert len(lines) == len(new), done.stderr
+    assert all(words in line for words, line in zip(new, lines, strict=True))
+    assert "[WARNING]" in done.stdout and "no accelerator" in done.stdout and "Setting acc" not in done.stdout
+    assert "\r" not in done.stderr and "it/s" not in done.stdout
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (REPO / "recipes").glob("*.py")))
+@pytest.mark.parametrize("config", ["cpu", "cpu_2proc"])
+def test_every_recipe(demo, tmp_path, recipe, config):
+    done = run(demo, tmp_path / "run", recipe, "--hooks", HOOK, config=config)
+    # torch says that DDP looks for unused weights, to no avail: --ddp_find_unused_parameters false would end it
+    lines = [line for line in unexpected(done.stderr) if "find_unused_parameters=True was specified" not in line]
+    assert lines == []
+
+
+SOURCES = {
+    "`is_gradient_checkpointing` is deprecated": "transformers/modeling_utils.py",
+    "Paged optimizers are not supported on CPU": "bitsandbytes/optim/optimizer.py",
+    "`torch.distributed.all_gather_into_tensor` is deprecated": "torch/distributed/distributed_c10d.py",
+    "`torch.distributed.reduce_scatter_tensor` is deprecated": "torch/distributed/distributed_c10d.py",
+    "`use_liger_kernel=True` is deprecated": "trl/trainer/sft_trainer.py",
+    "Setting accelerator to CPU.": "deepspeed/accelerator/real_accelerator.py",
+    "mtime may not be reliable on this filesystem": "transformers/trainer_utils.py",
+}
+
+
+def test_every_name_is_one_that_the_pinned_libraries_use():
+    """An update that drops a message drops its name here."""
+    module, libraries = runpy.run_path(str(HOOK)), Path(transformers.__file__).parents[1]
+    assert SOURCES.keys() == {*module["WARNINGS"], *module["LOGGED"].values()}
+    for words, path in SOURCES.items():
+        assert f'"{words}' in (libraries / path).read_text() or f"'{words}" in (libraries / path).read_text(), words
+
+
+def test_only_the_beginning_of_a_message_counts():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        runpy.run_path(str(HOOK))
+        warnings.warn("Paged optimizers are not supported on CPU. Falling back to", UserWarning, stacklevel=1)
+        warnings.warn("I say: Paged optimizers are not supported on CPU", UserWarning, stacklevel=1)
+        warnings.warn("Paged optimizers are not supported", UserWarning, stacklevel=1)
+    assert [str(warning.message)[:5] for warning in caught] == ["I say", "Paged"]
