@@ -23,13 +23,14 @@ with open(calls, "a+") as file:
 
 @pytest.fixture
 def restart(tmp_path):
-    """restart(failures, *flags) of a command that fails so often: (exit code, the flags of each start, what it said)."""
+    """restart(failures, *flags) of a command that fails so often: (exit code, flags of each start, what it said)."""
     (tmp_path / "command.py").write_text(COMMAND)
 
     def run(failures, *flags, **environment):
         command = [CLUSTER / "restart.sh", sys.executable, tmp_path / "command.py", tmp_path / "calls", failures]
         environment = {"PATH": "/usr/bin:/bin", "PAUSE": "0", **environment}
-        done = subprocess.run([*map(str, [*command, *flags])], env=environment, capture_output=True, text=True, timeout=60)
+        command = [*map(str, [*command, *flags])]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
         return done.returncode, (tmp_path / "calls").read_text().splitlines(), done.stderr
 
     return run

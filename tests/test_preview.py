@@ -414,6 +414,7 @@ def test_a_token_across_the_edge_is_seen(look, demo, tmp_path):
     subprocess.run([sys.executable, script, *flags], check=True, capture_output=True)
     code, out, _, report = look([chat(("user", "hi"), ("assistant", "\nnewline first")), *FINE], model=model)
     assert report["rows"][0]["straddle"] and report["rows"][0]["newline"] and code == 0
+    assert "; answer begins with a newline" in out and "across the edge" not in out  # one cause, said once
     assert not any(row["straddle"] or row["newline"] for row in report["rows"][1:])
 
 

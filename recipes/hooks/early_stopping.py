@@ -15,8 +15,7 @@ def prepare(script, args, model):
     if args.eval_strategy == "no":
         raise ValueError("early stopping needs an evaluation: --eval_strategy steps --eval_steps 20, or epoch")
     args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better = True, "eval_loss", False
-    if args.save_strategy != args.eval_strategy or (args.save_steps or 0) % (args.eval_steps or 1):
-        args.save_strategy, args.save_steps = args.eval_strategy, args.eval_steps  # the best one must have been saved
+    args.save_strategy, args.save_steps = args.eval_strategy, args.eval_steps or args.save_steps  # the best is saved
 
 
 class Early(EarlyStoppingCallback):

@@ -1,9 +1,10 @@
 """Hook: with several processes, one that dies, hangs or is cut off ends the others within a minute.
 
 From the first step, a thread of every rank writes a number to the launcher's store (MASTER_ADDR:MASTER_PORT, over its
-own connection) every 2 s and reads those of the others; one that has not changed for 30 s is lost. Threads go on while
+own connection) every 2 s and reads those of the others; one that has not changed for 20 s is lost. Threads go on while
 the main thread saves, evaluates, compiles or waits in a collective, so none of these counts as silence. What hangs in
-the main thread alone is ended by the collectives' own time limit (--ddp_timeout). SFT_HEARTBEAT_S sets the 30 s.
+the main thread alone is ended by the collectives' own time limit (--ddp_timeout). SFT_HEARTBEAT_S sets the 20 s.
+torchrun kills a frozen rank 30 s later.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from pathlib import Path
 from torch.distributed import TCPStore
 from transformers import TrainerCallback
 
-LIMIT = float(os.environ.get("SFT_HEARTBEAT_S", 30))
+LIMIT = float(os.environ.get("SFT_HEARTBEAT_S", 20))
 DONE = b"done"
 
 
