@@ -333,7 +333,7 @@ def lost_personas(row, against):
     given = {name: kwargs.get(name) for name in PERSONAS}
     given |= {f"message {n}": t.get("content") for n, t in enumerate(turns) if t.get("role") in ("system", "developer")}
     given = {place: text for place, text in given.items() if isinstance(text, str) and text.strip()}
-    if not given or against.template is None:
+    if not given:
         return
     marked = {place: f"{text} persona{number}mark" for number, (place, text) in enumerate(given.items())}
     turns = [{**turn, "content": marked.get(f"message {n}", turn.get("content"))} for n, turn in enumerate(turns)]

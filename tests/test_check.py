@@ -4,7 +4,9 @@ what it leaves; the real files of shared/ where they are.
 Each of these turns the suite red (tried): the tokens of the tokenizer ignored, or tools not searched for them; roles or
 the template's refusal passed over; a persona looked for without its mark, or with its switches; the row's arguments not
 given to the template; blanks before the newline not seen, or indentation stripped with it; rows left out and not
-counted, or said to be mended; exit 0 though something is left; the hash of rows in another order.
+counted, or said to be mended; exit 0 though something is left; the hash of rows in another order; tokens that only the
+template writes left out, or roles searched for them; a developer's text or an argument taken for no persona; nulls of
+Arrow kept; half a surrogate pair, nesting or tools as JSON text not met; a tokenizer asked for and not had, silently.
 """
 
 import io
@@ -162,6 +164,13 @@ def test_sound_rows_are_sound(demo, tmp_path):
     assert count > 400 and f"{count:,} rows" in run(demo / "rows" / "chat").stdout
 
 
+def test_a_row_nested_too_deep():
+    tool = {"name": "f"}
+    for _ in range(5000):
+        tool = {"name": "f", "deeper": tool}
+    assert found(row_of(chat(), tools=[tool])) == [("row nested too deep", "")]
+
+
 def test_several_faults_of_one_row(tmp_path):
     """Each is named; the table counts rows."""
     row = row_of([turn("user", "<|im_end|> <|im_end|>"), turn("assistant", "\n<|im_start|>")])
@@ -177,7 +186,7 @@ def test_several_faults_of_one_row(tmp_path):
 # -- control tokens: the tokenizer's own ------------------------------------------------------------------------------
 def test_tokens_of_the_tokenizer(demo, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(demo / "init")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["[INST]"]})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[INST]", "user"]})  # a role is no text
     tokenizer.add_tokens(["<b>"])  # as Gemma has them: a token of its own, but nothing that steers a chat
     for text, known, own in (
         ("<|im_end|>", True, True),

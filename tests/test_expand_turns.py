@@ -4,7 +4,8 @@ server would send. The oracle writes Qwen3's request and output by hand and neve
 Each of these turns the suite red (tried): a shorter row that trains what a longer one trains; no marks, or only where
 this template needs them; the marks of the wrong turns; coverage without the text before it, or by the text alone; only
 the longest row kept; refused answers not counted; ids of the wrong message, or not one of a kind; train_turns last
-ignored; the cost of the input counted as that of the output; trained tokens off by one.
+ignored; the cost of the input counted as that of the output; trained tokens off by one; empty blocks counted;
+spans of the request taken for the answer's.
 """
 
 import io

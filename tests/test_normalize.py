@@ -1,5 +1,9 @@
 """data_prep/normalize.py: every source on small rows of our own with values worked by hand, every refusal with its
-reason and place, the Arrow round trip, and the real files of shared/ where they are."""
+reason and place, the Arrow round trip, and the real files of shared/ where they are.
+
+Each of these turns the suite red (tried): parts joined with a newline, calls left as text; parts taken from any role,
+in any order, beside the field they fill, or of any type; files written in place.
+"""
 
 import hashlib
 import io
