@@ -6,8 +6,9 @@ import runpy
 
 import pytest
 import torch
-from conftest import EXACT, REPO, launch
+from conftest import EXACT, REPO, TINY, launch
 from datasets import Dataset, load_from_disk
+from engines import ENGINES, run
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 HOOK = REPO / "recipes" / "hooks" / "show.py"
@@ -256,3 +257,35 @@ def test_durations():
 def test_lines_that_others_log():
     assert show["line"]({"eval_loss": 0.0, "eval_runtime": 2}) == "validation loss 0 (perplexity 1) in 2.0 s"
     assert show["line"]({"probe": 1.23456789, "name": "x"}) == "probe 1.235, name x"
+
+
+SAYS = {
+    "ddp": "DDP, 2 processes on 1 machine over gloo",
+    "zero1": "DeepSpeed ZeRO-1, 2 processes on 1 machine over gloo",
+    "zero3": r"DeepSpeed ZeRO-3 \((\d+) of (\d+) weights sharded\), 2 processes on 1 machine over gloo",
+    "offload": r"DeepSpeed ZeRO-3 \((\d+) of (\d+) weights sharded\), offloads optimizer and param, 2 processes",
+    "fsdp2": r"FSDP2 \((\d+) of (\d+) weights sharded\), 2 processes on 1 machine over gloo",
+    "sp": r"DeepSpeed ZeRO-3 \((\d+) of (\d+) weights sharded\), sequence parallel 2, 2 processes on 1 machine",
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", SAYS)
+def test_engines_and_their_counts(run_recipe, demo, tmp_path, engine):
+    """The block names the engine that runs, and every engine counts the tokens that one process counts."""
+    more = [*EXACT, "--hooks", HOOK, "--max_steps", 2, *ENGINES["sp"].flags, "--per_device_train_batch_size", 1]
+    one = logged(run_recipe("qwen3_full", *more, out="one"))
+    flags = ["--model_name_or_path", demo / "init", "--dataset_name", demo / "rows" / "chat", "--output_dir"]
+    flags += [tmp_path / engine, "--chat_template_path", REPO / "chat_templates" / "qwen3.jinja", *TINY, *more]
+    done = run(ENGINES[engine].command("qwen3_full", *flags))
+    said = block(done.stdout)["engine"]
+    assert (match := re.match(SAYS[engine], said)), said
+    if match.groups():
+        sizes = [weight.numel() for weight in AutoModelForCausalLM.from_pretrained(demo / "init").parameters()]
+        threshold = 0 if engine == "fsdp2" else 100_000  # ZeRO-3 leaves smaller weights whole
+        assert match.groups() == (str(sum(size > threshold for size in sizes)), str(len(sizes)))
+    same = ("step", "trained_tokens", "padding_share")
+    assert [[line[name] for name in same] for line in logged(tmp_path / engine)] == [
+        [line[name] for name in same] for line in one
+    ]
+    assert one[-1]["padding_share"] > 0.5
