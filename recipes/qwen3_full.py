@@ -45,7 +45,8 @@ DEFAULTS = dict(
     output_dir=f"runs/{HERE.stem}", seed=42,
     logging_steps=1, logging_nan_inf_filter=False,  # a NaN must be seen
     eval_strategy="steps", eval_steps=20, per_device_eval_batch_size=1, save_steps=20, save_total_limit=2,
-    hooks=[str(HOOKS / "guard.py"), str(HOOKS / "log.py")],  # safer and nicer, not needed
+    hooks=[str(HOOKS / f"{name}.py") for name in (  # safer and nicer, not needed
+        "guard", "quiet", "preflight", "parity", "survive", "stop", "heartbeat", "log", "show", "memory", "end")],
 )
 
 
@@ -139,7 +140,8 @@ def main():
     hooks = {path: runpy.run_path(path) for path in DEFAULTS["hooks"] if Path(path).is_file()}
     script, args, model = parse_args()
     hooks |= {path: runpy.run_path(path) for path in script.hooks if path not in hooks and Path(path).is_file()}
-    [print(f"{HERE.name}: hook {path} is not there, runs on without it") for path in script.hooks if path not in hooks]
+    if missing := [path for path in script.hooks if path not in hooks]:
+        print(f"{HERE.name}: runs on without its hooks, which are not there: {' '.join(missing)}")
     [hook["prepare"](script, args, model) for hook in hooks.values() if "prepare" in hook]
     tokenizer, script.rows, held_out = load_data(script, args, model)
     trainer = SFTTrainer(

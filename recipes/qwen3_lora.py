@@ -29,7 +29,6 @@ TEMPLATES, HOOKS = HERE.parents[1] / "chat_templates", HERE.parent / "hooks"  # 
 
 DEFAULTS = dict(
     model_name_or_path="Qwen/Qwen3-8B", dtype="bfloat16",  # frozen, so bf16 loses nothing; the adapters are fp32
-    # adapter
     use_peft=True, lora_r=16, lora_alpha=32, lora_dropout=0.05,
     lora_target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     # data
@@ -46,7 +45,8 @@ DEFAULTS = dict(
     output_dir=f"runs/{HERE.stem}", seed=42,
     logging_steps=1, logging_nan_inf_filter=False,  # a NaN must be seen
     eval_strategy="steps", eval_steps=20, per_device_eval_batch_size=1, save_steps=20, save_total_limit=2,
-    hooks=[str(HOOKS / "guard.py"), str(HOOKS / "log.py")],  # safer and nicer, not needed
+    hooks=[str(HOOKS / f"{name}.py") for name in (  # safer and nicer, not needed
+        "guard", "quiet", "preflight", "parity", "survive", "stop", "heartbeat", "log", "show", "memory", "end")],
 )
 
 
@@ -141,7 +141,8 @@ def main():
     hooks = {path: runpy.run_path(path) for path in DEFAULTS["hooks"] if Path(path).is_file()}
     script, args, model = parse_args()
     hooks |= {path: runpy.run_path(path) for path in script.hooks if path not in hooks and Path(path).is_file()}
-    [print(f"{HERE.name}: hook {path} is not there, runs on without it") for path in script.hooks if path not in hooks]
+    if missing := [path for path in script.hooks if path not in hooks]:
+        print(f"{HERE.name}: runs on without its hooks, which are not there: {' '.join(missing)}")
     [hook["prepare"](script, args, model) for hook in hooks.values() if "prepare" in hook]
     tokenizer, script.rows, held_out = load_data(script, args, model)
     trainer = SFTTrainer(
