@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 TORCH_ADAM = ["--optim", "adamw_torch"]  # not 8 bits, whose rounding turns 1e-7 into 4e-5; on DTensors they stop
-SHARDABLE = ["--bnb_4bit_quant_storage", "float32"]  # 4-bit weights that FSDP2 can cut
+SHARDABLE = ["--allow", "qlora_fsdp2", "--bnb_4bit_quant_storage", "float32"]  # 4-bit weights that FSDP2 can cut
 STEPS = ["--max_steps", 12, "--global_batch_size", 4, "--max_length", 512, "--learning_rate", "1e-2"]
 STEPS += ["--save_strategy", "no", "--disable_tqdm", "true", "--eval_strategy", "steps", "--eval_steps", 6]
 NO_EVAL = ["--eval_strategy", "no"]
@@ -126,7 +126,7 @@ LONG += [(QLORA, "fsdp2", EXACT + TORCH_ADAM + SHARDABLE, 1e-5)]
 # bf16 rounds differently in each engine: at the 1e-2 of the others that grows to 2e-2 within 12 steps, DDP to 1e-3
 LONG += [(FULL, engine, [*SHIPPED, *SLOW], 2e-3) for engine in ("ddp", "zero1", "zero2", "zero3", "fsdp2", "sp")]
 LONG += [(LORA, engine, [*SHIPPED, *SLOW], 2e-3) for engine in ("ddp", "zero3", "fsdp2")]
-SHARDABLE_BF16 = ["--bnb_4bit_quant_storage", "bfloat16"]
+SHARDABLE_BF16 = ["--allow", "qlora_fsdp2", "--bnb_4bit_quant_storage", "bfloat16"]
 LONG += [(QLORA, engine, [*SHIPPED, *SLOW, *TORCH_ADAM, *SHARDABLE_BF16], 2e-3) for engine in ("zero3", "fsdp2")]
 
 

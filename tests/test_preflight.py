@@ -355,15 +355,18 @@ def test_cut_answers_to_the_token(told, demo, tmp_path):
     expected = sum(any(mask(size)[limit:]) for size in sizes)
     assert expected == 2 and sum(len(mask(size)) > limit for size in sizes) == 3
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row(size)) + "\n" for size in sizes))
+    # where the hook looks first there are two of the long rows and ninety short ones with a long note
+    rows = [row(size) | {"source": "x" * (1000 if size in (40, 41) else 0)} for size in sizes]
+    rows += [row(5) | {"source": "x" * 500}] * 90
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--dataset_name", path, "--eval_rows", 0, "--max_length", limit]
     said = told(*flags)
     assert said == (
-        "refused: 2 of 8 rows cut by max_length within what is trained: "
+        "refused: 2 of 98 rows cut by max_length within what is trained: "
         f"--max_length {base + 43} keeps them whole, --allow cut_answers trains them cut"
     )
-    assert counted(told(*flags, "--allow", "cut_answers", out="asked"))[2:4] == (2, 8)
-    assert counted(told(*flags, "--packing", "false", "--max_length", limit + 3, out="fits"))[2:6] == (0, 8, 0, 8)
+    assert counted(told(*flags, "--allow", "cut_answers", out="asked"))[2:4] == (2, 98)
+    assert counted(told(*flags, "--packing", "false", "--max_length", limit + 3, out="fits"))[2:6] == (0, 98, 0, 98)
 
 
 def test_rows_that_came_packed(told, demo, tmp_path, monkeypatch):
@@ -474,9 +477,10 @@ def test_pairs_table(preflight):
     plugin = SimpleNamespace(zero_stage=3)
     args = SimpleNamespace(deepspeed_plugin=plugin)
     model = SimpleNamespace(load_in_4bit=True, load_in_8bit=False, use_peft=True)
-    preflight["check_pair"](args, model)
-    preflight["PAIRS"]["QLoRA", "ZeRO-3"] = "a reason"
-    with pytest.raises(ValueError, match="QLoRA with ZeRO-3 does not work: a reason"):
-        preflight["check_pair"](args, model)
-    preflight["check_pair"](args, SimpleNamespace(load_in_4bit=False, load_in_8bit=False, use_peft=True))
+    preflight["check_pair"](args, model, [])
+    preflight["PAIRS"]["QLoRA", "ZeRO-3"] = ("qlora_fsdp2", "a reason")
+    with pytest.raises(ValueError, match="QLoRA with ZeRO-3 does not work: a reason.*--allow qlora_fsdp2"):
+        preflight["check_pair"](args, model, [])
+    preflight["check_pair"](args, model, ["qlora_fsdp2"])
+    preflight["check_pair"](args, SimpleNamespace(load_in_4bit=False, load_in_8bit=False, use_peft=True), [])
     del preflight["PAIRS"]["QLoRA", "ZeRO-3"]

@@ -25,10 +25,11 @@ ALLOW = {
     "bf16_weights": "full fine-tuning of bf16 or fp16 weights without fp32 master weights",
     "masked_packs": f"more than {SHARE:.0%} of the packs hold nothing to train",
     "cut_answers": f"more than {SHARE:.0%} of the rows are cut within what is trained",
+    "qlora_fsdp2": "QLoRA on FSDP2: right on CPUs with --bnb_4bit_quant_storage bfloat16 --optim adamw_torch",
     "other_run": "resuming what another recipe, template, tokenizer or data began",
 }
-PAIRS = {  # (method, engine): why not
-    ("QLoRA", "FSDP2"): "4-bit weights stay whole on every GPU or fail (accelerate#3874)",
+PAIRS = {  # (method, engine): the name in ALLOW, why not
+    ("QLoRA", "FSDP2"): ("qlora_fsdp2", "4-bit weights stay whole on every GPU or fail (accelerate#3874)"),
 }
 # share of what two documents joined to one would do, above which packing leaks. On a CPU, over every architecture that
 # transformers 5.23 builds from its default config: noise at most 6e-6 in fp32 and 0.044 in bf16, leaks from 0.045 on
@@ -174,10 +175,14 @@ def engine(args):
     return "DDP" if args.world_size > 1 else "one process"
 
 
-def check_pair(args, model):
+def check_pair(args, model, allow):
     method = "QLoRA" if model.load_in_4bit or model.load_in_8bit else "LoRA" if model.use_peft else "full fine-tuning"
-    if why := PAIRS.get((method, engine(args))):
-        raise ValueError(f"{method} with {engine(args)} does not work: {why}: launch with another --config_file")
+    name, why = PAIRS.get((method, engine(args)), (None, None))
+    if name and name not in allow:
+        raise ValueError(
+            f"{method} with {engine(args)} does not work: {why}: launch with another --config_file, or --allow {name} "
+            f"({ALLOW[name]})"
+        )
 
 
 def check_weights(trainer, model, allow):
@@ -325,7 +330,7 @@ def prepare(script, args, model):
         if unknown := [name for name in script.allow if name not in ALLOW]:
             known = "; ".join(f"{name} ({what})" for name, what in ALLOW.items())
             raise ValueError(f"--allow {' '.join(unknown)}: no such name, there are {known}")
-        check_pair(args, model)
+        check_pair(args, model, script.allow)
         if args.packing and args.packing_strategy == "wrapped":
             say(args, "wrapped packing: documents see those before them in their pack, as asked for")
         elif args.packing or args.padding_free:

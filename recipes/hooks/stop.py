@@ -1,7 +1,8 @@
 """Hook: a run that goes wrong stops before it does harm, and one that is told to stop saves first.
 
 Before every optimizer step, loss and gradient norm of all ranks are looked at (one small gather, one device sync). It
-is over, with step, rank and rows of the batch, and before the weights are touched, if
+is over, with step, rank and rows of the batch, and before the weights are touched (DeepSpeed tells a gradient norm only
+after its step: there they are lost, the checkpoint is not), if
 
 - a loss is nan or inf; or the gradient norm is (under fp16 the loss scaler deals with that);
 - the loss of the step is above 3 times the median of the last 64 steps and above 2 ln V, or for the third step in a row
@@ -9,8 +10,8 @@ is over, with step, rank and rows of the batch, and before the weights are touch
 - the gradient norm is above 1,000 and above 1,000 times the median of the last 64 steps, of which there are 8.
 
 Ctrl-C and SIGTERM, on any rank: all ranks finish the step, save, verify, say how to go on, and exit with 130 or 143.
-The second Ctrl-C quits at once. `accelerate launch` with several processes kills them 30 s after the signal;
-TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300 in its environment gives a large model the time to save.
+The second Ctrl-C quits at once. `accelerate launch` itself ends at once with one process, and the run a little later;
+with several it kills them after 30 s: TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300 in its environment gives a large model time.
 """
 
 import contextlib
@@ -77,7 +78,8 @@ class Explosion:
 
 class Stop(TrainerCallback):
     def __init__(self, trainer):
-        self.trainer, self.state, self.asked, self.when, self.number = trainer, None, 0, 0.0, 0
+        self.trainer, self.asked, self.when, self.number = trainer, 0, 0.0, 0  # signal here, its time, signal anywhere
+        self.again = command()  # now: a launcher dies of the signal before its run has ended
         self.explosion = Explosion(trainer.model.config.get_text_config().vocab_size)
         self.batches, self.losses, self.norm = [], [], 0.0
         self.deepspeed = trainer.is_deepspeed_enabled
@@ -135,9 +137,12 @@ class Stop(TrainerCallback):
             self.refuse(wrong, guilty)
 
     def on_pre_optimizer_step(self, args, state, control, **_):
-        self.look()
+        if not self.deepspeed:
+            self.look()
+        elif self.norm is not None and not math.isfinite(self.norm) and not args.fp16:  # known after its step only
+            self.refuse(f"the gradient norm is {self.norm}", range(args.world_size), "after")
 
-    def refuse(self, wrong, guilty):
+    def refuse(self, wrong, guilty, when="before"):
         trainer, rank = self.trainer, self.trainer.args.process_index
         pairs = [*zip(self.batches, self.losses, strict=False)]
         lost = [batch for batch, loss in pairs if not loss.isfinite()]
@@ -150,7 +155,7 @@ class Stop(TrainerCallback):
         if rank in guilty:
             saved = sorted(Path(trainer.args.output_dir).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
             tell(
-                f"step {trainer.state.global_step + 1}, rank {rank}: {wrong}; rows {rows}; stopped before the weights "
+                f"step {trainer.state.global_step + 1}, rank {rank}: {wrong}; rows {rows}; stopped {when} the weights "
                 f"changed, last checkpoint: {saved[-1] if saved else 'none'}. Look at these rows, or lower "
                 "--learning_rate"
             )
@@ -183,7 +188,7 @@ class Stop(TrainerCallback):
     def end(self):
         if self.trainer.is_world_process_zero():
             step = self.trainer.state.global_step
-            tell(f"stopped after step {step}, checkpoint-{step} is saved and verified; to go on:\n{command()}")
+            tell(f"stopped after step {step}, checkpoint-{step} is saved and verified; to go on:\n{self.again}")
         self.trainer.accelerator.wait_for_everyone()
         self.on_train_end()
         sys.exit(128 + self.number)

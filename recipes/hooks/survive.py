@@ -35,13 +35,15 @@ def say(text):
 
 
 def on_rank_0(work):
-    """Returns work() as rank 0 found it, on every rank; a ValueError there is raised everywhere."""
+    """Returns work() as rank 0 found it, on every rank; what it raises there is raised everywhere, as a ValueError."""
     found = [None, None]
     if PartialState().is_main_process:
         try:
             found[0] = work()
-        except ValueError as error:
-            found[1] = str(error)
+        except Exception as error:
+            if PartialState().num_processes == 1:
+                raise
+            found[1] = str(error)  # else the other ranks would wait for it
     if PartialState().num_processes > 1:
         broadcast_object_list(found)
     if found[1]:
@@ -167,7 +169,7 @@ def prepare(script, args, model):
 
 # -- the same run ------------------------------------------------------------------------------------------------------
 def tokens_hash(rows):
-    """Returns a hash of what is trained, in its order: ids, labels and lengths of documents. 10M tokens: see README."""
+    """Returns a hash of what is trained, in its order: ids, labels and lengths of documents. 0.04 s for 10M tokens."""
     states = {name: (xxhash.xxh3_128(), xxhash.xxh3_128()) for name in ("input_ids", "labels", "seq_lengths")}
     states = {name: pair for name, pair in states.items() if name in rows.column_names}
     for table in rows.select_columns([*states]).with_format("arrow").iter(1000):
