@@ -2234,7 +2234,7 @@ GEMMA4 = Family(
         {},
         "<bos><|turn>user\nIs 91 prime?<turn|>\n<|turn>model\nNo.<turn|>\n<|turn>user\nAnd 97?<turn|>\n"
         "<|turn>model\n⟦<|channel>thought\nA tool.\n<channel|><|tool_call>call:prime{n:97}<tool_call|><|tool_response>⟧"
-        'response:unknown{value:<|"|>yes<|"|>}<tool_response|>'
+        'response:prime{value:<|"|>yes<|"|>}<tool_response|>'
         "⟦<|channel>thought\nIt says so.\n<channel|>Yes.<turn|>⟧\n",
     ),
 )
