@@ -103,10 +103,6 @@ ENGINES = {
                 "--parallelism_config_dp_shard_size", "2"],
     ),
     "sp": Engine("sequence_parallel", stage=3, sharded=True, flags=SP, launch=["--parallelism_config_sp_size", "2"]),
-    "sp2x2": Engine(
-        "sequence_parallel", 4, stage=3, sharded=True, flags=SP,
-        launch=["--parallelism_config_sp_size", "2", "--parallelism_config_dp_shard_size", "2"],
-    ),
     "ddp8": Engine("ddp_8gpu", 8, engine="DistributedDataParallel"),
 }  # fmt: skip
 
