@@ -216,16 +216,20 @@ def told(run_recipe, capsys, monkeypatch):
     return run
 
 
-def test_seeded_run_is_bitwise_the_same(run_recipe, capsys):
-    weights = []
-    for out, flags in (("without", []), ("with", ["--hooks", HOOK])):
-        folder = run_recipe("qwen3_qlora", "--max_steps", 2, *flags, out=out)
-        from safetensors.torch import load_file
+def test_seeded_run_is_bitwise_the_same(run_recipe, capsys, tmp_path):
+    from safetensors.torch import load_file
 
+    alone = tmp_path / "qwen3_qlora.py"  # a copy finds none of its own hooks
+    alone.write_text((REPO / "recipes" / "qwen3_qlora.py").read_text())
+    weights = []
+    for out, hooks in (("without", ["log.py"]), ("with", ["log.py", "preflight.py"])):
+        template = ["--chat_template_path", REPO / "chat_templates" / "qwen3.jinja"]
+        hooks = [str(HOOK.parent / name) for name in hooks]
+        folder = run_recipe(alone, "--max_steps", 2, *template, "--hooks", *hooks, out=out)
+        assert ("preflight: " in capsys.readouterr().out) == (out == "with")
         log = (folder / "log.jsonl").read_text().splitlines()
         losses = [json.loads(line).get("loss") for line in log]
         weights.append((losses, load_file(folder / "adapter_model.safetensors")))
-    assert "preflight: " in capsys.readouterr().out
     (losses, one), (other_losses, other) = weights
     assert losses == other_losses and one.keys() == other.keys() and len(one) > 10
     assert all(torch.equal(one[name], other[name]) for name in one)
