@@ -78,8 +78,6 @@ class Stop(TrainerCallback):
         control.should_training_stop = state.global_step == 2
 def callback(trainer):
     return Stop()
-def after(trainer):
-    (__import__("pathlib").Path(trainer.args.output_dir) / "log.jsonl").unlink()
 """
     flags = [hook(stop)[1], HOOK]
     folder = run_recipe("qwen3_full", "--hooks", *flags, "--logging_strategy", "no")
