@@ -206,6 +206,7 @@ def test_another_run_is_refused(run, whole, tmp_path):
         ("label", ["another training tokens"]),
         ("order", ["another training tokens"]),
         ("length", ["another training tokens"]),
+        ("boundary", ["another training tokens"]),
         (None, []),
     ],
 )
@@ -237,6 +238,9 @@ def test_what_makes_another_run(change, words, demo, tmp_path, monkeypatch):
         rows[1], rows[2] = rows[2], rows[1]
     if change == "length":
         rows[0]["seq_lengths"] = [2, 2]
+    if change == "boundary":  # the same tokens in the same order
+        for name in ("input_ids", "labels"):
+            rows[0][name].append(rows[1][name].pop(0))
     name = "qwen3_full.py" if change == "recipe" else "qwen3_qlora.py"
     if not change:
         return resume(tmp_path / "checkpoint-2", name)
@@ -253,9 +257,8 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 from transformers import TrainerCallback
-class Poison(TrainerCallback): pass
 def callback(trainer):
-    plain, step, seen = trainer.compute_loss, trainer.optimizer, []
+    plain, seen = trainer.compute_loss, []
     def compute_loss(model, inputs, *rest, **kwargs):
         loss = plain(model, inputs, *rest, **kwargs)
         seen.append(1)
@@ -268,8 +271,12 @@ def callback(trainer):
         return loss
     trainer.compute_loss = compute_loss
     class Count(TrainerCallback):
-        def on_optimizer_step(self, *_, **__):
-            print("STEPPED")
+        def on_train_begin(self, *_, optimizer, **__):
+            real = optimizer.step
+            def step(*args, **kwargs):
+                print("STEPPED")
+                return real(*args, **kwargs)
+            optimizer.step = step
     return Count()
 """
 
@@ -444,6 +451,27 @@ def test_sigterm_to_the_launcher_stops_all_ranks_at_one_step(demo, tmp_path):
     assert "accelerate" in again and "--num_processes" not in again and again.endswith("--resume_from_checkpoint true")
     assert hook("survive")["fault"](tmp_path / "run" / f"checkpoint-{step}") is None
     assert len(list((tmp_path / "run").glob("checkpoint-*/rng_state_?.pth"))) == 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "who"), [("SIGINT", "group"), ("SIGTERM", "launcher")])
+def test_accelerate_launch_with_one_process(demo, tmp_path, name, who):
+    """The launcher dies of the signal; the run, which gets Ctrl-C from the terminal or learns of the death, saves."""
+    words = command(demo, tmp_path / "run", "--max_steps", 1000, "--save_steps", 1000, config="cpu")
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(words, stdout=said, stderr=said, start_new_session=True)
+    while not (tmp_path / "run" / "log.jsonl").is_file() and process.poll() is None:
+        time.sleep(0.1)
+    (child,) = children(process)
+    (os.killpg if who == "group" else os.kill)(process.pid, getattr(signal, name))
+    assert process.wait() == -getattr(signal, name)
+    while Path(f"/proc/{child}").exists():
+        time.sleep(0.1)
+    (step,) = steps_of(tmp_path / "run")
+    told = (tmp_path / "said").read_text()
+    assert hook("survive")["fault"](tmp_path / "run" / f"checkpoint-{step}") is None
+    assert f"checkpoint-{step} is saved and verified" in told and told.strip().endswith("--resume_from_checkpoint true")
+    assert "accelerate" in told.strip().splitlines()[-1]
 
 
 # -- 6: disks ----------------------------------------------------------------------------------------------------------
@@ -625,6 +653,14 @@ def test_killed_twice_equals_uninterrupted(run, whole, demo, tmp_path):
     assert "broken-checkpoint-4" in done.stdout and "/checkpoint-2" in done.stdout
     folder, code, said = run(*ON)
     assert code == 0 and "/checkpoint-4" in said
+    assert_same(folder, whole)
+
+
+def test_killed_before_the_final_save(run, whole, tmp_path):
+    """The last checkpoint is there and nothing is left to train: not one step more, and the same adapter."""
+    copy_of(whole, tmp_path)
+    folder, code, said = run(*ON)
+    assert code == 0 and "/checkpoint-6" in said
     assert_same(folder, whole)
 
 

@@ -210,7 +210,7 @@ def same_run(trainer):
 
 # -- saved, then sealed, then pushed and the oldest deleted ------------------------------------------------------------
 class Survive(TrainerCallback):
-    """Does nothing: the work is in trainer._save_checkpoint, whose end no callback sees in time."""
+    """Does nothing: the work is around trainer._save_checkpoint, whose end no callback sees in time."""
 
 
 def callback(trainer):
@@ -235,5 +235,13 @@ def callback(trainer):
         for work in later:
             work()
 
-    trainer._save_checkpoint = save_and_seal
+    train = trainer._run_epoch
+
+    def run_epoch(*args, **kwargs):
+        if trainer.state.global_step >= trainer.state.max_steps:  # transformers 5.23 would train one step more
+            trainer.control.should_training_stop = True
+        else:
+            train(*args, **kwargs)
+
+    trainer._save_checkpoint, trainer._run_epoch = save_and_seal, run_epoch
     return Survive()
