@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import REPO, TINY, launch
+from conftest import REPO
 
 HOOK = REPO / "recipes" / "hooks" / "memory.py"
 RAISES = """
@@ -107,15 +107,15 @@ def test_a_cpu_that_really_cannot(monkeypatch):
     assert runpy.run_path(str(HOOK))["ran_out"](caught.value)
 
 
-def test_printed_once_after_the_traceback(demo, tmp_path, hook):
-    flags = [*TINY, "--model_name_or_path", demo / "init", "--dataset_name", demo / "rows" / "chat", "--max_length"]
-    flags += [2048, "--chat_template_path", REPO / "chat_templates" / "qwen3.jinja", "--output_dir", tmp_path / "run"]
-    done = launch(REPO / "recipes" / "qwen3_qlora.py", *flags, "--hooks", HOOK, *hook(RAISES)[1:])
-    assert done.returncode == 1
-    after = done.stderr.split("OutOfMemoryError: CUDA out of memory. Tried 2 GiB\n", 1)[1]
+def test_printed_once_after_the_traceback(run_recipe, hook, capsys):
+    flags = ["--max_length", 2048, "--hooks", HOOK, *hook(RAISES)[1:]]
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        run_recipe("qwen3_qlora", *flags)
+    sys.excepthook(caught.type, caught.value, caught.tb)  # as the interpreter would
+    after = capsys.readouterr().err.split("OutOfMemoryError: CUDA out of memory. Tried 2 GiB\n", 1)[1]
     assert after.startswith("memory ran out. In this order, one more at a time:\n")
     assert "  1. --max_length 1024 " in after and "now 2048: " in after and after.count("memory ran out") == 1
-    assert f"{tmp_path / 'run'} holds this try: with --resume_from_checkpoint true" in after
+    assert "/run holds this try: with --resume_from_checkpoint true" in after
 
 
 def test_silent_for_other_errors(parsed, monkeypatch, capsys):

@@ -54,7 +54,7 @@ def by_hand(folder, steps):
 
 @pytest.mark.parametrize("packing", ["true", "false"])
 def test_counts_of_every_step(run_recipe, hook, packing, capsys):
-    flags = ["--packing", packing, "--per_device_train_batch_size", 2, "--max_length", 200]
+    flags = ["--packing", packing, "--per_device_train_batch_size", 2]
     folder = run_recipe("qwen3_full", *flags, "--hooks", HOOK, *hook(BATCHES)[1:])
     found, lines = by_hand(folder, 4), logged(folder)
     assert len(lines) == 4 and len({targets for targets, _, _ in found}) == 4
@@ -73,9 +73,9 @@ import time
 from transformers import TrainerCallback
 class Slow(TrainerCallback):
     def on_step_begin(self, args, state, control, **_):
-        time.sleep(0.5)
+        time.sleep(0.2)
     def on_evaluate(self, args, state, control, **_):
-        time.sleep(3)
+        time.sleep(1)
 def callback(trainer):
     return Slow()
 """
@@ -86,10 +86,10 @@ def callback(trainer):
     for line in logged(folder):
         tokens, before = line["num_tokens"] - before, line["num_tokens"]
         seconds += tokens / line["tokens_per_second"]
-        assert tokens / line["tokens_per_second"] > 1  # two steps asleep
+        assert tokens / line["tokens_per_second"] > 0.4  # two steps asleep
         assert line["tokens_per_second"] > line["trained_tokens_per_second"] > 0
         assert 0.1 < line["memory_gib"] < 20 and "mfu" not in line
-    assert seconds < lines[-1]["train_runtime"] - 3 * 3 < seconds + 9  # all but the evaluations and what is around
+    assert seconds < lines[-1]["train_runtime"] - 3 * 1  # all but the evaluations
     said = capsys.readouterr().out
     loss = next(line for line in map(json.loads, (folder / "log.jsonl").open()) if "eval_loss" in line)["eval_loss"]
     assert f"2/6  validation loss {loss:.4g} (perplexity {torch.tensor(loss).exp():.4g})" in said
