@@ -29,8 +29,7 @@ TEMPLATES, HOOKS = HERE.parents[1] / "chat_templates", HERE.parent / "hooks"  # 
 
 DEFAULTS = dict(
     # model: nf4 with quantised constants; dtype is also the compute dtype of the 4-bit layers
-    model_name_or_path="Qwen/Qwen3-4B-Instruct-2507",
-    dtype="bfloat16", load_in_4bit=True, use_bnb_nested_quant=True,
+    model_name_or_path="Qwen/Qwen3-4B-Instruct-2507", dtype="bfloat16", load_in_4bit=True, use_bnb_nested_quant=True,
     use_peft=True, lora_r=16, lora_alpha=32, lora_dropout=0.05,
     lora_target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     # data
@@ -125,7 +124,8 @@ def load_data(script, args, model):
 
 def begin(trainer, script):
     for weight in (w for w in trainer.model.parameters() if w.requires_grad and not hasattr(w, "ds_id")):
-        weight.data = weight.data.float()  # TRL turns adapters on 4 bits into bf16, a resume reads them as fp32
+        # QLoRA adapters come from TRL as bf16, from a resume as fp32
+        weight.data = weight.data if "bf16_weights" in script.allow else weight.data.float()
     # on a CPU, bitsandbytes repacks 4-bit weights for an evaluation, and from then on no gradient passes them
     [vars(layer).update(support_avx512bf16_for_cpu=False) for layer in trainer.model.modules()]
     args, tokenizer, out = trainer.args, trainer.processing_class, Path(trainer.args.output_dir)
@@ -149,8 +149,8 @@ def main():
     trainer = SFTTrainer(
         model.model_name_or_path, args, train_dataset=script.rows, eval_dataset=held_out, processing_class=tokenizer,
         quantization_config=get_quantization_config(model), peft_config=get_peft_config(model))
-    begin(trainer, script)
     [trainer.add_callback(hook["callback"](trainer)) for hook in hooks.values() if "callback" in hook]
+    begin(trainer, script)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     [hook["after"](trainer) for hook in hooks.values() if "after" in hook]

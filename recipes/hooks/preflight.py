@@ -337,6 +337,10 @@ def prepare(script, args, model):
             check_packing(args, model)
 
 
+class Preflight(TrainerCallback):
+    """Does nothing: all is said before the first step."""
+
+
 def callback(trainer):
     script, model = RUN["script"], RUN["model"]
     with together(trainer.args):
@@ -344,4 +348,4 @@ def callback(trainer):
         if trainer.padding_free and not RUN["probed"]:  # rows that came packed
             check_packing(trainer.args, model)
         check_rows(trainer, script.rows, script.allow)
-    return TrainerCallback()
+    return Preflight()
