@@ -1,6 +1,7 @@
 """Time a recipe against `trl sft` with the same settings, whole processes in turn, and print the ratio of each pair.
 
     python tests/bench_trl_sft.py [--pairs 5] [--steps 60]
+    python tests/bench_trl_sft.py --against copy    # against a copy of the recipe that finds no hooks: what these cost
 
 A benchmark, not a test: run it on an idle machine and quote the median ratio. Both train the demo's tiny Qwen3 by QLoRA
 on the demo's rows, packed, assistant-only, with the same seed; the last losses are printed to show that it is one run.
@@ -8,6 +9,7 @@ on the demo's rows, packed, assistant-only, with the same seed; the last losses 
 
 import argparse
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -22,6 +24,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--against", choices=["trl", "copy"], default="trl")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for script, *flags in (
@@ -48,8 +51,12 @@ def main():
         launch += ["--config_file", str(REPO / "accelerate_configs" / "cpu.yaml")]
         ours = [*launch, str(REPO / "recipes" / "qwen3_qlora.py"), *flags, "--dataset_name", "set/train.jsonl"]
         ours += ["--global_batch_size", "4", "--eval_rows", "0"]
-        theirs = [*launch, "-m", "trl.scripts.sft", *flags, "--dataset_name", "set", "--warmup_steps", "0.03"]
-        theirs += ["--gradient_accumulation_steps", "4"]
+        if given.against == "trl":
+            theirs = [*launch, "-m", "trl.scripts.sft", *flags, "--dataset_name", "set", "--warmup_steps", "0.03"]
+            theirs += ["--gradient_accumulation_steps", "4"]
+        else:
+            copy = shutil.copy(REPO / "recipes" / "qwen3_qlora.py", folder)
+            theirs = [str(copy) if word.endswith("qwen3_qlora.py") else word for word in ours]
         ratios = []
         for pair in range(given.pairs + 1):
             took, losses = [], []
@@ -60,8 +67,9 @@ def main():
                 took.append(time.monotonic() - start)
                 if done.returncode:
                     sys.exit(done.stderr[-3000:])
-                losses.append(re.findall(r"'loss': '?([\d.e-]+)", done.stdout + done.stderr)[-1])
-            print(f"recipe {took[0]:.1f} s, trl sft {took[1]:.1f} s, last losses {losses}", "" if pair else "(warm-up)")
+                losses.append(re.findall(r"\bloss'?:? '?([\d.e-]+)", done.stdout + done.stderr)[-1])
+            other = f"{given.against} {took[1]:.1f} s ({took[0] - took[1]:+.1f} s)"
+            print(f"recipe {took[0]:.1f} s, {other}, last losses {losses}", "" if pair else "(warm-up)", flush=True)
             ratios += [took[0] / took[1]] if pair else []
     spread = f"from {min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} pairs"
     print(f"median ratio {statistics.median(ratios):.3f}, {spread}")

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,11 @@ def run_recipe(demo, monkeypatch, tmp_path):
                      "--chat_template_path", str(template), "--output_dir", str(tmp_path / out), *given]  # fmt: skip
         monkeypatch.setattr(sys, "argv", [str(path), *given])
         monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-        runpy.run_path(str(path))["main"]()
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            runpy.run_path(str(path))["main"]()
+        finally:  # a run that is refused ends its process and leaves them
+            [signal.signal(*pair) for pair in handlers.items()]
         return tmp_path / out
 
     return run
