@@ -475,10 +475,10 @@ def test_engine_is_what_accelerate_was_told(tmp_path, yaml, shim, engine):
     assert f"engine: {engine}\n" in done.stdout, done.stderr[-2000:]
 
 
-def test_pairs_table(preflight):
+def test_pairs_table(preflight, monkeypatch):
     """Other pairs pass; a row more refuses one more."""
     plugin = SimpleNamespace(zero_stage=3)
-    args = SimpleNamespace(deepspeed_plugin=plugin)
+    args = SimpleNamespace(deepspeed_plugin=plugin, packing=True)
     model = SimpleNamespace(load_in_4bit=True, load_in_8bit=False, use_peft=True)
     preflight["check_pair"](args, model, [])
     preflight["PAIRS"]["QLoRA", "ZeRO-3"] = ("qlora_fsdp2", "a reason")
@@ -487,3 +487,8 @@ def test_pairs_table(preflight):
     preflight["check_pair"](args, model, ["qlora_fsdp2"])
     preflight["check_pair"](args, SimpleNamespace(load_in_4bit=False, load_in_8bit=False, use_peft=True), [])
     del preflight["PAIRS"]["QLoRA", "ZeRO-3"]
+    monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "2")  # as accelerate launch sets it
+    with pytest.raises(ValueError, match="--packing false"):
+        preflight["check_pair"](args, model, [])
+    args.packing = False
+    preflight["check_pair"](args, model, [])

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import transformers
+from accelerate import ParallelismConfig
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -177,6 +178,8 @@ def engine(args):
 
 def check_pair(args, model, allow):
     method = "QLoRA" if model.load_in_4bit or model.load_in_8bit else "LoRA" if model.use_peft else "full fine-tuning"
+    if args.packing and ParallelismConfig().sp_size > 1:
+        raise ValueError("sequence parallelism trains unpacked rows (DeepSpeed 0.19.8 stops at packs): --packing false")
     name, why = PAIRS.get((method, engine(args)), (None, None))
     if name and name not in allow:
         raise ValueError(
