@@ -3,18 +3,25 @@
     python data_prep/check.py data/chats --recipe recipes/qwen3_qlora.py
     python data_prep/check.py rows.jsonl --chat_template_path chat_templates/qwen3.jinja --fix --out data/checked
 
-PATH is a .jsonl, .json or .parquet file, or a save_to_disk folder, of which every split is read. What is found:
-  roles           unknown ones, turns that do not alternate, a tool reply without a call, a last message not the
-                  assistant's, text or calls of another type
+PATH is a .jsonl, .json or .parquet file (.gz, .zst), or a save_to_disk folder, of which every split is read. What is
+found:
+  roles           unknown ones, turns that do not alternate, empty answers, a tool reply without a call, a last message
+                  not the assistant's, text or calls of another type
+  tools           a call of a tool that the row does not offer, arguments that its JSON schema forbids, as many replies
+                  as calls, ids that fit
   control tokens  in text: those of the tokenizer (--model_name_or_path) or, without one, those of the known families
+  mojibake        text that was decoded by the wrong table (ftfy), and U+FFFD, which a decoder writes for what it lost
   newline         an answer or its reasoning begins with one: it would merge with the newline that ends the header
+  language        with --lang: the answer's or the row's is none of these
   persona         a system message (or custom_instructions) that the template leaves out of the text it renders
   template        a row that the template refuses, with its words
-The last two need a template, which is that of --chat_template_path, else the tokenizer's own; --recipe takes both from
-the recipe's DEFAULTS.
+  too long        more tokens than --max_length, which a recipe would cut
+The last three need a template, which is that of --chat_template_path, else the tokenizer's own, too long a tokenizer as
+well; --recipe takes all from the recipe's DEFAULTS.
 
---fix strips the newlines, which has one right answer, and writes OUT (a .jsonl file, or a folder with report.json,
-rejected.jsonl, card.md): the mended rows and the clean ones as they are; rows that it cannot mend go to rejected.jsonl.
+--fix mends what has one right answer (newlines at an answer's start, mojibake that reverses) and writes OUT (a .jsonl
+file, or a folder with report.json, rejected.jsonl, card.md): the mended rows and the clean ones as they are; rows that
+it cannot mend go to rejected.jsonl.
 
 Exit 0: nothing found, or all of it mended. 1: something is left. 2: bad input, one sentence.
 """
@@ -25,31 +32,27 @@ import platform
 import re
 import sys
 from collections import Counter
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
-from normalize import (
-    BadInput,
-    Refused,
-    check_messages,
+from pool import (
+    Result,
+    Writer,
+    add_num_proc,
     check_out,
     command,
+    find_inputs,
+    packed,
     parser_of,
     place,
-    refuse_unkept,
-    shown,
+    read_blocks,
+    shards_of,
+    spread,
     write_text,
 )
-from render import (
-    completed,
-    control_tokens,
-    load_against,
-    lost_personas,
-    read_pool,
-    read_settings,
-    well_formed,
-    write_pool,
-)
+from render import control_tokens, load_against, lost_personas, read_settings
+from rows import BadInput, Refused, check_messages, completed, language, refuse_unkept, tools_of, well_formed
 
 NEWLINE = re.compile(r"\s*[\r\n]")  # blanks before the newline are no help: one token takes them all
 
@@ -57,14 +60,92 @@ NEWLINE = re.compile(r"\s*[\r\n]")  # blanks before the newline are no help: one
 # -- the checks: a well-formed row -> (reason, detail) of each fault; a new one = a function and its name in CHECKS ----
 def roles(row, against):
     try:
-        check_messages([{**turn, "content": turn.get("content") or ""} for turn in row["messages"]])
+        turns = row["messages"]
+        if any(turn.get("content") is None for turn in turns):
+            turns = [{**turn, "content": turn.get("content") or ""} for turn in turns]
+        check_messages(turns)
     except Refused as refusal:
         yield refusal.reason, refusal.detail
+
+
+def tools(row, against):
+    """Calls and replies, in turn: each reply has its call, by id where ids are given; arguments fit the schema."""
+    offered = {tool.get("function", tool).get("name"): tool.get("function", tool) for tool in tools_of(row) or []}
+    waiting = []
+    for number, turn in enumerate(row["messages"]):
+        if waiting and turn["role"] != "tool":
+            yield "tool call without a reply", f"message {number}: {len(waiting)} calls are open"
+            waiting = []
+        for call in turn.get("tool_calls") or []:
+            function = call.get("function", call)
+            name, arguments = function["name"], function["arguments"]
+            waiting.append(call.get("id"))
+            if not offered:
+                continue
+            if name not in offered:
+                yield "call of a tool that is not offered", f"message {number}: {name}"
+            elif fault := against_schema(json.dumps(offered[name].get("parameters") or {}), arguments):
+                yield "arguments against the tool's schema", f"message {number}: {name}: {fault}"
+        ids = [call.get("id") for call in turn.get("tool_calls") or [] if call.get("id")]
+        if len(ids) != len({*ids}):
+            yield "tool call ids that repeat", f"message {number}: {', '.join(map(str, ids))}"
+        if turn["role"] == "tool":
+            told = turn.get("tool_call_id")
+            if told is not None and any(waiting) and told not in waiting:
+                yield "tool reply to another call", f"message {number}: {told}"
+            elif not waiting and number and row["messages"][number - 1]["role"] in ("tool", "assistant"):
+                yield "more tool replies than calls", f"message {number}"
+            if waiting:
+                waiting.remove(told if told in waiting else waiting[0])
+    # a row may end with its calls: they are what it trains
+
+
+@cache
+def validator(schema):
+    """A jsonschema validator of a tool's parameters (JSON text), or None where they are no JSON schema."""
+    import jsonschema
+
+    schema = json.loads(schema)
+    try:
+        kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+        kind.check_schema(schema)
+    except jsonschema.SchemaError:
+        return None
+    return kind(schema)
+
+
+def against_schema(schema, arguments):
+    """What a schema forbids about arguments, or None."""
+    import jsonschema
+
+    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    found = validator(schema)
+    if found is None:
+        return None
+    try:
+        error = next(iter(sorted(found.iter_errors(arguments), key=lambda error: list(map(str, error.path)))), None)
+    except (jsonschema.exceptions._WrappedReferencingError, RecursionError):  # a $ref to nowhere
+        return None
+    return error and f"{'.'.join(map(str, error.path)) or 'arguments'}: {error.message[:120]}"
 
 
 def control(row, against):
     for where, token in control_tokens(row, against):
         yield "control token in text", f"{where}: {token}"
+
+
+def mojibake(row, against):
+    for number, field, value in texts(row):
+        if "\ufffd" in value:
+            yield "text that a decoder lost", f"message {number}: U+FFFD in its {field}"
+        elif not value.isascii() and garbled(value):
+            yield "mojibake", f"message {number}: {value[:60]!r}"
+
+
+def garbled(value):
+    from ftfy.badness import is_bad
+
+    return is_bad(value)
 
 
 def leading_newline(row, against):
@@ -73,12 +154,30 @@ def leading_newline(row, against):
         yield f"{name} begins with a newline", f"message {number}: {row['messages'][number][field][:20]!r}"
 
 
+def wrong_language(row, against):
+    if not against.lang:
+        return
+    told = row.get("lang") or language([{**turn, "content": turn.get("content") or ""} for turn in row["messages"]])
+    answers = [turn for turn in row["messages"] if turn["role"] == "assistant" and turn.get("content")]
+    spoken = language(answers) if answers else told
+    for what, found in (("row", told), ("answers", spoken)):
+        if found not in against.lang and found != "und":
+            yield "another language", f"the {what}: {found}"
+            return
+
+
 def template(row, against):
     if against.template is not None:
         try:
-            against.render(row, row["messages"])
+            text, _ = against.render(row, row["messages"])
         except Refused as refusal:
             yield refusal.reason, refusal.detail
+            return
+        # no tokenizer makes more tokens than bytes
+        if against.max_length and against.tokenizer is not None and len(text.encode()) > against.max_length:
+            length = len(against.tokenizer(text, add_special_tokens=False)["input_ids"])
+            if length > against.max_length:
+                yield "too long", f"{length} tokens, max_length {against.max_length}"
 
 
 def persona(row, against):
@@ -86,15 +185,22 @@ def persona(row, against):
         yield "persona lost", f"{where}: {text[:60]!r} is not in the rendered text"
 
 
-CHECKS = [roles, control, leading_newline, template, persona]
+CHECKS = [roles, tools, control, mojibake, leading_newline, wrong_language, template, persona]
 
 
 # -- a row ------------------------------------------------------------------------------------------------------------
-def begins_with_newline(row):
+def texts(row):
+    """Yield (number, field, text) of every message's content and reasoning."""
     for number, turn in enumerate(row["messages"]):
         for field in ("content", "reasoning_content"):
-            if turn["role"] == "assistant" and NEWLINE.match(turn.get(field) or ""):
-                yield number, field
+            if turn.get(field):
+                yield number, field, turn[field]
+
+
+def begins_with_newline(row):
+    for number, field, value in texts(row):
+        if value[0].isspace() and row["messages"][number]["role"] == "assistant" and NEWLINE.match(value):
+            yield number, field
 
 
 def faults(row, against):
@@ -109,37 +215,102 @@ def faults(row, against):
 
 
 def mended(row):
-    """The row with its answers beginning where they begin; indentation after the newlines stays."""
+    """The row with its answers beginning where they begin (indentation after the newlines stays), and with the text
+    that mojibake stood for."""
     turns = [dict(turn) for turn in row["messages"]]
-    for number, field in begins_with_newline(row):
+    for number, field, value in texts(row):
+        if "\ufffd" not in value and not value.isascii() and garbled(value):
+            import ftfy
+
+            turns[number][field] = ftfy.fix_encoding(value)
+    for number, field in begins_with_newline({"messages": turns}):
         turns[number][field] = NEWLINE.sub("", turns[number][field], count=1)
     return {**row, "messages": turns}
 
 
-# -- main -------------------------------------------------------------------------------------------------------------
-def show(path, total, findings):
-    """The table: a line a reason, with the first three places and the first words."""
-    rows = {(f["file"], f["line"]) for f in findings}
-    print(f"{path}: {total:,} rows, {len(rows):,} with findings")
-    by_reason = {}
-    for finding in findings:
-        by_reason.setdefault(finding["reason"], {}).setdefault((finding["file"], finding["line"]), finding)
-    if by_reason:
-        width = max(map(len, by_reason))
-        print(f"  {'reason':{width}}  {'rows':>7}  {'mended':>7}  first")
-    for reason, places in sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0])):
-        firsts = list(places.values())[:3]
-        where = ", ".join(f"{f['file']}:{f['line']}" + (f" ({f['id']})" if f["id"] else "") for f in firsts)
-        fixed = sum(f["mended"] for f in places.values())
-        print(f"  {reason:{width}}  {len(places):>7,}  {fixed:>7,}  {where}")
-        if firsts[0]["detail"]:
-            print(f"      {firsts[0]['detail'][:200]}")
+FIXED = ("answer begins with a newline", "reasoning begins with a newline", "mojibake")
 
 
-def counted(findings):
-    """Rows by reason."""
-    seen = {(f["reason"], f["file"], f["line"]) for f in findings}
-    return dict(sorted(Counter(reason for reason, *_ in seen).items()))
+# -- many rows --------------------------------------------------------------------------------------------------------
+@cache
+def against_of(recipe, template_path, model, max_length, lang, told=True):
+    """What rows are checked against; told: whether it is said that there is no tokenizer. Raises BadInput."""
+    flags = {"chat_template_path": template_path, "model_name_or_path": model, "max_length": max_length}
+    settings = read_settings(recipe, flags=flags)
+    against = load_against(settings, lenient=model is None, told=told)
+    against.lang = lang
+    against.max_length = settings.max_length if recipe or max_length else None
+    return against
+
+
+def work(block, given, name, fix=False, out=None):
+    """Result of a Block; more: the findings. given: arguments of against_of."""
+    against, result, rows, findings = against_of(*given, told=False), Result(), [], []
+    for line, row in block.rows():
+        result.total += 1
+        found = left = faults(row, against)
+        if not found and not fix:
+            continue
+        where = place(block.file, line, row)
+        if fix and any(reason in FIXED for reason, _ in found):
+            row = mended(row)
+            left = faults(row, against)
+            found = found + [fault for fault in left if fault not in found]  # nothing but newlines: now it is empty
+        if fix and not left:
+            try:
+                row = completed(row, name, line)
+                refuse_unkept(row, out)
+                rows.append(row)
+            except Refused as refusal:
+                left = [(refusal.reason, refusal.detail)]
+                found = found + left
+        findings += [
+            where | {"reason": reason, "detail": detail, "mended": fix and not left} for reason, detail in found
+        ]
+        if left:
+            details = {"reason": left[0][0], "detail": "; ".join(detail or reason for reason, detail in left)}
+            result.rejected.append(where | details)
+    if fix:
+        result.packed = {block.split: packed(rows, out.suffix == ".jsonl")}
+    result.more = findings
+    return result
+
+
+class Seen:
+    """What was found, by reason: rows, mended rows, the first three places. Findings themselves are kept only where
+    --json wants them."""
+
+    def __init__(self, keep):
+        self.rows = self.found = 0
+        self.reasons, self.mended, self.first, self.kept = Counter(), Counter(), {}, [] if keep else None
+
+    def add(self, total, findings):
+        self.rows += total
+        by_row = {}
+        for finding in findings:
+            by_row.setdefault(finding["line"], {}).setdefault(finding["reason"], finding)
+        self.found += len(by_row)
+        for reasons in by_row.values():
+            for reason, finding in reasons.items():
+                self.reasons[reason] += 1
+                self.mended[reason] += finding["mended"]
+                if len(first := self.first.setdefault(reason, [])) < 3:
+                    first.append(finding)
+        if self.kept is not None:
+            self.kept += findings
+
+    def show(self, path):
+        """The table: a line a reason, with the first three places and the first words."""
+        print(f"{path}: {self.rows:,} rows, {self.found:,} with findings")
+        if self.reasons:
+            width = max(map(len, self.reasons))
+            print(f"  {'reason':{width}}  {'rows':>7}  {'mended':>7}  first")
+        for reason, count in sorted(self.reasons.items(), key=lambda item: (-item[1], item[0])):
+            firsts = self.first[reason]
+            where = ", ".join(f"{f['file']}:{f['line']}" + (f" ({f['id']})" if f["id"] else "") for f in firsts)
+            print(f"  {reason:{width}}  {count:>7,}  {self.mended[reason]:>7,}  {where}")
+            if firsts[0]["detail"]:
+                print(f"      {firsts[0]['detail'][:200]}")
 
 
 def main():
@@ -147,10 +318,13 @@ def main():
     parser.add_argument("path", type=Path, metavar="PATH", help="rows: a file or a save_to_disk folder")
     parser.add_argument("--chat_template_path", help="the template that the rows will be trained with")
     parser.add_argument("--model_name_or_path", help="folder or hub id of the tokenizer")
-    parser.add_argument("--recipe", help="takes both from its DEFAULTS; flags win")
+    parser.add_argument("--max_length", type=int, help="tokens; longer rows are found")
+    parser.add_argument("--lang", nargs="+", default=(), help="languages that rows and answers may have: zh en ja ko")
+    parser.add_argument("--recipe", help="takes template, tokenizer and max_length from its DEFAULTS; flags win")
     parser.add_argument("--fix", action="store_true", help="mend what has one right answer and write --out")
     parser.add_argument("--out", type=Path, help="NAME.jsonl, or a folder that does not exist yet; with --fix")
     parser.add_argument("--json", type=Path, help="file for every finding, machine-readable; written anew")
+    add_num_proc(parser)
     return command(parser, run)
 
 
@@ -158,51 +332,46 @@ def run(args):
     """The exit code; raises BadInput."""
     if args.fix != (args.out is not None):
         raise BadInput("--fix and --out go together: pass both, or neither to look only")
-    splits, inputs = read_pool(args.path)
-    if args.fix:
-        check_out(args.out, splits)
-    flags = {name: getattr(args, name) for name in ("chat_template_path", "model_name_or_path")}
-    against = load_against(read_settings(args.recipe, flags=flags), lenient=args.model_name_or_path is None)
-    kept, rejected, findings = {split: [] for split in splits}, [], []
-    for split, rows in splits.items():
-        for file, line, row in shown(rows, split):
-            found = left = faults(row, against)
-            where = place(file, line, row)
-            if args.fix and any("newline" in reason for reason, _ in found):
-                row = mended(row)
-                left = faults(row, against)
-                found = found + [fault for fault in left if fault not in found]  # nothing but newlines: now it is empty
-            if args.fix and not left:
-                try:
-                    row = completed(row, args.path.stem, line)
-                    refuse_unkept(row, args.out)
-                    kept[split].append(row)
-                except Refused as refusal:
-                    left = [(refusal.reason, refusal.detail)]
-                    found = found + left
-            findings += [
-                where | {"reason": reason, "detail": detail, "mended": args.fix and not left}
-                for reason, detail in found
-            ]
-            if left:
-                details = {"reason": left[0][0], "detail": "; ".join(detail or reason for reason, detail in left)}
-                rejected.append(where | details)
+    paths = find_inputs([args.path])
+    if args.fix and args.path.is_dir() and (args.path / "dataset_dict.json").is_file():
+        check_out(args.out, shards_of(args.path))
+    given = args.recipe, args.chat_template_path, args.model_name_or_path, args.max_length, tuple(args.lang)
+    against, seen, inputs = against_of(*given), Seen(args.json), {}
+    against_of.cache_clear()  # one block is worked on here, told or not
+    used = {"template": hashlib.sha256(against.template.encode()).hexdigest()} if against.template else {}
+    todo = partial(work, given=given, name=args.path.stem, fix=args.fix, out=args.out)
 
-    show(args.path, sum(map(len, splits.values())), findings)
-    used = {"mended": counted([f for f in findings if f["mended"]])}
-    used |= {"template": hashlib.sha256(against.template.encode()).hexdigest()} if against.template else {}
+    def looked():
+        for result in spread(todo, read_blocks(paths, inputs), args.num_proc):
+            seen.add(result.total, result.more)
+            yield result
+
+    refused = 0
+    if args.fix:
+        with Writer(args.out, "check.py") as writer:
+            writer.inputs = inputs
+            for result in looked():
+                writer.add(result)
+            refused, kept = writer.refused.total(), sum(writer.rows.values())
+            if kept:
+                writer.close({"mended": dict(sorted((+seen.mended).items())), **used})
+    else:
+        refused = sum(len(result.rejected) for result in looked())
+    if not seen.rows:
+        raise BadInput(f"{args.path}: no rows: pass rows of messages (data_prep/normalize.py makes them)")
+    seen.show(args.path)
     if args.json:
-        report = {"script": "check.py", "in": sum(map(len, splits.values())), "found": counted(findings), **used}
-        report |= {"versions": {"python": platform.python_version(), "datasets": version("datasets")}}
-        report |= {"input": inputs, "findings": findings}
+        report = {"script": "check.py", "in": seen.rows, "found": dict(sorted(seen.reasons.items())), **used}
+        report |= {"mended": dict(sorted((+seen.mended).items()))}
+        report |= {"versions": {"python": platform.python_version(), "pyarrow": version("pyarrow")}}
+        report |= {"input": inputs, "findings": seen.kept}
         # in ASCII: a refused row may hold half a surrogate pair
         write_text(args.json, json.dumps(report, indent=2) + "\n")
-    if args.fix and not any(kept.values()):
+    if args.fix and not kept:
         print(f"{args.out}: not written, no row of {args.path} is sound", file=sys.stderr)
     elif args.fix:
-        write_pool(args.out, "check.py", kept, rejected, inputs, used)
-        print(f"{args.out}: {sum(map(len, kept.values())):,} rows, {len(rejected):,} left out")
-    return 1 if rejected else 0
+        print(f"{args.out}: {kept:,} rows, {refused:,} left out")
+    return 1 if refused else 0
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from normalize import json_line, report_of, stop, write_folder
+from pool import stop, write_rows
+from rows import BadInput, json_line
 
 NAMES, CITIES, DAYS, SKIES, THINGS, COLORS, SHAPES, ONSETS = map(
     str.split,
@@ -359,18 +360,17 @@ def main():
     assert not prompts["train"] & held_out, "a held-out conversation is in train"
 
     text = "".join(map(json_line, texts))
-    report = report_of("demo_rows.py", splits, [], args.seed, {})
     aside = args.out.with_name(f".{args.out.name}.{os.getpid()}.part")
     try:
         aside.mkdir(parents=True)
         test = "".join(map(json_line, splits["test"]))
-        write_folder(aside / "chat", splits, report, extra=[("test.jsonl", test)])
+        report = write_rows(aside / "chat", "demo_rows.py", splits, seed=args.seed, extra={"test.jsonl": test})
         (aside / "pretrain.jsonl").write_text(text, encoding="utf-8", newline="\n")
         report["output"]["pretrain"] = hashlib.sha256(text.encode()).hexdigest()
         report["out"]["pretrain"] = len(texts)
         (aside / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8", newline="\n")
         aside.rename(args.out)
-    except OSError as error:
+    except (OSError, BadInput) as error:
         return stop(f"{args.out}: not written ({error}): make room or pass another --out")
     finally:
         shutil.rmtree(aside, ignore_errors=True)

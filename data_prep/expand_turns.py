@@ -25,10 +25,27 @@ import hashlib
 import sys
 from bisect import bisect_left, bisect_right
 from collections import Counter, namedtuple
+from functools import cache, partial
 from pathlib import Path
 
-from normalize import BadInput, Refused, check_out, command, parser_of, place, refuse_unkept, shown, unique
-from render import completed, load_against, read_pool, read_settings, well_formed, write_pool
+from pool import (
+    Result,
+    Writer,
+    add_num_proc,
+    check_out,
+    command,
+    find_inputs,
+    is_saved,
+    packed,
+    parser_of,
+    place,
+    read_blocks,
+    shards_of,
+    spread,
+    summary,
+)
+from render import load_against, read_settings
+from rows import BadInput, Refused, completed, refuse_unkept, well_formed
 
 # an answer's request + output, what of it is trained, and (text, spans) of the row that ends with it
 Answer = namedtuple("Answer", "text spans rendered")
@@ -145,36 +162,42 @@ def main():
     parser.add_argument("--chat_template_path", required=True, help="the template to train with")
     parser.add_argument("--out", type=Path, required=True, help="NAME.jsonl, or a folder that does not exist yet")
     parser.add_argument("--model_name_or_path", help="folder or hub id of the tokenizer, to count tokens")
+    add_num_proc(parser)
     return command(parser, run)
 
 
 def run(args):
     """The exit code; raises BadInput."""
-    splits, inputs = read_pool(args.path)
-    check_out(args.out, splits)
-    flags = {name: getattr(args, name) for name in ("chat_template_path", "model_name_or_path")}
-    against = load_against(read_settings(flags=flags), lenient=args.model_name_or_path is None)
+    paths = find_inputs([args.path])
+    if is_saved(args.path):
+        check_out(args.out, shards_of(args.path))
+    given = args.chat_template_path, args.model_name_or_path
+    against = against_of(*given)
+    against_of.cache_clear()
     if not against.marked:
         raise BadInput(f"{args.chat_template_path}: no {{% generation %}} markers: pass one of chat_templates/")
-    kept, rejected, counts = expand_pool(splits, against, args)
-    rows_in, rows_out = sum(map(len, splits.values())), sum(map(len, kept.values()))
-    table = dict(sorted(Counter(entry["reason"] for entry in rejected).items()))
-    said = ", ".join(f"{count} {reason}" for reason, count in table.items())
-    if not rows_out:
-        first = rejected[0]
-        print(f"{args.path}: no row is left ({said}), the first at {first['file']}:{first['line']}", file=sys.stderr)
-        return 1
-    unit = "tokens" if against.tokenizer is not None else "characters"
-    more = {
-        "in": rows_in,  # in + added = out + refused rows; `refused` counts refused rows and answers, as rejected.jsonl
-        "added": counts["added"],
-        "refused_rows": counts["refused_rows"],
-        "rows_expanded": counts["expanded"],
-        "answers": {"in": counts["answers"], "before": counts["answers_before"], "after": counts["answers_after"]},
-        unit: {name: counts[name] for name in ("total_before", "total_after", "trained_before", "trained_after")},
-        "template": hashlib.sha256(against.template.encode()).hexdigest(),
-    }
-    write_pool(args.out, "expand_turns.py", kept, rejected, inputs, more)
+    todo, first = partial(work, given=given, name=args.path.stem, out=args.out), None
+    with Writer(args.out, "expand_turns.py") as writer:
+        for result in spread(todo, read_blocks(paths, writer.inputs), args.num_proc):
+            first = first or next(iter(result.rejected), None)
+            writer.add(result)
+        rows_in, rows_out = writer.total, sum(writer.rows.values())
+        counts, said = writer.counts, summary(writer.refused)
+        if not rows_in:
+            raise BadInput(f"{args.path}: no rows: pass rows of messages (data_prep/normalize.py makes them)")
+        if not rows_out:
+            where = f"the first at {first['file']}:{first['line']}"
+            print(f"{args.path}: no row is left ({said}), {where}", file=sys.stderr)
+            return 1
+        unit = "tokens" if against.tokenizer is not None else "characters"
+        more = {  # an answer beyond a row's first is an added row, kept or refused
+            "added": writer.added,
+            "rows_expanded": counts["expanded"],
+            "answers": {"in": counts["answers"], "before": counts["answers_before"], "after": counts["answers_after"]},
+            unit: {name: counts[name] for name in ("total_before", "total_after", "trained_before", "trained_after")},
+            "template": hashlib.sha256(against.template.encode()).hexdigest(),
+        }
+        writer.close(more)
     print(f"{args.out}: {rows_out:,} rows of {rows_in:,}, {counts['expanded']:,} of them expanded"
           + (f"; refused: {said}" if said else ""))  # fmt: skip
     print(f"  {'':10}  {'before':>12}  {'after':>12}")
@@ -184,31 +207,38 @@ def run(args):
     return 0
 
 
-def expand_pool(splits, against, args):
-    """({split: rows}, rejected, Counter)"""
-    kept, rejected, counts, seen = {split: [] for split in splits}, [], Counter(), set()
-    for split, rows in splits.items():
-        for file, line, row in shown(rows, split):
-            where = place(file, line, row)
-            try:
-                row = completed(well_formed(row), args.path.stem, line)
-                refuse_unkept(row, args.out)
-                found, spent, refused = expand(row, against)
-                counts += spent + Counter(added=len(found) - 1)
-            except RecursionError:
-                found, refused = [], [(None, Refused("row nested too deep"))]
-            except Refused as refusal:
-                found, refused = [], [(None, refusal)]
-            counts["refused_rows"] += not found
-            same = found == [row]
-            counts["expanded"] += bool(found) and not same
-            for one in found:
-                name = row["id"] if same else f"{row['id']}#{len(one['messages']) - 1}"
-                kept[split].append(one | {"id": unique(name, seen)})
-            for k, refusal in refused:
-                name = where["id"] if k is None else f"{row['id']}#{k}"
-                rejected.append(where | {"id": name, "reason": refusal.reason, "detail": refusal.detail})
-    return kept, rejected, counts
+@cache
+def against_of(template_path, model, told=True):
+    """Against of the template and the tokenizer; told: whether it is said that there is none. Raises BadInput."""
+    settings = read_settings(flags={"chat_template_path": template_path, "model_name_or_path": model})
+    return load_against(settings, lenient=model is None, told=told)
+
+
+def work(block, given, name, out):
+    """Result of a Block."""
+    against, result, rows = against_of(*given, told=False), Result(), []
+    for line, row in block.rows():
+        result.total += 1
+        where = place(block.file, line, row)
+        try:
+            row = completed(well_formed(row), name, line)
+            refuse_unkept(row, out)
+            found, spent, refused = expand(row, against)
+            result.counts.update(spent)
+        except RecursionError:
+            found, refused = [], [(None, Refused("row nested too deep"))]
+        except Refused as refusal:
+            found, refused = [], [(None, refusal)]
+        same = found == [row]
+        result.added += len(found) + len(refused) - 1
+        result.counts["expanded"] += bool(found) and not same
+        for one in found:
+            rows.append(one | {"id": row["id"] if same else f"{row['id']}#{len(one['messages']) - 1}"})
+        for k, refusal in refused:
+            row_id = where["id"] if k is None else f"{row['id']}#{k}"
+            result.rejected.append(where | {"id": row_id, "reason": refusal.reason, "detail": refusal.detail})
+    result.packed = {block.split: packed(rows, out.suffix == ".jsonl")}
+    return result
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from normalize import BadInput, Refused, command, parser_of, write_text
+from pool import command, parser_of, write_text
 from render import (
     control_tokens,
     documents,
@@ -32,9 +32,9 @@ from render import (
     pack,
     read_settings,
     steps,
-    turns_of,
     within,
 )
+from rows import BadInput, Refused, turns_of
 from tqdm import tqdm
 
 SHOWN_TOKENS = 600  # of a row in the terminal; the page shows all

@@ -13,37 +13,28 @@ datasets themselves. What the user can mend raises BadInput, a row that cannot b
 import ast
 import bisect
 import difflib
-import hashlib
-import json
 import math
 import re
 import runpy
 import sys
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
-from normalize import (
+from pool import read_rows
+from rows import (
     CONTROL,
     BadInput,
     Refused,
-    columns,
-    content_hash,
-    language,
-    listed,
-    parsed,
-    read_rows,
     refuse_half_pairs,
-    report_of,
     strings,
-    tool_call,
-    write_out,
+    tools_of,
+    turns_of,
 )
 
 MAP_BATCH = 1000  # datasets' default batch of map(): TRL packs within it, never across
-COLUMNS = ("id", "messages", "tools", "chat_template_kwargs", "source", "tags", "lang")  # what a folder keeps
 PERSONAS = ("custom_instructions", "system_prompt", "model_identity")  # template arguments that say who speaks
 
 # the names that decide what is trained, with the values that TRL and RecipeArguments give them where a recipe is silent
@@ -254,8 +245,8 @@ def reason_of(error):
     return said if known or "Template" in type(error).__name__ else f"{type(error).__name__}: {said}"
 
 
-def load_against(settings, lenient=False):
-    """Against of a recipe's settings. lenient: without a tokenizer where none is at hand, which is said. Raises
+def load_against(settings, lenient=False, told=True):
+    """Against of a recipe's settings. lenient: without a tokenizer where none is at hand, which is told. Raises
     BadInput."""
     tokenizer = None
     if settings.model_name_or_path or not lenient:
@@ -264,58 +255,12 @@ def load_against(settings, lenient=False):
         except BadInput as error:
             if not lenient:
                 raise
-            print(f"known control tokens are looked for, not the tokenizer's own: {error}", file=sys.stderr)
+            if told:
+                print(f"known control tokens are looked for, not the tokenizer's own: {error}", file=sys.stderr)
     return Against(load_template(settings, tokenizer), tokenizer)
 
 
 # -- one row ----------------------------------------------------------------------------------------------------------
-def turns_of(row):
-    """The messages of a row, of a prompt and completion too, or [] where it has none."""
-    found = row.get("messages")
-    for name in () if found else ("prompt", "completion"):
-        found = (found or []) + (row[name] if isinstance(row.get(name), list) else [])
-    return [turn for turn in found or [] if isinstance(turn, dict)]
-
-
-def tools_of(row):
-    """The tools of a row as the trainer reads them, from JSON text too."""
-    tools = row.get("tools")
-    return json.loads(tools) if isinstance(tools, str) else tools
-
-
-def well_formed(row):
-    """Refuse what no check and no template could read; the row itself where it is one."""
-    if isinstance(row, Refused):
-        raise row
-    if not isinstance(row, dict):
-        raise Refused("row that is not an object", type(row).__name__)
-    if not row.get("messages"):
-        raise Refused("row without messages", f"it has {', '.join(map(str, row)) or 'nothing'}: see normalize.py")
-    for number, turn in enumerate(listed(row["messages"], "messages")):
-        if not isinstance(turn.get("role"), str):
-            raise Refused("unknown role", f"message {number}: {turn.get('role')!r}")
-        for name in ("content", "reasoning_content"):
-            if not isinstance(turn.get(name), (str, type(None))):
-                what = f"{name} is {type(turn[name]).__name__}"
-                raise Refused("text that is not a string", f"message {number}: {what}, see normalize.py")
-        for call in listed(turn.get("tool_calls") or [], f"tool_calls of message {number}"):
-            tool_call(call)
-    columns(row)
-    parsed(row.get("tools"), "tools that are not JSON")  # empty text: the trainer stops at it
-    refuse_half_pairs(row)
-    return row
-
-
-def completed(row, name, line):
-    """The house's row: what is missing is filled in, what is there stays as it is and where it is."""
-    row = {key: value for key, value in row.items() if value is not None}
-    said = [{**turn, "content": turn.get("content") or ""} for turn in row["messages"]]
-    filled = {"id": f"{name}-{line}", "chat_template_kwargs": {}, "source": name, "tags": [], "lang": language(said)}
-    row |= {key: value for key, value in filled.items() if key not in row}
-    row |= {"tools": tools_of(row)} if isinstance(row.get("tools"), str) else {}
-    return row | {key: str(row[key]) for key in ("id", "source", "lang")}
-
-
 def control_tokens(row, against):
     """Yield (place, token): the first control token that stands in the text of each message and tool."""
     for name, parts in (("message", turns_of(row)), ("tool", tools_of(row) or [])):
@@ -438,41 +383,6 @@ def load_rows(data, settings):
     if settings.shuffle_dataset and "input_ids" not in rows.column_names:
         order = [order[i] for i in np.random.default_rng(settings.seed).permutation(len(order)).tolist()]
     return rows, order, note
-
-
-def read_pool(path):
-    """({split: [(file, line, row)]}, {file: sha256}) of all rows; row is a Refused where a line is not JSON. A folder's
-    file is its split; lines count from 1, in a folder and a parquet file they are rows. Raises BadInput."""
-    if path.is_file() and path.suffix in (".jsonl", ".json"):
-        splits = {"train": [(path.name, line, row) for line, row in read_rows(path)]}
-    else:
-        sets = load_sets(path)
-        splits = {
-            name: [
-                # what a row does not have is null in Arrow
-                (path.name if path.is_file() else name, line, {k: v for k, v in row.items() if v is not None})
-                for line, row in enumerate(rows, 1)
-            ]
-            for name, rows in (sets if isinstance(sets, dict) else {"train": sets}).items()
-        }
-    if not any(splits.values()):
-        raise no_rows(path)
-    if path.is_file():
-        return splits, {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
-    return splits, {name: content_hash(row for *_, row in rows) for name, rows in splits.items()}
-
-
-def write_pool(out, script, splits, rejected, inputs, more):
-    """OUT as a .jsonl file, or as a folder, where columns that the house does not know are left out and counted. more:
-    what the script adds to the report. Raises BadInput."""
-    extra = Counter()
-    if out.suffix != ".jsonl":
-        extra.update(name for rows in splits.values() for row in rows for name in row if name not in COLUMNS)
-        # in one order: the hash in the report is that of the rows as they will be read
-        splits = {split: [{k: row[k] for k in COLUMNS if k in row} for row in rows] for split, rows in splits.items()}
-    report = report_of(script, splits, rejected, None, inputs) | more
-    report |= {"columns_left_out": dict(sorted(extra.items()))} if extra else {}
-    write_out(out, splits, report, rejected)
 
 
 # -- tokens and mask --------------------------------------------------------------------------------------------------

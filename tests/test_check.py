@@ -31,6 +31,7 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(REPO / "data_prep"))
 import check  # noqa: E402
 import normalize  # noqa: E402
+import pool  # noqa: E402
 import render  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -360,7 +361,7 @@ def test_fix_mends_leaves_and_counts(tmp_path, suffix):
     assert report["in"] == report["out"]["train"] + sum(report["refused"].values()) == 6
     assert report["refused"] == {"control token in text": 1, "empty text": 1}
     assert report["mended"] == {"answer begins with a newline": 1}  # in the row that went out
-    assert report["hash"] == normalize.report_of("", {"train": rows}, [], None, {})["hash"]
+    assert report["hash"] == pool.hash_of({"train": pool.content_hash(rows)})
     assert report.get("columns_left_out") == (None if suffix else {"extra": 1}) and ("extra" in rows[3]) is bool(suffix)
     told = json.loads((tmp_path / "found.json").read_text())
     assert told["found"] == {"answer begins with a newline": 3, "control token in text": 1, "empty text": 1}
@@ -404,7 +405,7 @@ def test_every_form_gives_the_same_findings(tmp_path):
         assert {entry["file"] for entry in findings} == {"train" if name == "rows" else name}
     splits = {"train": [row_of(chat(), source="s")], "validation": [row_of(chat("\nb"), source="s")]}
     whole = {split: [render.completed(row, "x", 1) for row in rows] for split, rows in splits.items()}
-    normalize.write_folder(tmp_path / "pool", whole, {})
+    pool.write_rows(tmp_path / "pool", "own", whole)
     done = run(tmp_path / "pool", "--fix", "--out", tmp_path / "fixed")
     assert "validation:1 (a)" in done.stdout and done.returncode == 0
     assert {split: len(rows) for split, rows in load_from_disk(tmp_path / "fixed").items()} == {
@@ -445,7 +446,7 @@ def test_no_value_crashes_it(row, data):
     against = render.Against((TEMPLATES / "qwen3.jinja").read_text())
     if not check.faults(row, against):
         whole = render.completed(row, "x", 1)
-        assert not check.faults(whole, against) and normalize.json_line(whole).encode()
+        assert not check.faults(whole, against) and pool.json_line(whole).encode()
         assert render.completed(whole, "y", 2) == whole
 
 
@@ -524,7 +525,7 @@ def test_shared_files_with_counts_by_reason(tmp_path):
     flags += ["--model_name_or_path", SHARED / "tokenizers" / "qwen3"]
     for file in ("chat/sharegpt_zh_1K_format.jsonl", "tools/glaive_toolcall_en_demo.json"):
         out = tmp_path / f"{Path(file).stem}.jsonl"
-        raw = [row for _, row in normalize.read_rows(data / file) if len(row["conversations"]) < 50]
+        raw = [row for _, row in pool.read_rows(data / file) if len(row["conversations"]) < 50]
         assert run("sharegpt", write(tmp_path / "raw.jsonl", raw), "--out", out, script=normalize).returncode == 0
         done = run(out, *flags)
         assert done.returncode == 0, done.stdout
@@ -535,7 +536,7 @@ def test_shared_files_with_counts_by_reason(tmp_path):
 def test_shared_sharegpt_as_messages_without_normalize(tmp_path):
     """Renamed only: the faults that normalize.py refuses are found here too."""
     roles = {"human": "user", "gpt": "assistant"}
-    raw = [row for _, row in normalize.read_rows(SHARED / "data" / "chat" / "sharegpt_zh_1K_format.jsonl")]
+    raw = [row for _, row in pool.read_rows(SHARED / "data" / "chat" / "sharegpt_zh_1K_format.jsonl")]
     rows = [
         row_of([turn(roles.get(t["from"], t["from"]), t["value"].strip()) for t in row["conversations"]]) for row in raw
     ]

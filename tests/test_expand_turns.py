@@ -30,6 +30,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 sys.path.insert(0, str(REPO / "data_prep"))
 import expand_turns  # noqa: E402
 import normalize  # noqa: E402
+import pool  # noqa: E402
 import render  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -519,9 +520,8 @@ def test_chatml_rows_byte_for_byte(demo, tmp_path):
     for row in rows:
         row["messages"] = [{k: v for k, v in t.items() if k != "reasoning_content"} for t in row["messages"]]
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(map(normalize.json_line, rows)), encoding="utf-8")
-    report = normalize.report_of("own", {"train": rows}, [], None, {})
-    normalize.write_folder(tmp_path / "rows", {"train": rows}, report)
+    path.write_text("".join(map(pool.json_line, rows)), encoding="utf-8")
+    report = pool.write_rows(tmp_path / "rows", "own", {"train": rows})
     for name in ("rows.jsonl", "rows"):
         out = tmp_path / f"out_{name}"
         done = run(tmp_path / name, "--chat_template_path", TEMPLATES / "chatml.jinja", "--out", out)
@@ -618,7 +618,7 @@ def test_nothing_is_dropped_without_a_count(tmp_path):
         report = json.loads((out / "report.json" if folder else tmp_path / "out.report.json").read_text())
         rejected = lines(out / "rejected.jsonl" if folder else tmp_path / "out.rejected.jsonl")
         rows = load_from_disk(out)["train"].to_list() if folder else lines(out)
-        assert report["in"] + report["added"] == sum(report["out"].values()) + report["refused_rows"]
+        assert report["in"] + report["added"] == sum(report["out"].values()) + sum(report["refused"].values())
         assert [(entry["line"], entry["id"], entry["reason"]) for entry in rejected] == [
             (3, "n#1", "template refuses the row"),
             (4, "l#3", "template refuses the row"),
@@ -632,21 +632,20 @@ def test_nothing_is_dropped_without_a_count(tmp_path):
         assert [row["id"] for row in rows] == ["a#1", "a#3", "a#1-2", "a#3-2", "n", "l#1", "rows-9"]
         assert trained(rows, TEMPLATES / "qwen3.jinja").total() == 7
         assert (report.get("columns_left_out") == {"extra": 1}) == folder
-        assert report["hash"] == normalize.report_of("", {"train": rows}, [], None, {})["hash"]
+        assert report["hash"] == pool.hash_of({"train": pool.content_hash(rows)})
 
 
 def test_every_split_and_the_same_bytes(tmp_path):
     splits = {"train": [TWO, CHAINS | {"id": "b"}], "validation": [TWO | {"id": "v"}]}
-    report = normalize.report_of("own", splits, [], None, {})
-    normalize.write_folder(tmp_path / "in", splits, report)
+    pool.write_rows(tmp_path / "in", "own", splits)
     flags = [tmp_path / "in", "--chat_template_path", TEMPLATES / "qwen3.jinja", "--out"]
     for name in ("one", "two"):
         assert run(*flags, tmp_path / name).returncode == 0
     files = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*") if p.is_file())
     differ = [f for f in files if (tmp_path / "one" / f).read_bytes() != (tmp_path / "two" / f).read_bytes()]
     assert len(files) > 6 and [str(file) for file in differ] == ["card.md"]  # which names its folder
-    pool = load_from_disk(tmp_path / "one")
-    assert {name: pool[name]["id"] for name in pool} == {
+    saved = load_from_disk(tmp_path / "one")
+    assert {name: saved[name]["id"] for name in saved} == {
         "train": ["a#1", "a#3", "b#3", "b#8"],
         "validation": ["v#1", "v#3"],
     }
@@ -697,7 +696,7 @@ def test_no_row_left_writes_nothing(tmp_path):
     ("file", "count"), [("chat/sharegpt_zh_1K_format.jsonl", 40), ("tools/glaive_toolcall_en_demo.json", 60)]
 )
 def test_shared_rows(tmp_path, file, count):
-    raw = [row for _, row in normalize.read_rows(SHARED / "data" / file) if len(row["conversations"]) < 20][:count]
+    raw = [row for _, row in pool.read_rows(SHARED / "data" / file) if len(row["conversations"]) < 20][:count]
     chats = tmp_path / "chats.jsonl"
     assert run("sharegpt", write(tmp_path / "raw.jsonl", raw), "--out", chats, script=normalize).returncode == 0
     tokenizer = SHARED / "tokenizers" / "qwen3"

@@ -1,0 +1,362 @@
+"""One row, the shape that every step of this room reads and writes, and what makes a row unusable.
+
+    {"id": str, "messages": [...], "tools"?: [...], "chat_template_kwargs"?: {...}, "source": str, "tags": [str],
+     "lang": str}
+
+A message is {"role", "content", "reasoning_content"?, "tool_calls"?, "tool_call_id"?, "name"?, "loss_mask"?}: the
+shapes of transformers' chat API. No script: normalize.py brings raw rows here, pool.py reads and writes many of them.
+"""
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections import Counter
+from functools import cache
+
+import orjson
+
+COLUMNS = ("id", "messages", "tools", "chat_template_kwargs", "source", "tags", "lang")  # what a folder keeps
+
+
+class BadInput(Exception):
+    """What cannot be worked on at all: one sentence that says what, where and what to do. Exit code 2."""
+
+
+class Refused(ValueError):
+    """A row that cannot be used. reason: the words it is counted under; detail: what was seen."""
+
+    def __init__(self, reason, detail=""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self):  # processes hand it to each other
+        return Refused, (self.reason, self.detail)
+
+
+# -- values that may be of any type -----------------------------------------------------------------------------------
+def text(value, where):
+    """The string without blanks at its ends, CRLF as LF; raises Refused, which names `where`."""
+    if not isinstance(value, str):
+        raise Refused("text that is not a string", f"{where} is {type(value).__name__}")
+    return value.replace("\r\n", "\n").strip()
+
+
+def listed(value, where):
+    """The value where it is a list of objects; raises Refused."""
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise Refused("field of another type", f"{where} must be a list of objects")
+    return value
+
+
+def parsed(value, reason):
+    """A value that may be JSON text; raises Refused with this reason where it is text and not JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value, parse_constant=not_json)
+    except (ValueError, RecursionError) as error:
+        raise Refused(reason, str(error)) from None
+
+
+def not_json(constant):
+    raise ValueError(f"{constant} is not JSON")
+
+
+def strings(value):
+    """Every string in a JSON value, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for item in value:
+            yield from strings(item)
+            if isinstance(value, dict):
+                yield from strings(value[item])
+
+
+# -- messages and tools -----------------------------------------------------------------------------------------------
+PARTS = ("reasoning", "text", "tool_call")  # in the order in which a message is rendered
+
+
+def joined(turn):
+    """A message whose content is a list of parts {"type": one of PARTS, "value" (or "text"): str}, as LLaMA-Factory and
+    StepTron write it, with one string instead: texts and reasoning joined as they stand, calls (JSON) in tool_calls.
+    Raises Refused for other parts, and for an order or a field beside them that one message cannot keep."""
+    found, role = {kind: [] for kind in PARTS}, turn["role"]
+    for part in listed(turn["content"], "content"):
+        kind, value = part.get("type"), part.get("value", part.get("text"))
+        if kind not in PARTS or kind != "text" and role != "assistant":
+            raise Refused("content part of another kind", f"{kind} in a {role} message")
+        if any(found[later] for later in PARTS[PARTS.index(kind) + 1 :]):
+            raise Refused("content parts out of order", f"{kind} behind what follows it in a message")
+        if kind != "tool_call" and not isinstance(value, str):
+            raise Refused("text that is not a string", f"{kind} part of a {role} message is {type(value).__name__}")
+        found[kind].append(parsed(value, "tool call that is not JSON") if kind == "tool_call" else value)
+    more = {"reasoning_content": "".join(found["reasoning"]), "tool_calls": found["tool_call"]}
+    if told := [name for name, value in more.items() if value and turn.get(name)]:
+        raise Refused("content parts out of order", f"{told[0]} in the parts and beside them")
+    return {**turn, "content": "".join(found["text"]), **{name: value for name, value in more.items() if value}}
+
+
+def message(turn):
+    """One message in the shape of transformers' chat API; a leading <think> block becomes reasoning_content. Raises
+    Refused."""
+    turn = joined(turn) if isinstance(turn.get("content"), list) else turn
+    role, content = turn["role"], turn.get("content")
+    if content is None and turn.get("tool_calls"):
+        content = ""
+    out = {"role": role, "content": text(content, f"content of a {role} message")}
+    if turn.get("reasoning_content"):
+        out["reasoning_content"] = text(turn["reasoning_content"], "reasoning_content")
+    elif role == "assistant" and out["content"].startswith("<think>"):
+        block = re.match(r"<think>(.*?)</think>", out["content"], re.DOTALL)
+        if block:
+            out["content"] = out["content"][block.end() :].strip()
+            if block[1].strip():
+                out["reasoning_content"] = block[1].strip()
+    if turn.get("tool_calls"):
+        out["tool_calls"] = [tool_call(call) for call in listed(turn["tool_calls"], "tool_calls")]
+    return out | {key: turn[key] for key in ("tool_call_id", "name", "loss_mask") if turn.get(key) is not None}
+
+
+def tool_call(call):
+    """{"type": "function", "function": {"name": str, "arguments": object}}, from any of the usual shapes. Raises
+    Refused."""
+    function = call.get("function", call) if isinstance(call, dict) else {}
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or "arguments" not in function:
+        raise Refused("tool call without a name or arguments")
+    arguments = parsed(function["arguments"], "tool arguments that are not JSON")
+    if not isinstance(arguments, dict):
+        raise Refused("tool arguments that are not an object", type(arguments).__name__)
+    out = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    return {"id": call["id"], **out} if call.get("id") else out
+
+
+def tool_list(tools):
+    """A list, or its JSON text, as the list of {"type": "function", "function": {"name": ...}} that transformers'
+    templates read; raises Refused."""
+    tools = parsed(tools or [], "tools that are not JSON")
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Refused("tools that are not a list of objects")
+    tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    if not all(isinstance(tool["function"], dict) and tool["function"].get("name") for tool in tools):
+        raise Refused("tool without a name")
+    return tools
+
+
+CONTROL = re.compile(  # what some tokenizer turns into a control token when it stands in text
+    r"<\|[\w ]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</?(?:think|tool_call|tool_response)>|<(?:start|end)_of_turn>"
+)
+
+FOLLOWS = {  # what a message of a role may stand behind
+    "system": ("start",),
+    "user": ("start", "system", "assistant"),
+    "assistant": ("user", "tool"),
+    "tool": ("call", "tool"),
+}
+
+
+def check_messages(turns):
+    """Refuse a conversation that a template would render wrongly or a trainer could not learn from."""
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise Refused("no assistant turn")
+    after = "start"
+    for number, turn in enumerate(turns):
+        role = turn["role"]
+        if role not in FOLLOWS:
+            raise Refused("unknown role", str(role))
+        calls = turn.get("tool_calls")
+        if not turn["content"] and role != "tool" and not calls:
+            raise Refused("empty text", f"message {number} of the {role}")
+        if calls and role != "assistant":
+            raise Refused("roles that do not alternate", f"message {number}: tool calls of the {role}")
+        if after not in FOLLOWS[role]:
+            raise Refused("roles that do not alternate", f"message {number}: {role} after {after}")
+        after = "call" if calls else role
+    if turns[-1]["role"] != "assistant":
+        raise Refused("last message is not the assistant's")
+
+
+@cache
+def script(char):
+    """The language whose script a character is of, or None where it is no letter."""
+    code = ord(char)
+    if not char.isalpha():
+        return None
+    kana, hangul, han = 0x3040 <= code <= 0x30FF, 0xAC00 <= code <= 0xD7A3, 0x4E00 <= code <= 0x9FFF
+    return "ja" if kana else "ko" if hangul else "zh" if han else "en" if code < 0x250 else "und"
+
+
+def language(turns):
+    """zh, ja or ko by script, en for text in Latin letters (a guess: no language is told apart there), else und."""
+    spoken = "".join([turn["content"] for turn in turns if turn["role"] != "system"])
+    if spoken.isascii():
+        return "en" if re.search(r"[A-Za-z]", spoken) else "und"
+    letters = Counter()
+    for char, count in Counter(spoken).items():
+        if found := script(char):
+            letters[found] += count
+    if letters["ja"] and letters["ja"] > letters["zh"] / 10:
+        letters["ja"] += letters.pop("zh", 0)
+    return max(letters, key=letters.get) if letters.total() else "und"
+
+
+def columns(row):
+    """(tools, chat_template_kwargs, tags) of a row, empty where it has none; raises Refused."""
+    tools, kwargs, tags = tool_list(row.get("tools")), row.get("chat_template_kwargs") or {}, row.get("tags") or []
+    if not isinstance(kwargs, dict):
+        raise Refused("field of another type", "chat_template_kwargs must be an object")
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        raise Refused("field of another type", "tags must be a list of strings")
+    return tools, kwargs, tags
+
+
+# -- a row that is one already ----------------------------------------------------------------------------------------
+def turns_of(row):
+    """The messages of a row, of a prompt and completion too, or [] where it has none."""
+    found = row.get("messages")
+    for name in () if found else ("prompt", "completion"):
+        found = (found or []) + (row[name] if isinstance(row.get(name), list) else [])
+    return [turn for turn in found or [] if isinstance(turn, dict)]
+
+
+def tools_of(row):
+    """The tools of a row as the trainer reads them, from JSON text too."""
+    tools = row.get("tools")
+    return json.loads(tools) if isinstance(tools, str) else tools
+
+
+def well_formed(row):
+    """Refuse what no check and no template could read; the row itself where it is one."""
+    if isinstance(row, Refused):
+        raise row
+    if not isinstance(row, dict):
+        raise Refused("row that is not an object", type(row).__name__)
+    if not row.get("messages"):
+        raise Refused("row without messages", f"it has {', '.join(map(str, row)) or 'nothing'}: see normalize.py")
+    for number, turn in enumerate(listed(row["messages"], "messages")):
+        if not isinstance(turn.get("role"), str):
+            raise Refused("unknown role", f"message {number}: {turn.get('role')!r}")
+        for name in ("content", "reasoning_content"):
+            if not isinstance(turn.get(name), (str, type(None))):
+                what = f"{name} is {type(turn[name]).__name__}"
+                raise Refused("text that is not a string", f"message {number}: {what}, see normalize.py")
+        if turn.get("tool_calls"):
+            for call in listed(turn["tool_calls"], f"tool_calls of message {number}"):
+                tool_call(call)
+    columns(row)
+    parsed(row.get("tools"), "tools that are not JSON")  # empty text: the trainer stops at it
+    refuse_half_pairs(row)
+    return row
+
+
+def completed(row, name, line):
+    """The house's row: what is missing is filled in, what is there stays as it is and where it is."""
+    row = {key: value for key, value in row.items() if value is not None}
+    filled = {"id": f"{name}-{line}", "chat_template_kwargs": {}, "source": name, "tags": []}
+    if "lang" not in row:
+        filled["lang"] = language([{**turn, "content": turn.get("content") or ""} for turn in row["messages"]])
+    row |= {key: value for key, value in filled.items() if key not in row}
+    row |= {"tools": tools_of(row)} if isinstance(row.get("tools"), str) else {}
+    return row | {key: str(row[key]) for key in ("id", "source", "lang")}
+
+
+# -- which rows are the same ------------------------------------------------------------------------------------------
+SWITCH = re.compile(r"\s*/(?:no_think|think)\b")
+
+
+def plain(value):
+    """Text as duplicates are told by: Unicode NFC, every run of blanks one blank."""
+    return " ".join((value if value.isascii() else unicodedata.normalize("NFC", value)).split())
+
+
+def key_of(row):
+    """16 bytes that two rows share where they would train the same: turns but for blanks, tools, template arguments."""
+    said = [[turn["role"], *[(name, plain(value) if isinstance(value, str) else value)
+                             for name, value in turn.items() if name not in ("role", "tool_call_id", "name")]]
+            for turn in row["messages"]]  # fmt: skip
+    return hashlib.blake2b(dumped([said, row.get("tools"), row["chat_template_kwargs"]]), digest_size=16).digest()
+
+
+def prompt_of(row):
+    """64 bits that rows share where their prompts do, whatever the answers: turns that are not the assistant's, without
+    the switches /think and /no_think."""
+    said = [[turn["role"], SWITCH.sub("", plain(turn["content"]))]
+            for turn in row["messages"] if turn["role"] != "assistant"]  # fmt: skip
+    said = [turn for turn in said if turn[1]]  # a system message that was a switch only
+    return int.from_bytes(hashlib.blake2b(dumped(said), digest_size=8).digest(), "little")
+
+
+# -- as JSON and in Arrow ---------------------------------------------------------------------------------------------
+LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
+LONG_NUMBER = re.compile(rb"\d{19}")  # orjson makes a float of a whole number over 64 bits, json keeps it
+
+
+def dumped(value):
+    """A value as JSON bytes in UTF-8, readable as it is; only what str.splitlines takes for a line end is escaped.
+    Raises Refused where no file in UTF-8 can hold it."""
+    try:
+        data = orjson.dumps(value)
+    except TypeError:  # half a surrogate pair, a number over 64 bits, nested over 254 deep, a key that is no string
+        try:
+            data = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+        except UnicodeEncodeError:
+            raise Refused("text that is not Unicode", "half a surrogate pair") from None
+    if not data.isascii():
+        for end, escaped in LINE_ENDS:
+            if end in data:
+                data = data.replace(end, escaped)
+    return data
+
+
+def json_line(row):
+    """One line of JSON, as text."""
+    return dumped(row).decode() + "\n"
+
+
+def loaded(line):
+    """The value of a line of JSON (bytes). Raises Refused."""
+    try:
+        if not LONG_NUMBER.search(line):
+            return orjson.loads(line)
+    except ValueError:
+        pass
+    try:  # what orjson does not take or would change: slower, and its errors name the column
+        return json.loads(line, parse_constant=not_json)
+    except UnicodeDecodeError:
+        raise Refused("not JSON", "not UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise Refused("not JSON", str(error)) from None
+
+
+def refuse_half_pairs(row):
+    """Refuse a row that no file in UTF-8 can hold."""
+    dumped(row)
+
+
+def kept_by_arrow(row):
+    """Whether datasets gives the row back equal: it reads its JSON columns by a parser that holds 64-bit integers and
+    the digits of most floats."""
+    parts = [row.get("tools"), row["chat_template_kwargs"]]
+    parts += [{key: value for key, value in turn.items() if key != "content"} for turn in row["messages"]]
+    if not any(map(numbered, parts)):
+        return True  # text alone is always kept
+    from datasets.utils.json import ujson_loads
+
+    try:
+        return all(ujson_loads(dumped(part)) == part for part in parts)
+    except (OverflowError, ValueError):
+        return False
+
+
+def numbered(value):
+    """Whether a number, or a level of nesting that a parser may stumble over, stands in a JSON value."""
+    if isinstance(value, (dict, list)):
+        return any(map(numbered, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def refuse_unkept(row, out=None):
+    """Refuse a row that a dataset folder would not give back equal; a .jsonl file keeps any."""
+    if (out is None or out.suffix != ".jsonl") and not kept_by_arrow(row):
+        raise Refused("number that Arrow cannot keep", "over ten decimals or 64 bits; write it as a string")
