@@ -10,7 +10,8 @@
     validation: {share: 0.02, min: 100}    # max(min, share of all rows); 0 for none
     sources:
       - {path: cmath, weight: 0.2}         # a dataset folder, under --pools
-      - {path: chats, weight: 0.8, epochs: 2, rows: 5000, where: {tags: think, lang: zh}}
+      - {path: chats, weight: 0.8, epochs: 2, where: {tags: think, lang: zh}}
+      - {path: talk, weight: 0.8, shuffle: 42, rows: 5000}     # the first 5,000 after datasets' shuffle(seed=42)
 
 The steps: rows that are equal (same turns but for blanks, same tools and template arguments) are kept once, the first
 pool wins; validation is drawn by prompt, so that a prompt stands on one side only, and the think and no_think twins of
@@ -67,7 +68,8 @@ MIX = {  # name: (type, default)
     "stop": (str, "first_exhausted"), "shuffle": (str, None), "literal": (bool, False), "dedup": (bool, True),
     "validation": (dict, {"share": 0.02, "min": 100}), "sources": (list, None),
 }  # fmt: skip
-SOURCE = {"path": str, "name": str, "weight": float, "epochs": float, "rows": int, "where": dict, "split": str}
+SOURCE = {"path": str, "name": str, "weight": float, "epochs": float, "rows": int, "shuffle": int, "where": dict,
+          "split": str}  # fmt: skip
 CHOICES = {"strategy": STRATEGIES, "by": ("rows", "tokens"), "stop": ("first_exhausted", "all_exhausted"),
            "shuffle": ("numpy", "python", "none", None)}  # fmt: skip
 GATHER = 5000  # rows of an output block
@@ -119,13 +121,15 @@ def read_source(path, place, source, pools):
         raise BadInput(f"{path}: source {place} has no path: write - {{path: data/pool, weight: 1}}")
     if unknown := [name for name in source if name not in SOURCE]:
         raise BadInput(f"{path}: source {place}: {unknown[0]} is unknown: write one of {', '.join(SOURCE)}")
-    source = {"name": source["path"], "weight": 1.0, "epochs": 1, "rows": None, "where": {}, "split": "train"} | source
+    defaults = {"weight": 1.0, "epochs": 1, "rows": None, "shuffle": None, "where": {}, "split": "train"}
+    source = {"name": source["path"], **defaults} | source
     for name, kind in SOURCE.items():
         value = source[name]
         if kind is float and not number(value) or kind in (str, dict) and not isinstance(value, kind):
             raise BadInput(f"{path}: source {place}: {name} is {value!r}, it must be {kind.__name__}")
-    if source["rows"] is not None and (not isinstance(source["rows"], int) or source["rows"] < 1):
-        raise BadInput(f"{path}: source {place}: rows is {source['rows']!r}, it must be a number of at least 1")
+    for name, least in (("rows", 1), ("shuffle", 0)):
+        if source[name] is not None and (not isinstance(source[name], int) or source[name] < least):
+            raise BadInput(f"{path}: source {place}: {name} is {source[name]!r}, it must be a number from {least} on")
     if source["epochs"] <= 0:
         raise BadInput(f"{path}: source {place}: epochs is {source['epochs']}, it must be above 0")
     if unknown := {*source["where"]} - {"source", "tags", "lang", "mode"}:
@@ -319,7 +323,7 @@ def subsample(pools, mix):
 def concatenate(pools, mix):
     rows = []
     for pool in pools:
-        rows.append(np.tile(np.sort(pool.rows), math.ceil(pool.epochs))[: round(len(pool.rows) * pool.epochs)])
+        rows.append(np.tile(pool.rows, math.ceil(pool.epochs))[: round(len(pool.rows) * pool.epochs)])
     rows = np.concatenate(rows)[: mix["size"]]
     return rows, occurrences(rows)
 
@@ -503,12 +507,15 @@ def pool_blocks(source, files, digest):
 def chosen_rows(mix, table, owner, reasons):
     """The rows that may be mixed: what `where`, `rows` and duplicates leave; the others get their reason."""
     reasons[~table["kept"]] = "not asked for"
-    rows = np.flatnonzero(table["kept"])
+    parts = []
     for number, source in enumerate(mix["sources"]):
-        if source["rows"] is not None:
-            over = rows[owner[rows] == number][source["rows"] :]
-            reasons[over] = "not asked for"
-            rows = np.setdiff1d(rows, over)
+        rows = np.flatnonzero(owner == number)
+        if source["shuffle"] is not None:
+            rows = rows[np.random.default_rng(source["shuffle"]).permutation(len(rows))]
+        rows = rows[table["kept"][rows]]
+        reasons[rows[source["rows"] :] if source["rows"] else rows[:0]] = "not asked for"
+        parts.append(rows[: source["rows"]])
+    rows = np.concatenate(parts)
     if not mix["dedup"] or mix["literal"]:
         return rows
     _, first, back = np.unique(table["key"][rows], return_index=True, return_inverse=True)
@@ -529,8 +536,10 @@ def mixed(mix, table, owner, rows):
     held = held_out(rows, owner, prompts, mix["validation"], seed)
     validation, rows = rows[held[rows]], rows[~held[rows]]
     sizes = table["tokens"] if mix["by"] == "tokens" else np.ones(len(table), int)
-    pools = [Pool(source, drawn_order(rows[owner[rows] == number], prompts, seed), sizes)
-             for number, source in enumerate(mix["sources"])]  # fmt: skip
+    mine = [rows[owner[rows] == number] for number in range(len(mix["sources"]))]
+    if mix["strategy"] != "concatenate":
+        mine = [drawn_order(some, prompts, seed) for some in mine]
+    pools = [Pool(source, some, sizes) for source, some in zip(mix["sources"], mine, strict=True)]
     if not any(len(pool.rows) for pool in pools):
         return np.zeros(0, int), np.zeros(0, int), validation
     train, passes = globals()[mix["strategy"]](pools, mix)
@@ -569,7 +578,7 @@ def realised(mix, table, owner, train, validation, reasons):
         for one in off:
             short = one["share"] < one["wanted"]
             one["note"] = (
-                "used up: raise its epochs, or stop: all_exhausted" if short else "more, as others are used up"
+                "used up: raise epochs, or stop: all_exhausted" if short else "more, as others are used up"
             )
             if mix["literal"]:
                 one["note"] = "literal: duplicates are removed after mixing, which undoes weights"
@@ -601,9 +610,9 @@ def card(name, mix, table, owner, train, langs, told, flags):
     if counted:
         means = [np.mean([table[column][mine].mean() for *_, mine in rows]) for column in ("tokens", "trained")]
         lines += ["Tokens are those of the rendered row, response those that are trained, context the others; turns "
-                  "are messages of user and assistant. The last line holds means over rows; the mean of the lines above "
-                  f"it, as the SmolLM3 playbook prints it, is {means[0]:,.1f} tokens a row, {means[0] - means[1]:,.1f} "
-                  f"in context, {means[1]:,.1f} in response.", ""]  # fmt: skip
+                  "are messages of user and assistant. The last line holds means over rows; the mean of the lines "
+                  f"above it, as the SmolLM3 playbook prints it, is {means[0]:,.1f} tokens a row, "
+                  f"{means[0] - means[1]:,.1f} in context, {means[1]:,.1f} in response.", ""]  # fmt: skip
     else:
         lines += ["Tokens are not counted: `--recipe` counts them.", ""]
     lines += ["| language | rows | % rows |", "|---|---|---|"]

@@ -106,9 +106,10 @@ def find_inputs(patterns):
         if pattern == "-" or path.is_file() or is_saved(path):
             found = [path]
         elif path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
+            found = sorted((p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES)), key=counted_up)
         else:
-            found = [p for p in map(Path, sorted(glob.glob(pattern, recursive=True))) if p.is_file() or is_saved(p)]
+            found = sorted(map(Path, glob.glob(pattern, recursive=True)), key=counted_up)
+            found = [p for p in found if p.is_file() or is_saved(p)]
             if not found and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?", pattern):
                 found = [pattern]  # owner/name:config@split
         if not found:
@@ -118,6 +119,11 @@ def find_inputs(patterns):
             )
         paths += [path for path in found if path not in paths]
     return paths
+
+
+def counted_up(path):
+    """Sorts chunk_2 before chunk_10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
 def is_saved(path):
