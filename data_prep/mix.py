@@ -186,6 +186,7 @@ def against_of(flags):
 
     recipe, *more = flags
     settings = read_settings(recipe, flags=dict(zip(("model_name_or_path", "chat_template_path"), more, strict=True)))
+    settings.assistant_only_loss = True  # response tokens are told from context ones, whatever the recipe trains
     return load_against(settings), settings
 
 

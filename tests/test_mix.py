@@ -1,0 +1,377 @@
+"""data_prep/mix.py: every strategy against counts worked by hand, random.Random, datasets' own interleaving, and a
+plain-Python reading of the tutorial's script; validation that never leaks; the shipped mixes; bytes and accounting.
+
+Each of these turns the suite red (tried): validation drawn by row instead of by prompt; weights not normalised;
+duplicates kept; the last pool winning instead of the first; passes not named in ids; card shares of rows for tokens;
+context and response swapped; the rejected rows of one pool numbered on from the pool before.
+"""
+
+import hashlib
+import io
+import json
+import random
+import re
+import sys
+from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
+from unittest import mock
+
+import numpy as np
+import pytest
+import yaml
+from conftest import REPO
+from datasets import Dataset, interleave_datasets, load_from_disk
+
+sys.path.insert(0, str(REPO / "data_prep"))
+import mix  # noqa: E402
+import pool  # noqa: E402
+
+MIXES = REPO / "data_prep" / "mixes"
+
+
+def run(*args):
+    """Exit code, stdout, stderr of mix.py, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with mock.patch("sys.argv", ["mix.py", *map(str, args)]), redirect_stdout(out), redirect_stderr(err):
+        try:
+            code = mix.main()
+        except SystemExit as error:
+            code = error.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def row(name, question=None, answer="yes", lang="en", tags=(), think=None, **more):
+    turns = [{"role": "user", "content": question or f"Question {name}?"}, {"role": "assistant", "content": answer}]
+    if think:
+        turns[1]["reasoning_content"] = think
+    kwargs = {} if think is None else {"enable_thinking": bool(think)}
+    out = {"id": name, "messages": turns, "chat_template_kwargs": kwargs, "source": name.split("-")[0]}
+    return out | {"tags": list(tags), "lang": lang} | more
+
+
+def rows_of(name, count, **more):
+    return [row(f"{name}-{number}", **more) for number in range(count)]
+
+
+def make(folder, **pools):
+    for name, rows in pools.items():
+        pool.write_rows(folder / name, "own", {"train": rows})
+    return folder
+
+
+def mixed(folder, sources, out="out", code=0, flags=(), **settings):
+    """(train rows, validation rows, report, stdout + stderr) of a mix."""
+    (folder / "mix.yaml").write_text(yaml.safe_dump(settings | {"sources": sources}))
+    given = folder / "mix.yaml", "--pools", folder, "--out", folder / out, "--num_proc", 1, *flags
+    done, said, errors = run(*given)
+    assert done == code, errors
+    if code:
+        return said + errors
+    sets = load_from_disk(folder / out)
+    report = json.loads((folder / out / "report.json").read_text())
+    rejected = [json.loads(line) for line in (folder / out / "rejected.jsonl").read_text().splitlines()]
+    assert report["in"] + report.get("added", 0) == sum(report["out"].values()) + len(rejected)
+    assert report["refused"] == dict(sorted(Counter(entry["reason"] for entry in rejected).items()))
+    parts = [sets[split].to_list() if split in sets else [] for split in ("train", "validation")]
+    for split, part in zip(("train", "validation"), parts, strict=True):
+        told = (folder / out / f"{split}.jsonl").read_text().splitlines() if part else []
+        found = [{k: v for k, v in one.items() if v is not None} for one in part]
+        assert [json.loads(line) for line in told] == found
+    return *parts, report | {"rejected": rejected}, said + errors
+
+
+def counts(rows):
+    return Counter(one["source"] for one in rows)
+
+
+NONE = {"validation": 0}
+
+
+def test_interleave_shares_order_and_names(tmp_path):
+    make(tmp_path, a=rows_of("a", 100), b=rows_of("b", 300))
+    sources = [{"path": "a", "weight": 0.5}, {"path": "b", "weight": 0.5}]
+    train, _, report, said = mixed(tmp_path, sources, **NONE)
+    assert counts(train) == {"a": 100, "b": 100} and len({one["id"] for one in train}) == 200
+    assert all(abs(counts(train[:cut])["a"] - cut / 2) <= 1 for cut in range(201))  # evenly spread, not in two halves
+    assert report["refused"] == {"not drawn": 200} and "used up" not in said
+    # 1 : 3, where b is used up after 300; and a is repeated, where both are to be
+    train, *_ = mixed(tmp_path, [sources[0] | {"weight": 1}, sources[1] | {"weight": 3}], out="two", **NONE)
+    assert counts(train) == {"a": 100, "b": 300}
+    train, _, report, _ = mixed(tmp_path, sources, out="three", stop="all_exhausted", **NONE)
+    assert counts(train) == {"a": 300, "b": 300} and report["added"] == 200
+    names = Counter(one["id"].partition("@")[2] for one in train if one["source"] == "a")
+    assert names == {"": 100, "2": 100, "3": 100}
+    # epochs allow passes before a pool counts as used up
+    train, *_ = mixed(tmp_path, [sources[0] | {"epochs": 2}, sources[1]], out="four", **NONE)
+    assert counts(train) == {"a": 200, "b": 200}
+
+
+def test_weights_change_the_set(tmp_path):
+    """Of the tutorial's own three pools: what its script makes equal for both weight vectors."""
+    pools = {"cmath": rows_of("cmath", 60), "emoji": rows_of("emoji", 90), "mawps": rows_of("mawps", 120)}
+    make(tmp_path, **pools)
+    made = {}
+    for literal in (False, True):
+        for weights in ((0.2, 0.5, 0.3), (0.9, 0.05, 0.05)):
+            sources = [{"path": name, "weight": weight} for name, weight in zip(pools, weights, strict=True)]
+            out = f"{literal}{weights[0]}"
+            train, validation, *_ = mixed(tmp_path, sources, out, literal=literal, stop="all_exhausted",
+                                          validation={"min": 20, "share": 0.02})  # fmt: skip
+            made[literal, weights[0]] = {one["id"] for one in train + validation}
+            share = counts(train)["cmath"] / len(train)
+            assert literal or share == pytest.approx(weights[0], abs=0.01)
+    assert made[True, 0.2] == made[True, 0.9] == {one["id"] for rows in pools.values() for one in rows}
+
+
+@pytest.mark.parametrize("strategy", ["interleave", "resample"])
+def test_literal_is_the_tutorials_script(tmp_path, strategy):
+    """Against its steps in plain Python and datasets: interleave or draw, remove equal messages, shuffle, split."""
+    pools = {"a": rows_of("a", 40), "b": rows_of("b", 70) + [row("b-again", "Question b-0?")]}
+    make(tmp_path, **pools)
+    sources = [{"path": "a", "weight": 0.7}, {"path": "b", "weight": 0.3}]
+    settings = {"literal": True, "strategy": strategy, "validation": {"min": 10, "share": 0.02}}
+    train, validation, *_ = mixed(tmp_path, sources, **settings)
+    sets = [Dataset.from_list([{"id": one["id"], "text": json.dumps(one["messages"])} for one in rows])
+            for rows in pools.values()]  # fmt: skip
+    if strategy == "interleave":
+        both = interleave_datasets([one.shuffle(seed=42) for one in sets], probabilities=[0.7, 0.3], seed=42,
+                                   stopping_strategy="all_exhausted").to_list()  # fmt: skip
+    else:
+        rng, total = np.random.default_rng(42), int(0.9 * 111)
+        both = [sets[n][int(place)] for n, share in enumerate((0.7, 0.3))
+                for place in rng.integers(len(sets[n]), size=round(total * share))]  # fmt: skip
+    seen, unique = set(), []
+    for one in both:
+        digest = hashlib.md5(one["text"].encode()).hexdigest()
+        if digest not in seen:
+            seen.add(digest)
+            unique.append(one)
+    shuffled = Dataset.from_list(unique).shuffle(seed=42)["id"]
+    assert [one["id"] for one in validation + train] == list(shuffled)
+    assert len(validation) == 10
+
+
+def test_resample_counts(tmp_path):
+    make(tmp_path, a=rows_of("a", 50), b=rows_of("b", 150))
+    sources = [{"path": "a", "weight": 0.9}, {"path": "b", "weight": 0.1}]
+    train, _, report, _ = mixed(tmp_path, sources, strategy="resample", **NONE)
+    assert counts(train) == {"a": 162, "b": 18}  # 0.9 of 200 rows
+    assert report["added"] == 180 - len({one["id"].partition("@")[0] for one in train})
+    assert 30 < len({one["id"].partition("@")[0] for one in train if one["source"] == "a"}) <= 50  # drawn, not dealt
+    train, *_ = mixed(tmp_path, sources, out="ten", strategy="resample", size=10, **NONE)
+    assert counts(train) == {"a": 9, "b": 1}
+
+
+def test_subsample_is_a_share_of_each_pool(tmp_path):
+    twins = [
+        [row(f"{mode}-{n}", f"Question {n}?", think="hm" if mode == "t" else "") for n in range(200)] for mode in "tn"
+    ]
+    make(tmp_path, t=twins[0], n=twins[1], c=rows_of("c", 101))
+    sources = [{"path": "t", "weight": 0.3}, {"path": "n", "weight": 0.3}, {"path": "c", "weight": 0.02}]
+    train, *_ = mixed(tmp_path, sources, strategy="subsample", seed=0, **NONE)
+    assert counts(train) == {"t": 60, "n": 60, "c": 2}
+    prompts = [{one["id"].split("-")[1] for one in train if one["source"] == mode} for mode in "tn"]
+    assert prompts[0] == prompts[1]  # the same prompts: think and no_think twins stay together
+    order = [one["source"] for one in train]
+    assert order != sorted(order) and order != sorted(order, reverse=True)
+    other, *_ = mixed(tmp_path, sources, out="seed1", strategy="subsample", seed=1, **NONE)
+    assert {one["id"] for one in other} != {one["id"] for one in train}
+
+
+def test_concatenate_in_order_and_nanochats_shuffle(tmp_path):
+    make(tmp_path, a=rows_of("a", 30), b=rows_of("b", 20), c=rows_of("c", 5))
+    sources = [{"path": "a"}, {"path": "b", "rows": 7, "shuffle": 42}, {"path": "c", "epochs": 2}]
+    order = [f"a-{n}" for n in range(30)]
+    order += [f"b-{n}" for n in np.random.default_rng(42).permutation(20)[:7]]
+    assert order[30:] == Dataset.from_dict({"id": [f"b-{n}" for n in range(20)]}).shuffle(seed=42)["id"][:7]
+    order += [f"c-{n}" for n in range(5)] + [f"c-{n}@2" for n in range(5)]
+    train, *_ = mixed(tmp_path, sources, strategy="concatenate", dedup=False, **NONE)
+    assert [one["id"] for one in train] == order
+    # TaskMixture: all (task, row) pairs, shuffled by random.Random(42)
+    random.Random(42).shuffle(order)
+    train, *_ = mixed(tmp_path, sources, out="n", strategy="concatenate", shuffle="python", dedup=False, **NONE)
+    assert [one["id"] for one in train] == order
+
+
+def test_negative_and_zero_weights(tmp_path):
+    make(tmp_path, a=rows_of("a", 50), b=rows_of("b", 50))
+    sources = [{"path": "a", "weight": -2}, {"path": "b", "weight": 0.4}]
+    train, _, _, said = mixed(tmp_path, sources, **NONE)
+    assert counts(train) == {"b": 50} and "the weight of a is -2, counted as 0" in said
+    sources[1]["weight"] = 0
+    train, *_ = mixed(tmp_path, sources, out="equal", **NONE)
+    assert counts(train) == {"a": 50, "b": 50}
+
+
+def test_duplicates_are_kept_once_and_listed(tmp_path):
+    again = row("b-again", "Question  a-1?\n")  # a blank and a newline more: the same
+    other = [row("b-call", "Question a-1?", chat_template_kwargs={"enable_thinking": False}),
+             row("b-answer", "Question a-1?", "no")]  # fmt: skip
+    make(tmp_path, a=[*rows_of("a", 10), row("a-twice", "Question a-3?")], b=[again, *other, *rows_of("b", 10)])
+    sources = [{"path": "a"}, {"path": "b"}]
+    train, _, report, _ = mixed(tmp_path, sources, strategy="concatenate", **NONE)
+    refused = [(one["file"], one["line"], one["id"], one["reason"]) for one in report["rejected"]]
+    assert refused == [("a", 11, "a-twice", "duplicate in its pool"), ("b", 1, "b-again", "duplicate of another pool")]
+    assert {"b-call", "b-answer"} <= {one["id"] for one in train}
+
+
+def test_validation_never_shares_a_prompt_with_train(tmp_path):
+    rows = [row(f"a-{n}", f"Question {n % 60}?", f"answer {n}") for n in range(240)]  # every prompt four times
+    twins = [row(f"t-{n}", f"Question {n}? /think", think="hm") for n in range(30)]
+    make(tmp_path, a=rows, t=twins, b=rows_of("b", 200))
+    sources = [{"path": "a"}, {"path": "t"}, {"path": "b"}]
+    train, validation, report, _ = mixed(tmp_path, sources, validation={"share": 0.1, "min": 0}, strategy="concatenate")
+
+    def prompt(one):
+        return one["messages"][0]["content"].replace(" /think", "")
+
+    assert not {*map(prompt, train)} & {*map(prompt, validation)} and len(train) + len(validation) == 470
+    assert 47 <= len(validation) <= 47 + 4 * 24 and {*counts(validation)} == {"a", "t", "b"}
+    few, held, *_ = mixed(tmp_path, [{"path": "b"}], out="min", strategy="concatenate",
+                          validation={"share": 0.02, "min": 100})  # fmt: skip
+    assert (len(few), len(held)) == (100, 100)  # max(100, 2%)
+    said = mixed(tmp_path, [{"path": "t"}], out="all", code=2)
+    assert "100 of 30 rows would be held out" in said
+
+
+def test_where_and_the_exhausted_pool(tmp_path):
+    rows = [row(f"a-{n}", lang="zh" if n % 4 else "en", tags=["x"] if n % 2 else []) for n in range(80)]
+    make(tmp_path, a=rows, b=rows_of("b", 10))
+    sources = [{"path": "a", "where": {"lang": "zh", "tags": ["x", "y"]}}, {"path": "b"}]
+    train, _, report, said = mixed(tmp_path, sources, size=40, **NONE)
+    assert counts(train) == {"a": 20, "b": 10}
+    assert all(one["lang"] == "zh" and one["tags"] == ["x"] for one in train if one["source"] == "a")
+    assert report["refused"] == {"not asked for": 40, "not drawn": 20}
+    told = {one["name"]: one for one in report["sources"]}
+    assert told["b"]["note"].startswith("used up") and told["b"]["share"] == pytest.approx(1 / 3, abs=1e-6)
+    assert re.search(r"b .*33\.33% +50\.00% +used up", said)
+
+
+def test_by_tokens_and_the_card(tmp_path, demo):
+    """Tokens and mask against transformers' apply_chat_template on the rows that came out."""
+    from transformers import AutoTokenizer
+
+    long = [row(f"long-{n}", f"Question {n}?", "word " * (40 + n % 7)) for n in range(150)]
+    short = [row(f"short-{n}", answer="ok", think="hm hm") for n in range(600)]
+    make(tmp_path, long=long, short=short)
+    template = REPO / "chat_templates" / "qwen3.jinja"
+    flags = ["--model_name_or_path", demo / "init", "--chat_template_path", template]
+    sources = [{"path": "long", "weight": 0.3}, {"path": "short", "weight": 0.7}]
+    train, _, report, _ = mixed(tmp_path, sources, by="tokens", flags=flags, **NONE)
+    tokenizer = AutoTokenizer.from_pretrained(demo / "init")
+    found = {"long": [], "short": []}
+    for one in train:
+        how = {"chat_template": template.read_text(), "return_dict": True, "return_assistant_tokens_mask": True}
+        out = tokenizer.apply_chat_template(one["messages"], **how, **one["chat_template_kwargs"])
+        found[one["source"]].append((len(out["input_ids"]), sum(out["assistant_masks"])))
+    sums = {name: np.array(pairs).sum(0) for name, pairs in found.items()}
+    share = sums["long"][0] / (sums["long"][0] + sums["short"][0])
+    assert share == pytest.approx(0.3, abs=0.01)
+    told = {one["name"]: one for one in report["sources"]}
+    assert told["long"]["share"] == pytest.approx(share, abs=1e-6) and told["long"]["tokens"] == sums["long"][0]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]]
+             for line in (tmp_path / "out" / "card.md").read_text().splitlines() if line.startswith("| ")]  # fmt: skip
+    table = {line[0]: dict(zip(cells[0], line, strict=True)) for line in cells[1:4]}
+    for name, mode in (("long", "no_think"), ("short", "think")):
+        total, trained, rows = *sums[name], len(found[name])
+        assert table[name] == {
+            "source": name, "mode": mode, "rows": f"{rows:,}", "% rows": f"{rows / len(train):.1%}",
+            "tokens": f"{total:,}", "% tokens": f"{total / sum(s[0] for s in sums.values()):.1%}",
+            "tokens/row": f"{total / rows:,.1f}", "in context": f"{(total - trained) / rows:,.1f}",
+            "in response": f"{trained / rows:,.1f}", "turns": "2.0",
+        }  # fmt: skip
+    assert table["all"]["rows"] == f"{len(train):,}"
+    mean = np.mean([sums[name][0] / len(found[name]) for name in found])
+    assert f"{mean:,.1f} tokens a row" in (tmp_path / "out" / "card.md").read_text()
+
+
+def test_the_same_bytes_with_any_number_of_processes(tmp_path):
+    make(tmp_path, a=rows_of("a", 12000), b=rows_of("b", 3000))
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"sources": [{"path": "a"}, {"path": "b", "weight": 0.5}]}))
+    for out, number in (("one/m", 1), ("two/m", 2)):
+        assert run(tmp_path / "mix.yaml", "--pools", tmp_path, "--out", tmp_path / out, "--num_proc", number)[0] == 0
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
+    assert len(files) >= 10
+    assert all((tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes() for file in files)
+    assert (
+        load_from_disk(tmp_path / "one" / "m")["train"]._fingerprint
+        == load_from_disk(tmp_path / "two" / "m")["train"]._fingerprint
+    )
+
+
+def test_an_interrupted_mix_leaves_nothing(tmp_path):
+    make(tmp_path, a=rows_of("a", 300))
+    before = {*tmp_path.iterdir()} | {tmp_path / "mix.yaml"}
+    with mock.patch.object(mix, "card", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        mixed(tmp_path, [{"path": "a"}])
+    assert {*tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("sources: []", ["names no sources"]),
+        ("a: [", ["not YAML"]),
+        ("sources: [{path: a, wieght: 1}]", ["source 1", "wieght", "weight"]),
+        ("strategie: x\nsources: [{path: a}]", ["strategie", "strategy"]),
+        ("strategy: blend\nsources: [{path: a}]", ["blend", "interleave, resample"]),
+        ("sources: [{path: nowhere}]", ["nowhere", "no dataset folder", "--pools"]),
+        ("sources: [{path: a, weight: much}]", ["source 1", "weight", "'much'"]),
+        ("sources: [{path: a}, {path: a}]", ["two sources are called a"]),
+        ("sources: [{path: a, split: test}]", ["no split test", "train"]),
+        ("strategy: subsample\nsources: [{path: a, weight: 2}]", ["subsample", "at most 1"]),
+        ("by: tokens\nsources: [{path: a}]", ["--recipe"]),
+        ("literal: true\nstrategy: subsample\nsources: [{path: a}]", ["literal"]),
+        ("validation: {rows: 3}\nsources: [{path: a}]", ["validation", "share and min"]),
+        ("sources: [{path: a, where: {color: red}}]", ["where", "color"]),
+        ("seed: x\nsources: [{path: a}]", ["seed", "int"]),
+    ],
+)
+def test_bad_mixes_get_one_sentence(tmp_path, text, words):
+    make(tmp_path, a=rows_of("a", 10))
+    (tmp_path / "mix.yaml").write_text(text)
+    code, out, err = run(tmp_path / "mix.yaml", "--pools", tmp_path, "--out", tmp_path / "out")
+    assert code == 2 and err.count("\n") == 1 and not out and all(word in err for word in words), err
+    assert not (tmp_path / "out").exists() and not [*tmp_path.glob(".*")]
+
+
+SMOLLM3 = {"smollm3_instruct": 66_227, "smollm3_thinking": 30_328, "smollm3_hybrid": 96_555}
+SHIPPED = {"day2_4080", "smollm3_instruct", "smollm3_thinking", "smollm3_hybrid", "smollm3_mid", "smollm3_final",
+           "nanochat_mid", "nanochat_sft", "blossom_stage1", "blossom_stage2", "step35", "demo"}  # fmt: skip
+
+
+def test_shipped_mixes_are_all_here():
+    assert {path.stem for path in MIXES.glob("*.yaml")} == SHIPPED
+
+
+@pytest.mark.parametrize("name", sorted(SHIPPED))
+def test_shipped_mix(tmp_path, name):
+    """Each builds from small pools of its names, with the shares that its source publishes."""
+    given = yaml.safe_load((MIXES / f"{name}.yaml").read_text())
+    pools = {}
+    for source in given["sources"]:
+        where = source.get("where", {})
+        more = {"lang": where.get("lang", "en")}
+        prefix = f"{source['path'].split('/')[-1]}{len(pools.get(source['path'], []))}"
+        made = rows_of(prefix, 200, **more)
+        pools.setdefault(source["path"], []).extend(one | {"source": where.get("source", prefix)} for one in made)
+    for path, rows in pools.items():
+        pool.write_rows(tmp_path / path, "own", {"train": rows})
+    code, out, err = run(MIXES / f"{name}.yaml", "--pools", tmp_path, "--out", tmp_path / "out", "--num_proc", 1)
+    assert code == 0, err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    found = {one["name"]: one for one in report["sources"]}
+    if name == "day2_4080":
+        assert [round(found[n]["share"], 2) for n in ("cmath", "emoji", "mawps")] == [0.2, 0.5, 0.3]
+    if name == "smollm3_final":
+        assert found["smoltalk2/OpenThoughts3_1.2M_think"]["train"] == 4 and len(found) == 25
+        assert found["smoltalk2/OpenHermes_2.5_no_think"]["train"] == 100
+    if name in SMOLLM3:  # rows of each split as the playbook publishes them, in the comments of the file
+        text = (MIXES / f"{name}.yaml").read_text()
+        told = [int(number.replace(",", "")) for number in re.findall(r"# ([\d,]+) rows$", text, re.MULTILINE)]
+        assert sum(told) == SMOLLM3[name] and len(told) == len(given["sources"])
+    if name == "nanochat_mid":
+        assert found["identity"]["train"] == 400
+    if name == "step35":
+        rows = [one["id"] for one in map(json.loads, (tmp_path / "out" / "train.jsonl").read_text().splitlines())]
+        assert rows == [one["id"] for one in pools["step35"]]
