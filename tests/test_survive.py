@@ -707,7 +707,8 @@ def test_twenty_random_kills(demo, tmp_path, config, kills):
             else:
                 time.sleep(chance.uniform(0, 8))
             cut = [path for path in folder.glob("checkpoint-*") if not (path / "manifest.json").is_file()]
-            for pid in chance.sample(children(process), 1) if process.poll() is None else []:
+            running = children(process)  # none where it has ended by now
+            for pid in chance.sample(running, min(1, len(running))):
                 os.kill(pid, signal.SIGKILL)
                 killed, saves = killed + 1, saves + bool(cut)
             said = process.communicate(timeout=300)[0].decode()
