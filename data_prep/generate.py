@@ -72,6 +72,7 @@ from rows import (
     SWITCH,
     BadInput,
     Refused,
+    check_messages,
     completed,
     dumped,
     loaded,
@@ -232,6 +233,8 @@ async def ifthink(row, endpoint, args):
     start = [turn for turn in row["messages"] if turn["role"] != "assistant"]
     if [turn["role"] for turn in start if turn["role"] != "system"] != ["user"] or start[-1]["role"] != "user":
         raise Refused("not a single turn", "ifthink starts from one instruction")
+    if not start[-1].get("content"):
+        raise Refused("empty text", "of the user")
     lot = drawn(args, row)
     first = lot.choice(INSTRUCTIONS)
     group = first[0].split(":")[0]
@@ -265,11 +268,10 @@ def drawn(args, row):
 
 def parted(row):
     """(the messages before the row's last answer, its text)."""
+    check_messages([{**turn, "content": turn.get("content") or ""} for turn in row["messages"]])
     *prompt, last = row["messages"]
-    if last["role"] != "assistant" or not any(turn["role"] == "user" for turn in prompt):
-        raise Refused("last message is not the assistant's" if prompt else "no question")
-    if last.get("tool_calls") or not last.get("content"):
-        raise Refused("last answer is a tool call" if last.get("tool_calls") else "empty text")
+    if last.get("tool_calls"):
+        raise Refused("last answer is a tool call")
     return prompt, last["content"]
 
 
@@ -498,6 +500,7 @@ class Endpoint:
         self.requests, self.tokens = Limit(args.requests_per_minute), Limit(args.tokens_per_minute)
         self.flying, self.used, self.count, self.purse = {}, set(), Counter(), asyncio.Condition()
         self.reserved, self.paused, self.failures = {}, 0.0, 0
+        self.halted = asyncio.get_running_loop().create_future()  # BadInput that ends the run, whoever met it
 
     # what is asked, at what cost
     async def ask(self, turns, row=None, more=None, parse=lambda reply: reply):
@@ -576,16 +579,24 @@ class Endpoint:
                 reply = await self.once(data, guess)
                 self.failures = 0
                 return reply
+            except BadInput as error:
+                self.halt(error)
+                raise
             except Again as again:
                 self.failures, tries, failed = self.failures + 1, tries + 1, failed + again.counts
                 told = f"{again.reason} ({self.hidden(again.detail)})"
                 never = again.reason == "no connection" and not self.count["asked"] and failed > self.args.max_retries
                 if never or self.failures >= self.args.max_failures:
-                    raise BadInput(f"{self.url}: {told}, {self.failures} failures in a row: mend it, then start again: "
-                                   "every reply so far is kept") from None  # fmt: skip
+                    self.halt(error := BadInput(f"{self.url}: {told}, {self.failures} failures in a row: mend it, then "
+                                                "start again: every reply so far is kept"))  # fmt: skip
+                    raise error from None
                 if failed > self.args.max_retries:
                     raise Refused(f"server: {again.reason}", self.hidden(again.detail)) from None
                 await sleep(max(again.wait, BACKOFF * 2 ** min(tries - 1, 6) * (0.5 + jitter.random())))
+
+    def halt(self, error):
+        if not self.halted.done():
+            self.halted.set_result(error)
 
     async def once(self, data, guess):
         """What is kept of one try's reply; raises Again, Refused, BadInput."""
@@ -635,6 +646,7 @@ async def worked(row, line, split, endpoint, args):
     """The rows out; raises Refused."""
     try:
         row = completed(well_formed(row), args.path.stem, line)
+        row["chat_template_kwargs"] = row["chat_template_kwargs"] or {}
         out = await TASKS[args.task](row, endpoint, args)
         for one in out:
             refuse_unkept(one, args.out)
@@ -659,6 +671,9 @@ async def stream(args, paths, writer, endpoint, first):
     async def finish(left):
         while len(under_way) > left:
             where, task = under_way[0]
+            await asyncio.wait((task, endpoint.halted), return_when=asyncio.FIRST_COMPLETED)
+            if endpoint.halted.done():
+                raise endpoint.halted.result()
             try:
                 found = await task
                 rows.extend(found)
