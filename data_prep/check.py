@@ -10,7 +10,8 @@ found:
   tools           a call of a tool that the row does not offer, arguments that its JSON schema forbids, as many replies
                   as calls, ids that fit
   control tokens  in text: those of the tokenizer (--model_name_or_path) or, without one, those of the known families
-  mojibake        text that was decoded by the wrong table (ftfy), and U+FFFD, which a decoder writes for what it lost
+  mojibake        text that was decoded by the wrong table and reverses (ftfy), and U+FFFD, which a decoder writes for
+                  what it lost
   newline         an answer or its reasoning begins with one: it would merge with the newline that ends the header
   language        with --lang: the answer's or the row's is none of these
   persona         a system message (or custom_instructions) that the template leaves out of the text it renders
@@ -66,9 +67,12 @@ def roles(row, against):
         check_messages(turns)
     except Refused as refusal:
         yield refusal.reason, refusal.detail
+    else:
+        if any("tool_calls" in turn for turn in turns):
+            yield from tools(row)
 
 
-def tools(row, against):
+def tools(row):
     """Calls and replies, in turn: each reply has its call, by id where ids are given; arguments fit the schema."""
     offered = {tool.get("function", tool).get("name"): tool.get("function", tool) for tool in tools_of(row) or []}
     waiting = []
@@ -93,7 +97,7 @@ def tools(row, against):
             told = turn.get("tool_call_id")
             if told is not None and any(waiting) and told not in waiting:
                 yield "tool reply to another call", f"message {number}: {told}"
-            elif not waiting and number and row["messages"][number - 1]["role"] in ("tool", "assistant"):
+            elif not waiting:
                 yield "more tool replies than calls", f"message {number}"
             if waiting:
                 waiting.remove(told if told in waiting else waiting[0])
@@ -143,9 +147,11 @@ def mojibake(row, against):
 
 
 def garbled(value):
+    """Whether the text is mojibake that reverses; what merely looks odd to ftfy is let pass."""
+    from ftfy import fix_encoding
     from ftfy.badness import is_bad
 
-    return is_bad(value)
+    return is_bad(value) and fix_encoding(value) != value
 
 
 def leading_newline(row, against):
@@ -185,7 +191,7 @@ def persona(row, against):
         yield "persona lost", f"{where}: {text[:60]!r} is not in the rendered text"
 
 
-CHECKS = [roles, tools, control, mojibake, leading_newline, wrong_language, template, persona]
+CHECKS = [roles, control, mojibake, leading_newline, wrong_language, template, persona]
 
 
 # -- a row ------------------------------------------------------------------------------------------------------------

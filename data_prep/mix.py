@@ -58,7 +58,6 @@ from pool import (
     parser_of,
     shards_of,
     spread,
-    unfilled,
 )
 from rows import BadInput, key_of, prompt_of
 
@@ -157,7 +156,7 @@ COLUMNS_READ = [("key", "S16"), ("prompt", "u8"), ("tokens", "i8"), ("trained", 
 
 def known(block, where, recipe_flags=None):
     """Result of a Block of a pool; more: (array of COLUMNS_READ, ids, languages)."""
-    rows = [*unfilled(block.data)]
+    rows = [row for _, row in block.rows()]
     table = np.zeros(len(rows), COLUMNS_READ)
     for place, row in enumerate(rows):
         table[place]["key"], table[place]["prompt"] = key_of(row), prompt_of(row)

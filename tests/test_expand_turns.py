@@ -31,6 +31,7 @@ sys.path.insert(0, str(REPO / "data_prep"))
 import expand_turns  # noqa: E402
 import normalize  # noqa: E402
 import pool  # noqa: E402
+import rows as rows_  # noqa: E402
 import render  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -520,7 +521,7 @@ def test_chatml_rows_byte_for_byte(demo, tmp_path):
     for row in rows:
         row["messages"] = [{k: v for k, v in t.items() if k != "reasoning_content"} for t in row["messages"]]
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(map(pool.json_line, rows)), encoding="utf-8")
+    path.write_text("".join(map(rows_.json_line, rows)), encoding="utf-8")
     report = pool.write_rows(tmp_path / "rows", "own", {"train": rows})
     for name in ("rows.jsonl", "rows"):
         out = tmp_path / f"out_{name}"
