@@ -4,6 +4,10 @@
     python data_prep/normalize.py sharegpt "raw/chat/*.json*" --out data/chat.jsonl
     zcat rows.jsonl.gz | python data_prep/normalize.py messages - --out data/rows
     python data_prep/normalize.py gsm8k openai/gsm8k:main --out data/gsm8k
+    python data_prep/normalize.py fields raw.jsonl --map prompt=question answer=response system=persona --out data/own
+    python data_prep/normalize.py fields x.parquet --map messages=dialog role=who content=text --roles bot=assistant \\
+        --out data/own
+    python data_prep/normalize.py spelling --rows 1000 --eval_rows 200 --out data/spelling
 
 INPUT is a file (JSON lines, one JSON array, parquet; .gz or .zst), a folder of them, a quoted glob, - for stdin, or a
 hub id owner/name:config@split. OUT ending in .jsonl becomes that file, with NAME.report.json and NAME.rejected.jsonl
@@ -11,141 +15,114 @@ beside it; any other OUT becomes a dataset folder (for load_from_disk, with repo
 that cannot be used is refused, listed in rejected.jsonl (line = row number in a JSON array or parquet file) and counted
 by reason. Text is stripped at both ends, because an answer that begins with a newline merges with the newline of the
 role header, and CRLF becomes LF; content in parts (text, reasoning, tool_call) becomes one string with its reasoning
-and calls beside it; nothing else is rewritten.
+and calls beside it; nulls that Arrow filled into tool schemas and calls go; nothing else is rewritten. Where a JSON
+object names a key twice the last counts, as Python's json has it.
+
+Reasoning (reasoning_content, or a <think> block that begins an answer) by --reasoning:
+  keep    in reasoning_content: the template writes it, or refuses it
+  drop    left out; enable_thinking of such a row becomes false
+  inline  at the head of the answer as plain text, a blank line between, for templates without a place for it. Without
+          <think> tags: a template writes tokens, text never holds them
+
+The sources, each with its published shape:
+{sources}
 
 Exit 0: done, some rows may be refused. 1: every row refused, nothing written. 2: bad input, one sentence.
 """
 
+import inspect
 import re
 import sys
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
-from pool import Result, Writer, add_num_proc, command, find_inputs, packed, parser_of, read_blocks, spread, summary
+from pool import (
+    ROWS,
+    Block,
+    Result,
+    Writer,
+    add_num_proc,
+    command,
+    find_inputs,
+    packed,
+    parser_of,
+    read_blocks,
+    spread,
+    summary,
+)
 from rows import (
-    CONTROL,
     BadInput,
     Refused,
     check_messages,
     columns,
+    control_token,
     language,
-    listed,
-    message,
-    parsed,
+    refuse_half_pairs,
     refuse_unkept,
-    strings,
-    text,
-    tool_call,
+    schemas_of,
+    unfilled,
+    without_nulls,
 )
-
-
-# -- sources: a raw row (dict) -> {"messages": [...]} and what else the row has; missing fields raise KeyError --------
-def gsm8k(row):
-    """openai/gsm8k: question, answer (working with <<a*b=c>> notes and a last line `#### n`), kept as it stands."""
-    return {"messages": exchange(row["question"], row["answer"])}
-
-
-def cmath(row):
-    """XiaoMi/cmath: `input` in the repository, `question` on the hub; golden is the bare number."""
-    return {"messages": exchange(row["input"] if "input" in row else row["question"], row["golden"])}
-
-
-def mawps(row):
-    """MAWPS as in SVAMP's cv_mawps: N_00 in Question stands for the first of Numbers ("56.0 9.0"). Answer is taken as
-    the source states it, even in the few rows where its Equation gives another number."""
-    numbers = [plain_number(number) for number in str(row["Numbers"]).split()]
-
-    def put_back(match):
-        index = int(match[1])
-        if index >= len(numbers):
-            raise Refused("number index without a number", f"{match[0]} with {len(numbers)} numbers")
-        return numbers[index]
-
-    return {"messages": exchange(re.sub(r"N_(\d+)", put_back, row["Question"]), plain_number(row["Answer"]))}
-
-
-def messages(row):
-    """Rows that are already chats, with messages, or conversations of role/content, and tools as a list or as JSON;
-    content may come in parts (LLaMA-Factory's reason_tool_use_demo_50, StepTron)."""
-    turns = row["messages"] if "messages" in row else row["conversations"]
-    return {**row, "messages": [message(turn) for turn in listed(turns, "messages")]}
-
-
-def sharegpt(row):
-    """ShareGPT: conversations of from/value with human, gpt, system, function_call (JSON) and observation turns, an
-    optional `system` text and a `tools` column that holds JSON. Neighbouring function_call turns are one turn."""
-    roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-    turns = [message({"role": "system", "content": row["system"]})] if row.get("system") else []
-    for turn in listed(row["conversations"], "conversations"):
-        speaker, value = turn["from"], turn["value"]
-        if speaker == "function_call":
-            calls = parsed(value, "tool call that is not JSON")
-            calls = [tool_call(call) for call in (calls if isinstance(calls, list) else [calls])]
-            if turns and turns[-1].get("tool_calls"):
-                turns[-1]["tool_calls"] += calls
-            else:
-                turns.append({"role": "assistant", "content": "", "tool_calls": calls})
-        elif speaker == "observation":
-            turns.append({"role": "tool", "content": text(value, "observation")})
-        elif speaker in roles:
-            turns.append(message({"role": roles[speaker], "content": value}))
-        else:
-            raise Refused("unknown role", str(speaker))
-    return {**row, "messages": turns}
-
-
-SOURCES = {  # name: (function, language or None to tell by the script of the text)
-    "gsm8k": (gsm8k, "en"),
-    "cmath": (cmath, "zh"),
-    "mawps": (mawps, "en"),
-    "messages": (messages, None),
-    "sharegpt": (sharegpt, None),
-}
-
-
-# -- pieces the sources share -----------------------------------------------------------------------------------------
-def exchange(question, answer):
-    return [
-        {"role": "user", "content": text(question, "question")},
-        {"role": "assistant", "content": text(answer, "answer")},
-    ]
-
-
-def plain_number(value):
-    """ "12.0" -> "12"; every other number keeps the digits of its source."""
-    try:
-        number = float(value)
-        int(number)  # inf and nan are floats too
-    except (TypeError, ValueError, OverflowError):
-        raise Refused("number that is not a number", repr(value)) from None
-    return str(int(number)) if number.is_integer() else str(value)
+from sources import MADE, MAPPED, SOURCES
 
 
 # -- one row ----------------------------------------------------------------------------------------------------------
-def to_row(raw, source, row_id):
-    """A checked row, keys in the order of the house; raises Refused."""
+def to_row(raw, source, row_id, reasoning="keep", **flags):
+    """A checked row, keys in the order of the house; raises Refused. flags: those of the source's function."""
+    convert, lang = SOURCES[source]
+    if isinstance(raw, list):  # a line that is a list of messages
+        raw = {"messages": raw}
     if not isinstance(raw, dict):
         raise Refused("row that is not an object", type(raw).__name__)
-    convert, lang = SOURCES[source]
     try:
-        found = convert(raw)
-    except KeyError as error:
+        found = convert(raw, **flags)
+    except Refused:
+        raise
+    except (KeyError, IndexError) as error:
         raise Refused("missing field", str(error.args[0])) from None
-    except (TypeError, AttributeError) as error:  # a number where text belongs, a list where an object belongs, …
-        raise Refused("field of another type", str(error)) from None
-    check_messages(found["messages"])
+    except (TypeError, AttributeError, ValueError) as error:  # a number where text belongs, a list for an object, …
+        raise Refused("field of another type", str(error)[:200]) from None
+    turns = found["messages"]
     tools, kwargs, tags = columns(found)
-    if hit := next(filter(None, map(CONTROL.search, strings([found["messages"], tools]))), None):
-        raise Refused("control token in text", hit[0])
-    row = {"id": row_id, "messages": found["messages"]}
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    if reasoning != "keep":
+        without_reasoning(turns, kwargs, inline=reasoning == "inline")
+    check_messages(turns)
+    if tools:
+        tools = without_nulls(tools)
+        without_filled(turns, schemas_of(tools))
+    for value in chain(*map(dict.values, turns), tools):
+        if hit := control_token(value):
+            raise Refused("control token in text", hit)
+    row = {"id": str(found.get("id") or row_id), "messages": turns}
     row |= {"tools": tools} if tools else {}
     row |= {
         "chat_template_kwargs": kwargs,
         "source": str(found.get("source") or source),
         "tags": tags,
-        "lang": str(found.get("lang") or lang or language(found["messages"])),
+        "lang": str(found.get("lang") or lang or language(turns)),
     }
+    refuse_unkept(row)
     return row
+
+
+def without_reasoning(turns, kwargs, inline):
+    """Take reasoning_content out of the messages, inline to the head of what they say."""
+    for turn in turns:
+        thought = turn.pop("reasoning_content", None)
+        if thought and inline:
+            turn["content"] = f"{thought}\n\n{turn['content']}".strip()
+    if kwargs.get("enable_thinking"):
+        kwargs["enable_thinking"] = False
+
+
+def without_filled(turns, schemas):
+    """Take the nulls that Arrow filled in out of the calls."""
+    for turn in turns:
+        for call in turn.get("tool_calls", ()):
+            function = call["function"]
+            function["arguments"] = unfilled(function["arguments"], schemas.get(function["name"]))
 
 
 def stem_of(file):
@@ -153,37 +130,149 @@ def stem_of(file):
     return re.sub(r"(\.(jsonl?|ndjson|parquet|gz|zst))+$", "", Path(file).name)
 
 
-def work(block, source, lines=False):
+def work(block, source, lines=False, reasoning="keep", flags=None):
     """Result of a Block of raw rows."""
-    rows, result = [], Result()
+    rows, refused, stem, total = [], [], stem_of(block.file), 0
     for line, raw in block.rows():
+        total += 1
         row_id = str(raw["id"]) if isinstance(raw, dict) and raw.get("id") is not None else ""
-        row_id = row_id or f"{stem_of(block.file)}-{line}"
-        result.total += 1
+        row_id = row_id or f"{stem}-{line}"
         try:
             if isinstance(raw, Refused):
                 raise raw
-            row = to_row(raw, source, row_id)
-            refuse_unkept(row)
-            rows.append(row)
+            rows.append((line, to_row(raw, source, row_id, reasoning, **(flags or {}))))
         except Refused as refusal:
-            entry = {"file": block.file, "line": line, "id": row_id, "reason": refusal.reason}
-            result.rejected.append(entry | {"detail": str(refusal)})
+            refused.append((line, row_id, refusal))
         except RecursionError:
-            entry = {"file": block.file, "line": line, "id": row_id, "reason": "row nested too deep"}
-            result.rejected.append(entry | {"detail": "row nested too deep"})
-    result.packed = {"train": packed(rows, lines)}
-    return result
+            refused.append((line, row_id, Refused("row nested too deep")))
+    try:
+        data = packed([row for _, row in rows], lines)
+    except (ValueError, TypeError, RecursionError):  # some row that no file can hold: looked for where one is
+        faults = [(line, row, unwritable(row)) for line, row in rows]
+        refused += [(line, row["id"], fault) for line, row, fault in faults if fault]
+        data = packed([row for _, row, fault in faults if not fault], lines)
+    rejected = [
+        {"file": block.file, "line": line, "id": row_id, "reason": refusal.reason, "detail": str(refusal)}
+        for line, row_id, refusal in sorted(refused, key=lambda entry: entry[0])
+    ]
+    return Result({block.split: data}, rejected, total)
+
+
+def unwritable(row):
+    """Why no file can hold a row, or None."""
+    try:
+        return refuse_half_pairs(row)
+    except Refused as refusal:
+        return refusal
+    except TypeError as error:
+        return Refused("value that is not JSON", str(error))
+
+
+# -- all of them ------------------------------------------------------------------------------------------------------
+def made_blocks(source, rows, eval_rows, seed):
+    """Blocks of rows that the source makes by their number: train, then validation."""
+    for split, count in (("train", rows), ("validation", eval_rows)):
+        for start in range(0, count, ROWS):
+            numbers = range(start, min(start + ROWS, count))
+            data = [{"id": f"{source}-{split}-{n + 1}", "number": n, "split": split, "seed": seed} for n in numbers]
+            yield Block(source, split, start + 1, data)
+
+
+def first_rows(blocks, count):
+    """The blocks' first rows; the others are read, for the file's hash, and not parsed."""
+    for block in blocks:
+        if count > 0:
+            rows = [row for row, _ in zip(block.rows(), range(count), strict=False)]
+            count -= len(rows)
+            if rows and isinstance(block.data, bytes):
+                end = rows[-1][0] - block.first + 1
+                yield Block(block.file, block.split, block.first, b"\n".join(block.data.split(b"\n")[:end]))
+            elif rows:
+                yield Block(block.file, block.split, block.first, block.data[: len(rows)])
+
+
+def pairs(given, flag, known=None):
+    """{name: value} of NAME=VALUE arguments. Raises BadInput."""
+    for one in given:
+        name, equals, _ = one.partition("=")
+        if not equals or known and name not in known:
+            said = f"one of {', '.join(known)}" if known else "a name"
+            raise BadInput(f"{flag} {one}: pass NAME=VALUE with {said} before the =")
+    return dict(one.split("=", 1) for one in given)
+
+
+def flags_of(args, paths, inputs):
+    """The flags of the source's function; their files go into `inputs`. Raises BadInput."""
+    given = {
+        "keep_disagreeing": args.keep_disagreeing,
+        "fill": pairs(args.fill, "--fill"),
+        "map": pairs(args.map, "--map", MAPPED),
+        "roles": pairs(args.roles, "--roles"),
+        "words": args.words,
+        "answers": args.answers,
+    }
+    takes = inspect.getfullargspec(SOURCES[args.source][0]).kwonlyargs
+    if wrong := [name for name, value in given.items() if value and name not in takes]:
+        raise BadInput(f"--{wrong[0]}: {args.source} has no use for it: leave it out")
+    if args.source == "fields" and not ("messages" in given["map"] or {"prompt", "answer"} <= {*given["map"]}):
+        raise BadInput("fields: pass --map prompt=COLUMN answer=COLUMN, or --map messages=COLUMN")
+    if args.words:
+        inputs |= read_words(args.words)
+    if args.source == "bfcl":
+        local = [path for path in paths if isinstance(path, Path) and str(path) != "-"]
+        beside = [path.with_name("possible_answer") / path.name for path in local]
+        given["answers"] = read_answers(args.answers or [path for path in beside if path.is_file()], inputs)
+    return {name: value for name, value in given.items() if value and name in takes}
+
+
+def read_words(path):
+    """{name: sha256} of a list of words. Raises BadInput."""
+    import hashlib
+
+    from sources import held_out, word_list
+
+    try:
+        words = word_list(path)
+        if not any(map(held_out, words)) or all(map(held_out, words)):
+            raise BadInput(f"{path}: too few words to keep some for validation: pass a longer list, one word a line")
+        return {Path(path).name: hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot be read ({error}): pass a text file, one word a line") from None
+
+
+def read_answers(paths, inputs):
+    """{id: ground_truth} of BFCL's answer files. Raises BadInput."""
+    out, hashes = {}, {}
+    for block in read_blocks(find_inputs(paths), hashes):
+        for line, row in block.rows():
+            if not isinstance(row, dict) or not isinstance(row.get("id"), str) or "ground_truth" not in row:
+                raise BadInput(f"{block.file}:{line}: no id and ground_truth: pass files of BFCL's possible_answer")
+            out[row["id"]] = row["ground_truth"]
+    inputs |= {f"answers: {name}": digest for name, digest in hashes.items()}
+    return out
 
 
 def main():
-    parser = parser_of(__doc__)
-    parser.add_argument("source", choices=SOURCES)
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder, quoted glob, - or owner/name")
+    sources = "\n".join(f"  {name:18}{' '.join(fn.__doc__.split())}" for name, (fn, _) in SOURCES.items())
+    parser = parser_of(__doc__.replace("{sources}", sources))
+    parser.add_argument("source", choices=SOURCES, metavar="SOURCE", help="one of those above")
+    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="file, folder, quoted glob, - or owner/name")
     parser.add_argument("--out", type=Path, required=True, help="NAME.jsonl, or a folder that does not exist yet")
+    parser.add_argument("--reasoning", choices=("keep", "drop", "inline"), default="keep", help="see above")
+    parser.add_argument("--rows", type=int, default=None, help="the first rows of the input; of spelling: how many")
     parser.add_argument(
-        "--eval_rows", type=int, default=0, help="rows of a folder drawn by seed as its validation split"
+        "--eval_rows",
+        type=int,
+        default=0,
+        help="rows of a folder drawn by seed as its validation split;\nof spelling: as many more, of other words",
     )
+    some = {"nargs": "+", "default": [], "metavar": "NAME=VALUE"}
+    parser.add_argument("--map", **some, help="fields: our name of a field = its column there, a.b where it is nested")
+    parser.add_argument("--roles", **some, help="fields: a speaker's name there = user, assistant, system or tool")
+    parser.add_argument("--fill", **some, help="identity: what stands for {{NAME}}")
+    parser.add_argument("--answers", nargs="+", default=[], help="bfcl: files with the reference calls")
+    parser.add_argument("--words", default=None, help="spelling: a text file, one word a line")
+    parser.add_argument("--keep_disagreeing", action="store_true", help="mawps: keep rows whose equation disagrees")
     parser.add_argument("--seed", type=int, default=42)
     add_num_proc(parser)
     return command(parser, normalize)
@@ -191,13 +280,28 @@ def main():
 
 def normalize(args):
     """The exit code; raises BadInput."""
-    paths = find_inputs(args.inputs)
+    made = args.source in MADE
+    if made and (args.inputs or args.rows is None):
+        raise BadInput(f"{args.source} makes its rows: pass --rows N and no INPUT")
+    if not made and not args.inputs:
+        raise BadInput(f"{args.source} needs an INPUT: pass files, a folder, a quoted glob, - or a hub id")
+    if args.rows is not None and args.rows < 1:
+        raise BadInput(f"--rows {args.rows}: pass a number above 0")
     if args.eval_rows < 0 or args.eval_rows and args.out.suffix == ".jsonl":
         raise BadInput("--eval_rows: needs a number above 0 and a folder as --out, a .jsonl file has no splits")
+    paths = find_inputs(args.inputs)
+    if args.source == "bfcl":  # a folder of it holds these too, which are no rows
+        paths = [p for p in paths if not {"possible_answer", "multi_turn_func_doc"} & {*Path(p).parts[-2:-1]}]
     with Writer(args.out, f"normalize.py {args.source}", args.seed) as writer:
-        todo = partial(work, source=args.source, lines=writer.lines)
+        flags = flags_of(args, paths, writer.inputs)
+        todo = partial(work, source=args.source, lines=writer.lines, reasoning=args.reasoning, flags=flags)
+        if made:
+            blocks = made_blocks(args.source, args.rows, args.eval_rows, args.seed)
+        else:
+            blocks = read_blocks(paths, writer.inputs)
+            blocks = first_rows(blocks, args.rows) if args.rows else blocks
         first = None
-        for result in spread(todo, read_blocks(paths, writer.inputs), args.num_proc):
+        for result in spread(todo, blocks, args.num_proc):
             first = first or next(iter(result.rejected), None)
             writer.add(result)
         kept, refused = sum(writer.rows.values()), summary(writer.refused)
@@ -207,9 +311,11 @@ def normalize(args):
             where = f"the first at {first['file']}:{first['line']}"
             print(f"all {writer.total} rows refused ({refused}), {where}", file=sys.stderr)
             return 1
-        if args.eval_rows >= kept:
-            raise BadInput(f"--eval_rows {args.eval_rows}: only {kept} rows: keep some to train on")
-        if args.eval_rows:
+        if args.eval_rows and not made:
+            if [*writer.rows] != ["train"]:
+                raise BadInput(f"--eval_rows: the input has splits already ({', '.join(writer.rows)}): leave it out")
+            if args.eval_rows >= kept:
+                raise BadInput(f"--eval_rows {args.eval_rows}: only {kept} rows: keep some to train on")
             writer.hold_out(args.eval_rows)
         writer.close()
     out = writer.refused.total()

@@ -14,6 +14,7 @@ never on the number of processes: the same input and seed give the same bytes.
 """
 
 import argparse
+import codecs
 import glob
 import hashlib
 import json
@@ -30,15 +31,17 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import orjson
 import pyarrow as pa
-from rows import COLUMNS, BadInput, Refused, dumped, loaded
+from rows import COLUMNS, BadInput, Refused, dumped, loaded, schemas_of, unfilled, without_nulls
 from tqdm import tqdm
 
 BLOCK = 8 << 20  # bytes of text that one call of `work` gets
+HEAD = 1 << 20  # bytes that tell what a file holds
 ROWS = 5000  # and rows, where the input has no lines
 SHARD = 256 << 20  # bytes of Arrow data in a file of a folder
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
@@ -58,28 +61,51 @@ class Block:
         """Yield (line, row); row is a Refused where a line is not JSON. Lines count from 1, in arrays, folders and
         parquet files they are rows."""
         if isinstance(self.data, bytes):
+            long_numbers = may_hold_long_numbers(self.data)
             for number, line in enumerate(self.data.split(b"\n"), self.first):
                 if line and not line.isspace():
                     try:
-                        yield number, loaded(line)
+                        yield number, loaded(line, long_numbers)
                     except Refused as refusal:
                         yield number, refusal
         else:
-            values = self.data if isinstance(self.data, list) else unfilled(self.data)
+            values = self.data if isinstance(self.data, list) else unfilled_rows(self.data)
             yield from enumerate(values, self.first)
 
 
-def unfilled(batch):
+def may_hold_long_numbers(data):
+    """Whether 19 digits may follow each other: every fourth byte is looked at, and four neighbours are digits then."""
+    digits = np.frombuffer(data, np.uint8)[::4] - np.uint8(ord("0")) < 10
+    return bool((digits[:-3] & digits[1:-2] & digits[2:-1] & digits[3:]).any())
+
+
+def unfilled_rows(batch):
     """The rows of a RecordBatch without what Arrow filled in: a key that some other row has is null here, in structs
     of any depth (ms-swift PR 10125: such tool schemas reached a template). JSON columns are parsed."""
     names = {"messages", "tools", "chat_template_kwargs"} & {*batch.schema.names}
     as_json = {n for n in names if holds_json(batch.schema.field(n).type)}
     for row in batch.to_pylist():
-        yield {
-            key: json_values(value) if key in as_json else without_nulls(value)
+        row = {
+            key: json_values(value) if key in as_json else without_nulls(value) if key == "tools" else value
             for key, value in row.items()
             if value is not None
         }
+        tools = schemas_of(row["tools"]) if isinstance(row.get("tools"), list) else {}
+        yield {key: value if key in as_json else unfilled_value(value, tools) for key, value in row.items()}
+
+
+def unfilled_value(value, tools):
+    """A value without nulls, but for those of tool calls whose tool knows the argument. tools: {name: schema}."""
+    if isinstance(value, list):
+        return [unfilled_value(item, tools) for item in value]
+    if not isinstance(value, dict):
+        return value
+    known = tools.get(value.get("name")) if isinstance(value.get("arguments"), dict) else None
+    return {
+        key: unfilled(item, known, without_nulls) if known and key == "arguments" else unfilled_value(item, tools)
+        for key, item in value.items()
+        if item is not None
+    }
 
 
 def holds_json(kind):
@@ -88,12 +114,6 @@ def holds_json(kind):
 
 def json_values(value):
     return [orjson.loads(item) for item in value] if isinstance(value, list) else orjson.loads(value)
-
-
-def without_nulls(value):
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def find_inputs(patterns):
@@ -164,32 +184,53 @@ def read_rows(path):
 
 
 def text_blocks(path, name, inputs):
-    digest, first, rest, seen = hashlib.sha256(), 1, [], False
+    digest, first, rest = hashlib.sha256(), 1, []
     try:
-        with open_text(path) as file:
-            while piece := file.read(BLOCK):
-                digest.update(piece)
-                if not seen:
-                    seen, piece = True, piece.removeprefix(b"\xef\xbb\xbf")
-                    if piece.lstrip()[:1] == b"[":
-                        rest = [piece, *iter(lambda: file.read(BLOCK), b"")]
-                        [digest.update(more) for more in rest[1:]]
-                        yield from array_blocks(path, name, b"".join(rest))
-                        rest = []
-                        break
-                cut = piece.rfind(b"\n") + 1
-                if not cut:
-                    rest.append(piece)
-                    continue
-                data = b"".join([*rest, piece[:cut]])
-                rest = [piece[cut:]] if piece[cut:] else []
-                yield Block(name, "train", first, data)
-                first += data.count(b"\n")
-            if rest:
-                yield Block(name, "train", first, b"".join(rest))
-    except (OSError, EOFError, pa.ArrowInvalid) as error:
+        pieces = text_pieces(path, digest)
+        head = next(pieces, b"")
+        pieces = chain([head], pieces)
+        for piece in array_lines(pieces, path) if is_array(head) else pieces:
+            cut = piece.rfind(b"\n") + 1
+            if not cut:
+                rest.append(piece)
+                continue
+            data = b"".join([*rest, piece[:cut]])
+            rest = [piece[cut:]] if piece[cut:] else []
+            yield Block(name, "train", first, data)
+            first += data.count(b"\n")
+        if rest:
+            yield Block(name, "train", first, b"".join(rest))
+    except (OSError, EOFError, pa.ArrowInvalid, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: cannot be read ({' '.join(str(error).split())}): get or make it anew") from None
     inputs[name] = digest.hexdigest()
+
+
+BOMS = {  # the longer ones first: UTF-32's begins with UTF-16's
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def text_pieces(path, digest):
+    """Pieces of a file in UTF-8 without a byte order mark; UTF-16 and UTF-32 are told by theirs. What is no text
+    reaches the row that holds it."""
+    with open_text(path) as file:
+        piece = file.read(HEAD)
+        kind = next((kind for bom, kind in BOMS.items() if piece.startswith(bom)), None)
+        decoder = codecs.getincrementaldecoder(kind)("surrogatepass") if kind not in (None, "utf-8-sig") else None
+        for number, data in enumerate(chain([piece], iter(lambda: file.read(BLOCK), b""))):
+            digest.update(data)
+            if decoder:
+                data = decoder.decode(data).encode("utf-8", "surrogatepass")
+            elif not number:
+                data = data.removeprefix(codecs.BOM_UTF8)
+            if data:
+                yield data
+        if decoder:
+            decoder.decode(b"", final=True)  # raises where the last character is cut
 
 
 def open_text(path):
@@ -198,22 +239,60 @@ def open_text(path):
     return pa.input_stream(str(path), compression={".gz": "gzip", ".zst": "zstd"}.get(path.suffix))
 
 
-def array_blocks(path, name, data):
-    """Blocks of one JSON array, which is parsed whole: some five times its size in memory."""
-    try:
-        values = orjson.loads(data)
-    except ValueError:
-        try:
-            values = json.loads(data, parse_constant=refuse_constant)
-        except (ValueError, RecursionError) as error:
-            line, said = f":{error.lineno}" if hasattr(error, "lineno") else "", getattr(error, "msg", error)
-            raise BadInput(f"{path}{line}: not JSON ({said}): mend the array or pass JSON lines") from None
-    for start in range(0, len(values), ROWS):
-        yield Block(name, "train", start + 1, values[start : start + ROWS])
+def is_array(head):
+    """Whether a text begins one JSON array. Where its first line is a whole list and more follow, they are rows."""
+    if head.lstrip()[:1] != b"[":
+        return False
+    line, _, more = head.lstrip().partition(b"\n")
+    return not (line.rstrip().endswith(b"]") and more.lstrip()[:1] in (b"[", b"{"))
 
 
-def refuse_constant(constant):
-    raise ValueError(f"{constant} is not JSON")
+STEPS = np.zeros(256, np.int8)  # what a byte outside a string adds to the depth of nesting
+STEPS[[*b"[{"]], STEPS[[*b"]}"]] = 1, -1
+
+
+def array_lines(pieces, path):
+    """The elements of one JSON array as lines, so that it streams: line breaks between values become blanks, those
+    within strings, which JSON forbids, another character that it forbids. Raises BadInput where the array does not
+    end."""
+    rest, tried, line, opened, closed = b"", 0, 1, False, False
+    for piece in chain(pieces, [b""]):  # the empty one: what is left is looked at
+        rest += piece
+        if not opened:
+            rest, opened = rest.lstrip()[1:], True  # without its [
+        if not closed and (not piece or len(rest) >= 2 * tried):  # in one long element: look when it has doubled
+            data, end, closed = elements(rest)
+            line += rest.count(b"\n", 0, end)
+            rest = rest[end + closed :]
+            tried = 0 if data else len(rest)
+            if data:
+                yield data
+        if closed and rest.strip():
+            break
+    if rest.strip() or not closed:
+        said = "text behind the array" if closed else "the array does not end"
+        line += rest.count(b"\n", 0, len(rest.rstrip()))
+        raise BadInput(f"{path}:{line}: not JSON ({said}): mend the array or pass JSON lines")
+
+
+def elements(data):
+    """(whole elements of an array as lines, where they end, whether the array ends there) of text that begins between
+    two of them."""
+    plain = data.replace(b"\\\\", b"..").replace(b'\\"', b"..")  # of the same length
+    chars = np.frombuffer(plain, np.uint8)
+    inside = np.logical_xor.accumulate(chars == ord('"'))
+    steps = STEPS[chars]
+    steps[inside] = 0
+    depth = np.cumsum(steps, dtype=np.int32)
+    ends = np.flatnonzero(depth < 0)
+    stop = ends[0] if len(ends) else len(data)
+    commas = np.flatnonzero((chars[:stop] == ord(",")) & (depth[:stop] == 0) & ~inside[:stop])
+    end = int(stop if len(ends) else commas[-1] + 1 if len(commas) else 0)
+    out = np.frombuffer(data, np.uint8)[:end].copy()
+    breaks = out == ord("\n")
+    out[breaks] = np.where(inside[:end][breaks], 11, ord(" "))
+    out[commas] = ord("\n")
+    return out.tobytes(), end, bool(len(ends))
 
 
 def parquet_blocks(path, name, inputs):
@@ -285,7 +364,7 @@ def hub_blocks(name, inputs):
         ) from None
     inputs[name] = info.sha
     first = 1
-    for batch in rows.data.table.combine_chunks().to_batches(ROWS):
+    for batch in rows.data.table.to_batches(ROWS):
         yield Block(name, "train", first, batch)
         first += len(batch)
 
@@ -350,24 +429,37 @@ def packed(rows, lines=False):
     """Packed rows. lines: as JSON lines, which keep every column."""
     digests, encoded, counts, left_out = [], [], Counter(), Counter()
     for row in rows:
-        if not lines:
-            left_out.update(key for key in row if key not in COLUMNS)
-            row = {key: row[key] for key in COLUMNS if row.get(key) is not None}
-        think = any("reasoning_content" in turn for turn in row["messages"])
+        think = any(["reasoning_content" in turn for turn in row["messages"]])
         counts[row["source"], row["lang"], "think" if think else "no_think"] += 1
+        if lines:
+            encoded.append(dumped(row) + b"\n")
+            digests.append(row_digest(row))
+            continue
+        if not row.keys() <= KEPT:
+            left_out.update(row.keys() - KEPT)
         messages = [dumped(turn) for turn in row["messages"]]
         tools = None if row.get("tools") is None else [dumped(tool) for tool in row["tools"]]
         kwargs = dumped(row["chat_template_kwargs"])
-        digests.append(row_digest(row))
-        encoded.append(row if lines else (messages, tools, kwargs))
+        encoded.append((messages, tools, kwargs))
+        digests.append(hashlib.sha256(b"{" + body_of(messages, tools, kwargs, *map(row.get, TOLD))).digest())
     rows = list(rows)
     ids = [row["id"] for row in rows]
     if lines:
-        data = b"".join([dumped(row) + b"\n" for row in rows])
+        data = b"".join(encoded)
     else:
         messages, tools, kwargs = zip(*encoded, strict=True) if encoded else ((), (), ())
         data = record_batch(ids, messages, tools, kwargs, rows)
     return Packed(data, ids, b"".join(digests), counts, left_out)
+
+
+KEPT, TOLD = {*COLUMNS}, ("source", "tags", "lang")
+
+
+def body_of(messages, tools, kwargs, source, tags, lang):
+    """A row as dumped() writes it without its id and first brace, of messages, tools and kwargs that are JSON."""
+    said = b"" if tools is None else b'"tools":[' + b",".join(tools) + b"],"
+    head = b'"messages":[' + b",".join(messages) + b"]," + said + b'"chat_template_kwargs":' + kwargs + b","
+    return head + dumped({"source": source, "tags": tags, "lang": lang})[1:]
 
 
 def row_digest(row):

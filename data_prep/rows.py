@@ -11,8 +11,6 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections import Counter
-from functools import cache
 
 import orjson
 
@@ -116,7 +114,10 @@ def message(turn):
                 out["reasoning_content"] = block[1].strip()
     if turn.get("tool_calls"):
         out["tool_calls"] = [tool_call(call) for call in listed(turn["tool_calls"], "tool_calls")]
-    return out | {key: turn[key] for key in ("tool_call_id", "name", "loss_mask") if turn.get(key) is not None}
+    for key in ("tool_call_id", "name", "loss_mask"):
+        if turn.get(key) is not None:
+            out[key] = turn[key]
+    return out
 
 
 def tool_call(call):
@@ -135,7 +136,9 @@ def tool_call(call):
 def tool_list(tools):
     """A list, or its JSON text, as the list of {"type": "function", "function": {"name": ...}} that transformers'
     templates read; raises Refused."""
-    tools = parsed(tools or [], "tools that are not JSON")
+    if not tools:
+        return []
+    tools = parsed(tools, "tools that are not JSON")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise Refused("tools that are not a list of objects")
     tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
@@ -144,9 +147,46 @@ def tool_list(tools):
     return tools
 
 
+def without_nulls(value):
+    """A JSON value without the keys that are null."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def schemas_of(tools):
+    """{name: parameters} of a list of tools, nothing where it is none."""
+    functions = [tool.get("function", tool) for tool in tools if isinstance(tool, dict)] if tools else []
+    return {f["name"]: f.get("parameters") for f in functions if isinstance(f, dict) and isinstance(f.get("name"), str)}
+
+
+def unfilled(arguments, schema, otherwise=lambda value: value):
+    """A tool call's arguments without the nulls that Arrow filled in: those of names that the tool's schema does not
+    know. A null that it knows stays. What a schema without properties cannot tell goes to `otherwise`."""
+    schema = schema if isinstance(schema, dict) else {}
+    if isinstance(arguments, list):
+        return [unfilled(item, schema.get("items"), otherwise) for item in arguments]
+    known = schema.get("properties")
+    if not isinstance(arguments, dict) or not isinstance(known, dict):
+        return otherwise(arguments)
+    return {key: unfilled(value, known.get(key), otherwise) for key, value in arguments.items()
+            if value is not None or key in known}  # fmt: skip
+
+
 CONTROL = re.compile(  # what some tokenizer turns into a control token when it stands in text
     r"<\|[\w ]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</?(?:think|tool_call|tool_response)>|<(?:start|end)_of_turn>"
 )
+
+MARKS = ("<|", "<｜", "think>", "tool_call>", "tool_response>", "_of_turn>")  # each of those holds one; fast to find
+
+
+def control_token(value):
+    """The first control token in a string or any JSON value, or None."""
+    if isinstance(value, str):
+        hit = CONTROL.search(value) if "<" in value and any(mark in value for mark in MARKS) else None
+        return hit and hit[0]
+    return next(filter(None, map(control_token, strings(value))), None)
+
 
 FOLLOWS = {  # what a message of a role may stand behind
     "system": ("start",),
@@ -163,7 +203,7 @@ def check_messages(turns):
     after = "start"
     for number, turn in enumerate(turns):
         role = turn["role"]
-        if role not in FOLLOWS:
+        if not isinstance(role, str) or role not in FOLLOWS:
             raise Refused("unknown role", str(role))
         calls = turn.get("tool_calls")
         if not turn["content"] and role != "tool" and not calls:
@@ -177,28 +217,27 @@ def check_messages(turns):
         raise Refused("last message is not the assistant's")
 
 
-@cache
-def script(char):
-    """The language whose script a character is of, or None where it is no letter."""
-    code = ord(char)
-    if not char.isalpha():
-        return None
-    kana, hangul, han = 0x3040 <= code <= 0x30FF, 0xAC00 <= code <= 0xD7A3, 0x4E00 <= code <= 0x9FFF
-    return "ja" if kana else "ko" if hangul else "zh" if han else "en" if code < 0x250 else "und"
+SCRIPTS = {
+    "zh": re.compile("[\u4e00-\u9fff]+"),
+    "en": re.compile("[A-Za-z\u00aa\u00b5\u00ba\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f]+"),
+    "ja": re.compile("[\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff]+"),
+    "ko": re.compile("[\uac00-\ud7a3]+"),
+}
 
 
 def language(turns):
     """zh, ja or ko by script, en for text in Latin letters (a guess: no language is told apart there), else und."""
-    spoken = "".join([turn["content"] for turn in turns if turn["role"] != "system"])
-    if spoken.isascii():
-        return "en" if re.search(r"[A-Za-z]", spoken) else "und"
-    letters = Counter()
-    for char, count in Counter(spoken).items():
-        if found := script(char):
-            letters[found] += count
-    if letters["ja"] and letters["ja"] > letters["zh"] / 10:
-        letters["ja"] += letters.pop("zh", 0)
-    return max(letters, key=letters.get) if letters.total() else "und"
+    rest = "".join([turn["content"] for turn in turns if turn["role"] != "system"])
+    if rest.isascii():
+        return "en" if re.search(r"[A-Za-z]", rest) else "und"
+    letters = {}
+    for name, pattern in SCRIPTS.items():
+        before, rest = len(rest), pattern.sub("", rest)
+        letters[name] = before - len(rest)
+    if letters["ja"] > letters["zh"] / 10:
+        letters["ja"] += letters.pop("zh")
+    letters["und"] = sum(map(str.isalpha, rest))
+    return max(letters, key=letters.get) if any(letters.values()) else "und"
 
 
 def columns(row):
@@ -314,10 +353,10 @@ def json_line(row):
     return dumped(row).decode() + "\n"
 
 
-def loaded(line):
-    """The value of a line of JSON (bytes). Raises Refused."""
+def loaded(line, long_numbers=True):
+    """The value of a line of JSON (bytes). long_numbers: whether one may stand in it. Raises Refused."""
     try:
-        if not LONG_NUMBER.search(line):
+        if not (long_numbers and LONG_NUMBER.search(line)):
             return orjson.loads(line)
     except ValueError:
         pass
@@ -338,7 +377,7 @@ def kept_by_arrow(row):
     """Whether datasets gives the row back equal: it reads its JSON columns by a parser that holds 64-bit integers and
     the digits of most floats."""
     parts = [row.get("tools"), row["chat_template_kwargs"]]
-    parts += [{key: value for key, value in turn.items() if key != "content"} for turn in row["messages"]]
+    parts += [value for turn in row["messages"] for value in turn.values() if not isinstance(value, str)]
     if not any(map(numbered, parts)):
         return True  # text alone is always kept
     from datasets.utils.json import ujson_loads
@@ -350,10 +389,10 @@ def kept_by_arrow(row):
 
 
 def numbered(value):
-    """Whether a number, or a level of nesting that a parser may stumble over, stands in a JSON value."""
+    """Whether a number that a parser may change stands in a JSON value: one with a point, or of over 64 bits."""
     if isinstance(value, (dict, list)):
         return any(map(numbered, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, float) or isinstance(value, int) and not -(2**63) <= value < 2**63
 
 
 def refuse_unkept(row, out=None):
