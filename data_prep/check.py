@@ -146,8 +146,14 @@ def mojibake(row, against):
             yield "mojibake", f"message {number}: {value[:60]!r}"
 
 
+# every table that bytes are wrongly read by has letters there, Chinese text has none: ftfy is slow on it
+SINGLE_BYTE = re.compile("[\x80-\u05ff]")
+
+
 def garbled(value):
     """Whether the text is mojibake that reverses; what merely looks odd to ftfy is let pass."""
+    if not SINGLE_BYTE.search(value):
+        return False
     from ftfy import fix_encoding
     from ftfy.badness import is_bad
 
@@ -196,11 +202,10 @@ CHECKS = [roles, control, mojibake, leading_newline, wrong_language, template, p
 
 # -- a row ------------------------------------------------------------------------------------------------------------
 def texts(row):
-    """Yield (number, field, text) of every message's content and reasoning."""
-    for number, turn in enumerate(row["messages"]):
-        for field in ("content", "reasoning_content"):
-            if turn.get(field):
-                yield number, field, turn[field]
+    """(number, field, text) of every message's content and reasoning."""
+    turns = row["messages"]
+    return [(number, field, turn[field]) for number, turn in enumerate(turns)
+            for field in ("content", "reasoning_content") if turn.get(field)]  # fmt: skip
 
 
 def begins_with_newline(row):
