@@ -13,19 +13,24 @@ datasets themselves. What the user can mend raises BadInput, a row that cannot b
 import ast
 import bisect
 import difflib
+import json
 import math
 import re
 import runpy
 import sys
 from collections import defaultdict, deque
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import cache
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from unicodedata import is_normalized
 
 from pool import read_rows
 from rows import (
     CONTROL,
+    MARKS,
     BadInput,
     Refused,
     refuse_half_pairs,
@@ -35,6 +40,7 @@ from rows import (
 )
 
 MAP_BATCH = 1000  # datasets' default batch of map(): TRL packs within it, never across
+WORDS = 1 << 17  # that a tokenizer remembers the tokens of; 10,000 where nobody says more
 PERSONAS = ("custom_instructions", "system_prompt", "model_identity")  # template arguments that say who speaks
 
 # the names that decide what is trained, with the values that TRL and RecipeArguments give them where a recipe is silent
@@ -204,8 +210,9 @@ class Against:
 
     def __init__(self, template=None, tokenizer=None):
         self.template, self.tokenizer, self.control = template, tokenizer, CONTROL
+        self.lang, self.max_length = (), None  # what check.py is asked to hold rows against
         self.marked = bool(re.search(r"\{%-?\s*generation\s*-?%\}", template or ""))
-        self.names = {"bos_token": "", "eos_token": ""}
+        self.names, self.program, self.widths, self.prepared = {"bos_token": "", "eos_token": ""}, None, None, None
         if tokenizer is not None:
             self.names = tokenizer.special_tokens_map
             # as transformers' sanitize_control_tokens sees it (special tokens, and the added ones that the template
@@ -214,26 +221,138 @@ class Against:
             tokens = {t.content for t in added if t.special or t.content in told or CONTROL.fullmatch(t.content)}
             tokens = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
             self.control = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+        # one of these stands in every control token: finding it is ten times as fast as the pattern
+        self.firsts = MARKS if tokenizer is None else sorted({token[0] for token in tokens})
+
+    def control_in(self, value):
+        """The first control token in any string of a JSON value, or None."""
+        if isinstance(value, str):
+            hit = any(first in value for first in self.firsts) and self.control.search(value)
+            return hit[0] if hit else None
+        return next(filter(None, map(self.control_in, strings(value))), None)
 
     def render(self, row, messages, prompt=False):
         """(text, trained [start, end) spans of its characters) of messages with the row's tools and template arguments,
         as apply_chat_template renders them for TRL. Raises Refused with the template's words."""
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils.chat_template_utils import _alias_reasoning_fields, render_jinja_template
 
-        # what is null in a message is dropped, and what the row says wins over the special tokens
-        messages = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
         try:
-            texts, spans = render_jinja_template(
-                [messages],
-                tools=tools_of(row),
-                chat_template=self.template,
-                add_generation_prompt=prompt,
-                return_assistant_tokens_mask=self.marked and not prompt,
-                **{**self.names, **(row.get("chat_template_kwargs") or {})},
-            )
+            # what is null in a message is dropped, and what the row says wins over the special tokens
+            messages = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
+            names, tools = {**self.names, **(row.get("chat_template_kwargs") or {})}, tools_of(row)
+            if PLAIN_ONLY & {*names} or not all(isinstance(tool, dict) for tool in tools or ()):
+                texts, spans = render_jinja_template(
+                    [messages],
+                    tools=tools,
+                    chat_template=self.template,
+                    add_generation_prompt=prompt,
+                    return_assistant_tokens_mask=self.marked and not prompt,
+                    **names,
+                )
+                return texts[0], spans[0] if spans else []
+            # a row is JSON, which render_jinja_template copies part by part to be sure that it is; the rest is the same
+            self.program = self.program or quick_program(self.template)
+            pieces, spans = [], []
+            track = self.program.environment.activate_tracker(pieces, spans)
+            with track if self.marked and not prompt else nullcontext():
+                shown = {"messages": _alias_reasoning_fields(messages), "tools": tools, "documents": None}
+                for piece in self.program.generate(**shown, add_generation_prompt=prompt, **names):
+                    pieces.append(piece)
+            return "".join(pieces), spans
         except Exception as error:  # a template is a program: it may fail in any way
             raise Refused("template refuses the row", reason_of(error)) from None
-        return texts[0], spans[0] if spans else []
+
+    def encode(self, texts, chat):
+        """The ids of texts, as the tokenizer's own call gives them, without where they stand in the text."""
+        backend = self.tokenizer.backend_tokenizer
+        if backend is not self.prepared:
+            backend.no_padding()
+            backend.no_truncation()
+            if hasattr(backend.model, "_resize_cache"):
+                backend.model._resize_cache(WORDS)
+            self.prepared = backend
+        backend.encode_special_tokens = self.tokenizer.split_special_tokens
+        normalizer = backend.normalizer
+        composed = type(normalizer).__name__ == "NFC" and all(is_normalized("NFC", text) for text in texts)
+        if composed:
+            backend.normalizer = None  # it would change nothing, in a twentieth of the time
+        try:
+            return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=not chat)]
+        finally:
+            if composed:
+                backend.normalizer = normalizer
+
+    def char_to_token(self, text, ids, chars):
+        """Encoding.char_to_token of a text's ids, for the edges of these spans, from the bytes that each token stands
+        for; None where these do not add up to the text's."""
+        self.widths = widths_of(self.tokenizer) if self.widths is None else self.widths
+        ends = self.widths[ids].cumsum() if len(self.widths) and ids else [-1]
+        edges = sorted({char for start, end in chars for char in (start, end - 1) if 0 <= char < len(text)})
+        if text.isascii():
+            places, size = edges, len(text)
+        else:
+            steps = [len(text[a:b].encode()) for a, b in pairwise([0, *edges, len(text)])]
+            *places, size = accumulate(steps)
+        if ends[-1] != size:
+            return None
+        return dict(zip(edges, ends.searchsorted(places, "right").tolist(), strict=True)).get
+
+
+PLAIN_ONLY = {"messages", "tools", "documents", "add_generation_prompt", "conversations", "chat_template",
+              "return_assistant_tokens_mask", "continue_final_message"}  # fmt: skip
+
+
+@cache
+def quick_program(template):
+    """The template as transformers compiles it, with a shorter way to an attribute: jinja's sandbox asks Python first
+    and then six questions about the answer, of which dicts and loop variables need none."""
+    from jinja2.runtime import LoopContext
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    program = _compile_jinja_template.__wrapped__(template)  # one of its own: the cached one is transformers'
+    environment, names_of_dict, missing = program.environment, {*dir(dict)}, object()
+    careful, plain = type(environment).getattr, {LoopContext, environment.globals["namespace"]}
+
+    def quick(obj, name):
+        kind = type(obj)
+        if kind is dict and name not in names_of_dict:
+            value = obj.get(name, missing)
+            return environment.undefined(obj=obj, name=name) if value is missing else value
+        if kind in plain and name[0] != "_":
+            value = getattr(obj, name, missing)
+            return careful(environment, obj, name) if value is missing else value
+        return careful(environment, obj, name)
+
+    environment.getattr = quick
+    return program
+
+
+def widths_of(tokenizer):
+    """The bytes of text that each id stands for, in a byte-level tokenizer; an empty array for any other, and where the
+    tokenizer trims blanks off the places that it tells."""
+    import numpy as np
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    backend = tokenizer.backend_tokenizer
+    settings = json.loads(backend.to_str())
+    steps = [settings["pre_tokenizer"], settings["post_processor"]]
+    while nested := [step for step in steps if step and {"pretokenizers", "processors"} & {*step}]:
+        steps = [step for step in steps if step not in nested]
+        steps += [inner for step in nested for inner in step.get("pretokenizers", step.get("processors"))]
+    trimmed = settings["post_processor"] and '"trim_offsets": true' in json.dumps(settings["post_processor"])
+    whole = settings["normalizer"] is None or settings["normalizer"]["type"] == "NFC"
+    if trimmed or not whole or settings["model"]["type"] != "BPE":
+        return np.zeros(0, np.int64)
+    if not any(step and step["type"] == "ByteLevel" for step in steps):
+        return np.zeros(0, np.int64)
+    letters, added = {*ByteLevel.alphabet()}, backend.get_added_tokens_decoder()
+    widths = np.full(backend.get_vocab_size() + len(added), -(1 << 40), np.int64)  # a sum with one of these never fits
+    for token, number in backend.get_vocab(with_added_tokens=False).items():
+        if {*token} <= letters:
+            widths[number] = len(token)
+    for number, token in added.items():
+        widths[number] = len(token.content.encode())
+    return widths
 
 
 def reason_of(error):
@@ -265,9 +384,10 @@ def control_tokens(row, against):
     """Yield (place, token): the first control token that stands in the text of each message and tool."""
     for name, parts in (("message", turns_of(row)), ("tool", tools_of(row) or [])):
         for number, part in enumerate(parts):
-            texts = strings({key: value for key, value in part.items() if key != "role"})
-            if hit := next(filter(None, map(against.control.search, texts)), None):
-                yield f"{name} {number}", hit[0]
+            for key, value in part.items():
+                if key != "role" and (hit := against.control_in(value)):
+                    yield f"{name} {number}", hit
+                    break
 
 
 def lost_personas(row, against):
@@ -396,7 +516,7 @@ class Document:
     spans: list  # trained tokens as [start, end), in order, apart from each other
     text: str | None = None  # what was rendered; None in a compiled row
     chars: list = field(default_factory=list)  # trained characters of the text, one span a {% generation %} block
-    encoding: object = None  # tokenizers.Encoding, which knows where the tokens stand in the text
+    encoding: object = None  # tokenizers.Encoding, which knows where the tokens stand in the text, where asked for
 
     def mask(self):
         """0 or 1 a token, as transformers gives assistant_masks."""
@@ -426,13 +546,13 @@ def runs(mask):
     return spans
 
 
-def token_spans(encoding, chars, length):
+def token_spans(char_to_token, chars, length):
     """Token spans of character spans, by transformers' own rules (apply_chat_template with
     return_assistant_tokens_mask), its quirks included: a token across an edge is trained whole, a span that starts
     nowhere ends the search, and one that ends nowhere, or at token 0, trains all that follows."""
     spans = []
     for start_char, end_char in chars:
-        start, end = encoding.char_to_token(start_char), encoding.char_to_token(end_char - 1)
+        start, end = char_to_token(start_char), char_to_token(end_char - 1)
         if start is None:
             break
         end = end + 1 if end else length
@@ -448,12 +568,8 @@ def conversational(value):
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
 
 
-def documents(rows, against, settings, progress=None):
-    """Yield a Document a row, in order; progress(count) is told of rows done. Rows that cannot be rendered end it with
-    a BadInput that counts them."""
-    first = next(iter(rows), None)
-    if first is None:
-        return
+def is_chat(first, against, settings):
+    """Whether the rows are chats, by the first of them. Raises BadInput where they, or the template, do not fit."""
     chat = conversational(first.get("messages", first.get("prompt")))
     if settings.assistant_only_loss and "input_ids" not in first:
         if not chat:
@@ -465,12 +581,22 @@ def documents(rows, against, settings, progress=None):
                            "chat_templates/ as --chat_template_path")  # fmt: skip
     if chat and against.template is None:
         raise BadInput(f"{settings.model_name_or_path}: has no chat template: pass one as --chat_template_path")
+    return chat
+
+
+def documents(rows, against, settings, progress=None, encodings=True):
+    """Yield a Document a row, in order; progress(count) is told of rows done; encodings=False: without encoding, which
+    is faster. Rows that cannot be rendered end it with a BadInput that counts them."""
+    first = next(iter(rows), None)
+    if first is None:
+        return
+    chat = is_chat(first, against, settings)
     failed, numbered = [], enumerate(rows)
     while batch := list(islice(numbered, MAP_BATCH)):
         if "input_ids" in first:
             docs = [compiled(number, row, settings) for number, row in batch]
         else:
-            docs = tokenised(batch, against, settings, chat, failed)
+            docs = tokenised(batch, against, settings, chat, failed, encodings)
         yield from docs
         if progress:
             progress(len(batch))
@@ -499,7 +625,7 @@ def compiled(number, row, settings):
     return Document(number, row, ids, runs(map(all, zip(*masks, strict=True))) if masks else runs([1] * len(ids)))
 
 
-def tokenised(batch, against, settings, chat, failed):
+def tokenised(batch, against, settings, chat, failed, encodings=True):
     """Documents of a batch of (number, row), tokenised in one call; rows that fail are added to failed."""
     tokenizer, paired = against.tokenizer, "prompt" in batch[0][1]
     completion_only = settings.completion_only_loss
@@ -530,15 +656,20 @@ def tokenised(batch, against, settings, chat, failed):
     if not texts:
         return []
     plain = {"add_special_tokens": not chat, "return_attention_mask": False}
-    encoded = tokenizer(texts, **plain)
-    starts = [0] * len(texts)
+    found, whole, starts = [None] * len(texts), None, [0] * len(texts)
+    if encodings:
+        encoded = tokenizer(texts, **plain)
+        whole, found = encoded["input_ids"], encoded.encodings
+    else:
+        whole = against.encode(texts, chat)
     if paired:  # the completion starts where the prompt's tokens and the whole's diverge
-        starts = list(map(common, tokenizer(prompts, **plain)["input_ids"], encoded["input_ids"]))
+        starts = list(map(common, tokenizer(prompts, **plain)["input_ids"], whole))
     out = []
-    for (number, row, text, chars), ids, encoding, start in zip(
-        done, encoded["input_ids"], encoded.encodings, starts, strict=True
-    ):
-        spans = token_spans(encoding, chars, len(ids)) if settings.assistant_only_loss else [[0, len(ids)]]
+    for (number, row, text, chars), ids, encoding, start in zip(done, whole, found, starts, strict=True):
+        spans = [[0, len(ids)]]
+        if settings.assistant_only_loss:
+            place = encoding.char_to_token if encoding else against.char_to_token(text, ids, chars)
+            spans = token_spans(place or tokenizer(text, **plain).encodings[0].char_to_token, chars, len(ids))
         if completion_only:
             spans = [[max(a, start), b] for a, b in spans if b > start]
         spans = [span for span in spans if span[1] > span[0]]
