@@ -69,7 +69,9 @@ class Block:
                     except Refused as refusal:
                         yield number, refusal
         else:
-            values = self.data if isinstance(self.data, list) else unfilled_rows(self.data)
+            values = self.data
+            if not isinstance(values, list):
+                values = own_rows(values) if values.schema.equals(SCHEMA) else unfilled_rows(values)
             yield from enumerate(values, self.first)
 
 
@@ -77,6 +79,21 @@ def may_hold_long_numbers(data):
     """Whether 19 digits may follow each other: every fourth byte is looked at, and four neighbours are digits then."""
     digits = np.frombuffer(data, np.uint8)[::4] - np.uint8(ord("0")) < 10
     return bool((digits[:-3] & digits[1:-2] & digits[2:-1] & digits[3:]).any())
+
+
+def own_rows(batch):
+    """The rows of a RecordBatch in SCHEMA: three times as fast as Arrow's to_pylist, and nothing is filled in there."""
+    for row_id, messages, tools, kwargs, source, tags, lang in zip(*plain_columns(batch), strict=True):
+        row = {"id": row_id, "messages": orjson.loads(f"[{','.join(messages)}]")}
+        if tools is not None:
+            row["tools"] = orjson.loads(f"[{','.join(tools)}]")
+        row["chat_template_kwargs"] = {} if kwargs == "{}" else orjson.loads(kwargs)
+        yield row | {"source": source, "tags": tags, "lang": lang}
+
+
+def plain_columns(batch):
+    """The columns of a RecordBatch in SCHEMA as lists, JSON as text."""
+    return [(c.storage if isinstance(c, pa.ExtensionArray) else c).to_pylist() for c in batch.columns]
 
 
 def unfilled_rows(batch):
@@ -283,10 +300,12 @@ def elements(data):
     inside = np.logical_xor.accumulate(chars == ord('"'))
     steps = STEPS[chars]
     steps[inside] = 0
-    depth = np.cumsum(steps, dtype=np.int32)
-    ends = np.flatnonzero(depth < 0)
+    brackets = np.flatnonzero(steps)
+    depth = np.cumsum(steps[brackets], dtype=np.int32)
+    ends = brackets[depth < 0]
     stop = ends[0] if len(ends) else len(data)
-    commas = np.flatnonzero((chars[:stop] == ord(",")) & (depth[:stop] == 0) & ~inside[:stop])
+    commas = np.flatnonzero((chars[:stop] == ord(",")) & ~inside[:stop])
+    commas = commas[np.append(depth, 0)[np.searchsorted(brackets, commas) - 1] == 0]
     end = int(stop if len(ends) else commas[-1] + 1 if len(commas) else 0)
     out = np.frombuffer(data, np.uint8)[:end].copy()
     breaks = out == ord("\n")
@@ -542,10 +561,8 @@ def offsets(lists, null=None):
 def bodies(batch):
     """The JSON of every row of a RecordBatch in SCHEMA without its id and first brace, in bytes: `"messages":[…],…}`,
     joined from what is JSON there already."""
-    columns = [batch.column(number) for number in range(1, len(SCHEMA))]
-    columns = [column.storage if isinstance(column, pa.ExtensionArray) else column for column in columns]
     out = []
-    for messages, tools, kwargs, source, tags, lang in zip(*(c.to_pylist() for c in columns), strict=True):
+    for _, messages, tools, kwargs, source, tags, lang in zip(*plain_columns(batch), strict=True):
         said = "" if tools is None else f'"tools":[{",".join(tools)}],'
         body = f'"messages":[{",".join(messages)}],{said}"chat_template_kwargs":{kwargs},'.encode()
         out.append(body + dumped({"source": source, "tags": tags, "lang": lang})[1:])
