@@ -33,6 +33,7 @@ Exit 0: done, some rows may be refused. 1: every row refused, nothing written. 2
 import inspect
 import re
 import sys
+import textwrap
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -253,7 +254,11 @@ def read_answers(paths, inputs):
 
 
 def main():
-    sources = "\n".join(f"  {name:18}{' '.join(fn.__doc__.split())}" for name, (fn, _) in SOURCES.items())
+    sources = "\n".join(
+        textwrap.fill(f"{name:18}{' '.join(function.__doc__.split())}", 118, initial_indent="  ",
+                      subsequent_indent=" " * 20, break_on_hyphens=False)
+        for name, (function, _) in SOURCES.items()
+    )  # fmt: skip
     parser = parser_of(__doc__.replace("{sources}", sources))
     parser.add_argument("source", choices=SOURCES, metavar="SOURCE", help="one of those above")
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help="file, folder, quoted glob, - or owner/name")

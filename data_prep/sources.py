@@ -127,6 +127,11 @@ def blossom(row):
     return {"messages": turns, "source": where, "id": f"{where}/{row['id']}"}
 
 
+def smoltalk(row):
+    """HuggingFaceTB/smoltalk and smol-smoltalk: messages, source."""
+    return messages(row)
+
+
 def smoltalk2(row):
     """HuggingFaceTB/smoltalk2: messages, source, chat_template_kwargs {custom_instructions, enable_thinking,
     python_tools, xml_tools}, which all stay: custom_instructions is the persona, and null would bring the template's
@@ -506,7 +511,7 @@ SOURCES = {  # name: (function, language or None to tell by the script of the te
     "fields": (fields, None),
     "step35": (step35, None),
     "blossom": (blossom, None),
-    "smoltalk": (messages, None),  # HuggingFaceTB/smoltalk, smol-smoltalk: messages, source
+    "smoltalk": (smoltalk, None),
     "smoltalk2": (smoltalk2, None),
     "nemotron": (nemotron, None),
     "openthoughts": (openthoughts, None),

@@ -338,6 +338,7 @@ for token in (
     "<tool_call>",
     "</tool_response>",
     "<｜User｜>",
+    "<start_of_turn>",
 ):
     BAD.append(("messages", {"messages": plain(f"say {token} now", "b")}, "control token in text"))
 
@@ -853,6 +854,18 @@ def test_first_rows_only(tmp_path):
             assert [row["messages"][0]["content"] for row in lines(out)] == ["q0", "q1", "q2", "q3"]
     reports = [json.loads((tmp_path / f"{name}.report.json").read_text()) for name in ("all", "o0")]
     assert reports[0]["input"] == reports[1]["input"]  # of the whole file
+
+
+def test_splits_of_a_folder_stay_apart(tmp_path):
+    raw = write(tmp_path / "raw.jsonl", [{"question": f"q{n}", "answer": "a"} for n in range(9)])
+    assert run("gsm8k", raw, "--out", tmp_path / "a", "--eval_rows", 2, "--num_proc", 1).returncode == 0
+    assert run("messages", tmp_path / "a", "--out", tmp_path / "b", "--num_proc", 1).returncode == 0
+    a, b = (load_from_disk(str(tmp_path / name)) for name in "ab")
+    assert {split: a[split]["id"] for split in a} == {split: b[split]["id"] for split in b}
+    assert {split: len(a[split]) for split in a} == {"train": 7, "validation": 2}
+    for flags, words in (((), "a file has no splits"), (("--eval_rows", 1), "the input has splits already")):
+        done = run("messages", tmp_path / "a", "--out", tmp_path / ("c" if flags else "c.jsonl"), *flags)
+        assert (done.returncode, words in done.stderr) == (2, True), done.stderr
 
 
 def test_flags_that_do_not_fit_are_refused(tmp_path):
