@@ -104,6 +104,8 @@ def message(turn):
     if content is None and turn.get("tool_calls"):
         content = ""
     out = {"role": role, "content": text(content, f"content of a {role} message")}
+    if len(turn) == 2 and "content" in turn and not out["content"].startswith("<think>"):
+        return out  # as most messages are
     if turn.get("reasoning_content"):
         out["reasoning_content"] = text(turn["reasoning_content"], "reasoning_content")
     elif role == "assistant" and out["content"].startswith("<think>"):
