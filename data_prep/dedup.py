@@ -160,7 +160,7 @@ def repeated(keys, sets, bands, look):
     """For every row: the first row that is equal, the first row of its cluster (itself where there is none), and its
     similarity to that."""
     _, places, back = np.unique(keys, return_index=True, return_inverse=True)
-    first = np.where(keys == b"", np.arange(len(keys)), places[back])
+    first = places[back]
     same, similar = first.copy(), np.ones(len(keys))
     if not look.exact:
         rows = np.flatnonzero((first == np.arange(len(keys))) & (sets.counts > 0))

@@ -2,9 +2,9 @@
 its counts, and GSM8K's train set against its test set by an independent search where the real files are.
 
 Each of these turns the suite red (tried): 12 words taken for 13; half covered taken for over half; coverage that counts
-overlapping n-grams twice; the 8-grams' or the 13-grams' rule left out; common n-grams kept, or counted by their
-occurrences; system messages searched; reasoning not searched; only the first field of an eval row read; hits of a row
-counted once for all eval files.
+overlapping n-grams twice; the 8-grams' or the 13-grams' rule left out; common n-grams kept, counted by occurrence or
+over all files; runs joined over a gap; system messages searched, in rows or in eval rows; reasoning not searched; only
+the first field of an eval row read; hits of a row counted once for all eval files; hits not in order.
 """
 
 import io
@@ -99,12 +99,14 @@ def test_eight_grams_over_half_of_the_text(tmp_path):
         row("10 of 20", "Hi", f"so {text(5, 10)} so"),
         row("11 of 20", "Hi", f"so {text(5, 11)} so"),
         row("7 and 7 of 20", "Hi", f"{text(0, 7)} so {text(10, 7)}"),  # no 8-gram
+        row("10 and 10 of 20", "Hi", f"{text(0, 10)} so {text(9, 10)}"),  # 19 in all
         row("10 and 11 of 40", "Hi", f"{text(100, 10)} so {text(120, 11)} so"),
         row("10 and 10 of 40", "Hi", f"{text(100, 10)} so {text(120, 10)} so"),
     ]
     rejected, _ = cleaned(tmp_path, rows, evals)
     assert {name: (entry["hits"][0]["words"], entry["hits"][0]["share"]) for name, entry in rejected.items()} == {
         "11 of 20": (11, 0.55),
+        "10 and 10 of 20": (10, 0.95),
         "10 and 11 of 40": (11, 0.525),
     }
     less = cleaned(tmp_path, rows, evals, "--match_threshold", "0.49")[0]
@@ -157,6 +159,9 @@ def test_what_is_common_is_no_hit(tmp_path):
     assert {*rejected} == {"question"} and report["common_left_out"] == (16 - 8 + 1) + (16 - 13 + 1)
     assert {*cleaned(tmp_path, rows, evals[:10])[0]} == {"form", "question"}  # 10 texts, 20 times
     assert {*cleaned(tmp_path, rows, evals, "--common", "11")[0]} == {"form", "question"}
+    flags = "--against", write(tmp_path / "a.jsonl", evals[:6]), write(tmp_path / "b.jsonl", evals[6:])
+    assert run(tmp_path / "rows.jsonl", *flags, "--out", tmp_path / "two").returncode == 0  # 6 and 5 texts of a file
+    assert {one["id"] for one in lines(tmp_path / "two" / "rejected.jsonl")} == {"form", "question"}
 
 
 def test_folder_with_hits_to_read(tmp_path):

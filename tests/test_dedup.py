@@ -2,9 +2,9 @@
 and pools, splits and processes.
 
 Each of these turns the suite red (tried): pools read in reverse; the last of equal rows kept; tools and template
-arguments left out of what is near; Chinese in words; a threshold of 0.9 of itself; one band only; chains not followed;
-n-grams without order; refused rows equal to each other, or with n-grams; /think kept in a prompt; by prompt
-taken for by whole; reasoning not compared; every duplicate said to be of its own pool.
+arguments left out of what is near; Chinese in words; a threshold of 0.9 of itself; one band only; rows compared with
+the first of a cluster only; n-grams without order; /think kept in a prompt; by prompt taken for by whole, in keys or in
+n-grams; reasoning not compared; every duplicate said to be of its own pool.
 """
 
 import io
@@ -183,14 +183,19 @@ def test_against_every_pair(tmp_path, threshold):
 
 
 def test_by_prompt(tmp_path):
+    long = " ".join(TEXT)
     rows = [
-        row("a", "Say hello to the whole wide world /think", "Hello"),
-        row("b", "Say hello to the whole wide world /no_think", "Good day to you"),
-        row("c", "Say hello to the whole wide moon", "Hello"),
+        row("a", "Say hello /think", "Hello"),
+        row("b", "Say hello /no_think", "Good day to you"),
+        row("c", "Say hello, moon", "Hello"),
+        row("d", f"{long} /think", long),
+        row("e", f"{long.replace('word19', 'end')} /no_think", "No answer of many words"),  # 15 of 17 5-grams
     ]
-    assert deduped(tmp_path, rows, "--by", "prompt")[0] == ["a", "c"]
+    kept, _, report = deduped(tmp_path, rows, "--by", "prompt")
+    assert kept == ["a", "c", "d"]
+    assert report["refused"] == {"duplicate in its pool": 1, "near duplicate in its pool": 1}
     (tmp_path / "out.jsonl").unlink()
-    assert deduped(tmp_path, rows)[0] == ["a", "b", "c"]
+    assert deduped(tmp_path, rows)[0] == ["a", "b", "c", "d", "e"]
 
 
 def test_reasoning_and_calls_count(tmp_path):
