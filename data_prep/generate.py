@@ -566,6 +566,10 @@ class Endpoint:
             self.cache.put(key, reply)
             self.counted(key, reply, "asked")
             return reply
+        except BadInput as error:
+            if not self.halted.done():
+                self.halted.set_result(error)
+            raise
         finally:
             if self.reserved.pop(key, None) is not None:
                 async with self.purse:
@@ -579,24 +583,16 @@ class Endpoint:
                 reply = await self.once(data, guess)
                 self.failures = 0
                 return reply
-            except BadInput as error:
-                self.halt(error)
-                raise
             except Again as again:
                 self.failures, tries, failed = self.failures + 1, tries + 1, failed + again.counts
                 told = f"{again.reason} ({self.hidden(again.detail)})"
                 never = again.reason == "no connection" and not self.count["asked"] and failed > self.args.max_retries
                 if never or self.failures >= self.args.max_failures:
-                    self.halt(error := BadInput(f"{self.url}: {told}, {self.failures} failures in a row: mend it, then "
-                                                "start again: every reply so far is kept"))  # fmt: skip
-                    raise error from None
+                    raise BadInput(f"{self.url}: {told}, {self.failures} failures in a row: mend it, then start again: "
+                                   "every reply so far is kept") from None  # fmt: skip
                 if failed > self.args.max_retries:
                     raise Refused(f"server: {again.reason}", self.hidden(again.detail)) from None
                 await sleep(max(again.wait, BACKOFF * 2 ** min(tries - 1, 6) * (0.5 + jitter.random())))
-
-    def halt(self, error):
-        if not self.halted.done():
-            self.halted.set_result(error)
 
     async def once(self, data, guess):
         """What is kept of one try's reply; raises Again, Refused, BadInput."""
