@@ -1,8 +1,7 @@
 """Ask a model for what rows lack: second answers, verdicts, judgements, think and no_think twins, multi-turn reasoning.
 
     python data_prep/generate.py answer rows.jsonl --model M2 --base_url http://localhost:8000/v1 --out answered.jsonl
-    python data_prep/generate.py judge answered.jsonl --model M3 --base_url https://api.example.com/v1 \
-        --out judged.jsonl --price_in 0.1 --price_out 0.3 --max_cost 5
+    python data_prep/generate.py judge answered.jsonl --model M3 --out judged.jsonl --price_out 0.3 --max_cost 5
 
 The model answers at any OpenAI-compatible endpoint (vLLM, SGLang, llama.cpp, transformers serve, a provider). The key
 comes from the environment variable that --api_key_env names; without one none is sent. Tasks:

@@ -5,7 +5,18 @@ The endpoint is the test's own, over a real socket: it keeps every request and d
 so what should come out is written by hand here. Waiting is done on a clock that the tests turn, so a minute costs
 nothing. One test asks `transformers serve` with the demo's model and compares with what the model generates here.
 
-Each of these turns the suite red (tried): TRIED
+Each of these turns the suite red (tried): the row's own answer sent with its prompt; C in B's place; roles never
+drawn, told the other way round, or the winner as the judge names it; a verdict read anywhere in a reply; C before the
+reference; an unusable reply not asked anew, or with the same seed; cut answers kept, or asked again; control tokens
+kept; the field `reasoning` or a think block not read; replies kept late or never read from the cache; a hash without
+the model, or of the messages alone; the same request twice at a time; Retry-After ignored, holding its own request
+only, or 429 counted as a failure; a backoff that does not grow or is not drawn by seed; no retries; requests or
+tokens a minute unchecked, a window of half a minute, guessed tokens left in it; a budget without what is under way,
+or without kept replies; a repeated request paid twice; the key in a server's words, or not sent; 401 refusing rows; a
+dead or an absent server refusing rows; a stop that waits for the first row; no limit to a whole reply; concurrency
+unchecked (twice: the client has its own), or one at a time; rows in the order of arrival; added rows not counted; a
+twin in the wrong mode, or after the old answers; switches in a twin's prompt; reasoning sent, persona or tools not;
+two instructions of one group; two runs on one cache; rows not checked.
 """
 
 import asyncio
@@ -623,10 +634,10 @@ def test_backoff_doubles_with_jitter_by_seed(run, endpoint, clock, tmp_path):
     assert waits(1) == one != waits(2)
 
 
-@pytest.mark.parametrize("name, amount, most", [("requests", 1, 7), ("tokens", 90, 900)])
-def test_no_minute_holds_more_than_its_limit(run, endpoint, clock, name, amount, most):
+@pytest.mark.parametrize("name, amount, most, whole", [("requests", 1, 7, 330), ("tokens", 90, 900, 280)])
+def test_no_minute_holds_more_than_its_limit(run, endpoint, clock, name, amount, most, whole):
     """40 requests, the first ones slow, counted by the endpoint: what starts within any 60 seconds of the clock. Tokens
-    are guessed at first, 139 for 90: were the guess not mended, a minute would hold 6 requests."""
+    are guessed at first, over 120 for 90: were the guess not mended, a minute would hold 7 requests, not 9."""
     starts = []
 
     def does(body):
@@ -638,7 +649,7 @@ def test_no_minute_holds_more_than_its_limit(run, endpoint, clock, name, amount,
     flags = [f"--{name}_per_minute", most, "--max_tokens", 64, "--max_concurrency", 1]
     assert run("answer", [row(n) for n in range(40)], *flags).code == 0
     assert max(sum(start <= other < start + 60 for other in starts) for start in starts) * amount <= most
-    assert starts[-1] - starts[0] <= 330
+    assert starts[-1] - starts[0] <= whole
 
 
 def test_limits_hold_for_many_at_once(clock):
@@ -660,6 +671,7 @@ def test_concurrency_is_reached_and_not_exceeded(run, endpoint):
 
     def does(body):
         wall.wait(10)  # five must be here together
+        time.sleep(0.1)  # and a sixth could come
         return said()
 
     endpoint.does = does
