@@ -1,7 +1,11 @@
 """data_prep/pool.py: what its readers make of files of every kind, against plain readings of the same bytes, and what
 its Writer leaves.
 
-@BREAKS@
+Each of these turns the suite red (tried): a byte order mark left in; escaped backslashes not seen in an array; the line
+without a newline at the end lost; line breaks in an array's strings made blanks; lists a line taken for an array; text
+behind an array, or half a character at the end, passed over; long numbers looked for at every eighth byte only; rows
+of the hub numbered by block; ids not made unique; counts not compared; the folder aside left; rows held out by their
+place in a batch; kana not counted with han.
 """
 
 import gzip
@@ -207,6 +211,17 @@ def test_parquet(tmp_path):
         assert read(tmp_path / "a.parquet") == [*enumerate(given, 1)]
 
 
+def test_nulls_of_a_tool_call_in_parquet(tmp_path):
+    """Filled in where the tool's schema, freed of its own nulls, does not know the name."""
+    known, other = {"x": {"type": "string"}, "y": None}, {"x": None, "y": {"type": "string"}}
+    tools = [{"name": name, "parameters": {"properties": one}} for name, one in (("f", known), ("g", other))]
+    calls = [{"name": name, "arguments": {"x": None, "y": None}} for name in ("f", "g")]
+    pq.write_table(pa.Table.from_pylist([{"tools": tools, "calls": calls, "none": None}]), tmp_path / "a.parquet")
+    ((_, row),) = read(tmp_path / "a.parquet")
+    assert [call["arguments"] for call in row["calls"]] == [{"x": None}, {"y": None}]
+    assert [list(tool["parameters"]["properties"]) for tool in row["tools"]] == [["x"], ["y"]] and "none" not in row
+
+
 class Hub:
     """What the readers ask the hub for, answered from a table, as datasets' load_dataset does from its cache."""
 
@@ -282,7 +297,8 @@ def test_cut_files_are_one_sentence_and_leave_nothing(tmp_path, name, capsys):
 
 
 def test_the_line_where_an_array_breaks(tmp_path, block):
-    for data, line in ((b'[\n{"a": 1},\n{"b": [1, 2}\n', 3), (b'[\n\n{"a": 1}\n]\n\n  x\n', 6)):
+    behind = b'[\n\n{"a": 1}\n]\n\n' + b" " * 3000
+    for data, line in ((b'[\n{"a": 1},\n{"b": [1, 2}\n', 3), (behind + b"x\n", 6)):
         (tmp_path / "a.json").write_bytes(data)
         with pytest.raises(BadInput, match=rf"a.json:{line}: not JSON"):
             read(tmp_path / "a.json")
