@@ -78,6 +78,7 @@ def test_repetition(tmp_path):
     of which 6 stand twice: 12 of 46."""
     part = " ".join([*TEXT[:40], *TEXT[:15]])
     chinese = "从前有座山山里有座庙庙里有个老和尚讲故事给小和尚听完便睡"
+    item = "每组八到十二次，共三组，中间休息两分钟整，再"  # 19 characters again and again, but no 20
     rows = [
         row("twice", "q", " ".join(TEXT[:30] * 2)),
         row("part", "q", part),
@@ -87,7 +88,7 @@ def test_repetition(tmp_path):
         row("code", "q", "```\n" + "x = 1\n" * 50 + "```\nThat is all."),
         row("user", " ".join(TEXT[:30] * 2), "Yes."),
         row("zh", "q", chinese * 3),
-        row("zh list", "q", "".join(f"{chr(0x4E00 + n)}：每组八到十二次，共三组。" for n in range(9))),
+        row("zh list", "q", "".join(f"{chr(0x4E00 + n)}：{item}" for n in range(9))),
     ]
     thinks = row("thinks", "q", "Done.")
     thinks["messages"][1]["reasoning_content"] = "Wait, " + "let me think again about it, " * 9
