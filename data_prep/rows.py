@@ -294,6 +294,10 @@ def well_formed(row):
 def completed(row, name, line):
     """The house's row: what is missing is filled in, what is there stays as it is and where it is."""
     row = {key: value for key, value in row.items() if value is not None}
+    # what is empty may be of any type
+    row |= {key: kind() for key, kind in (("tags", list), ("chat_template_kwargs", dict)) if not row.get(key, True)}
+    if not row.get("tools", True):
+        row["tools"] = []
     filled = {"id": f"{name}-{line}", "chat_template_kwargs": {}, "source": name, "tags": []}
     if "lang" not in row:
         filled["lang"] = language([{**turn, "content": turn.get("content") or ""} for turn in row["messages"]])
