@@ -6,7 +6,8 @@ in any order, beside the field they fill, or of any type; files written in place
 BFCL's optional arguments given; a null that the schema knows dropped, in JSON and in parquet, or tool schemas with
 theirs; blossom's id without its source; custom_instructions dropped; enable_thinking left when reasoning goes; a blank
 before the letter of a choice; loss_mask dropped; rows that no file can hold not listed; sums 3% off taken as rounding;
-answer_en before answer_zh, Gemini's answer before DeepSeek's; a control token that the quick look misses.
+answer_en before answer_zh, Gemini's answer before DeepSeek's; a control token that the quick look misses; --rows
+not counted down over blocks; nesting that Python's stack does not hold.
 """
 
 import hashlib
