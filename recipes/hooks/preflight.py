@@ -5,6 +5,8 @@ weights, packs with nothing to train, answers cut off. What can be asked for by 
 """
 
 import copy
+import hashlib
+import json
 import os
 from contextlib import contextmanager
 from itertools import product
@@ -17,7 +19,7 @@ import pyarrow.compute as pc
 import torch
 import transformers
 from accelerate import ParallelismConfig
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -27,6 +29,7 @@ ALLOW = {
     "masked_packs": f"more than {SHARE:.0%} of the packs hold nothing to train",
     "cut_answers": f"more than {SHARE:.0%} of the rows are cut within what is trained",
     "qlora_fsdp2": "QLoRA on FSDP2: right on CPUs with --bnb_4bit_quant_storage bfloat16 --optim adamw_torch",
+    "other_tokenizer": "a compiled set (data_prep/compile.py) of another tokenizer, template or mask",
     "other_run": "resuming what another recipe, template, tokenizer or data began",
 }
 PAIRS = {  # (method, engine): the name in ALLOW, why not
@@ -199,6 +202,29 @@ def check_weights(trainer, model, allow):
         )
 
 
+# -- a compiled set ---------------------------------------------------------------------------------------------------
+def check_compiled(script, args, model):
+    """Ids mean nothing to another tokenizer, a mask is its template's: what a set's report says against the run's."""
+    report = Path(script.dataset_name) / "report.json"
+    told = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    if told.get("script") != "compile.py" or "other_tokenizer" in script.allow:
+        return
+    tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, revision=model.model_revision)
+    tokenizer.eos_token = args.eos_token or tokenizer.eos_token
+    said = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+    text = Path(args.chat_template_path).read_text(encoding="utf-8")
+    own = {
+        "tokenizer": hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest(),
+        "template": hashlib.sha256(text.encode()).hexdigest(),
+        "kwargs": {"assistant_only_loss": args.assistant_only_loss, "special_tokens": tokenizer.special_tokens_map},
+    }
+    if other := [name for name in own if own[name] != told.get(name)]:
+        raise ValueError(
+            f"{script.dataset_name}: compiled with another {' and '.join(other)} than this recipe's: compile it anew "
+            "(data_prep/compile.py), or --allow other_tokenizer"
+        )
+
+
 # -- counts at start --------------------------------------------------------------------------------------------------
 def documents(data, column):
     """Yields (values, starts of documents, their ends, ends of rows) for 1,000 rows or packs at a time, as arrays."""
@@ -334,6 +360,7 @@ def prepare(script, args, model):
             known = "; ".join(f"{name} ({what})" for name, what in ALLOW.items())
             raise ValueError(f"--allow {' '.join(unknown)}: no such name, there are {known}")
         check_pair(args, model, script.allow)
+        check_compiled(script, args, model)
         if args.packing and args.packing_strategy == "wrapped":
             say(args, "wrapped packing: documents see those before them in their pack, as asked for")
         elif args.packing or args.padding_free:
