@@ -151,6 +151,10 @@ def find_inputs(patterns):
             found = [p for p in found if p.is_file() or is_saved(p)]
             if not found and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?", pattern):
                 found = [pattern]  # owner/name:config@split
+        if [path] == found and path.is_file() and not path.name.endswith(SUFFIXES):
+            raise BadInput(f"{pattern}: unknown kind of file: pass .jsonl, .json or .parquet (.gz, .zst)")
+        if not found and path.is_dir():
+            raise BadInput(f"{pattern}: a folder without rows: pass one of save_to_disk, of .jsonl or .parquet files")
         if not found:
             raise BadInput(
                 f"{pattern}: no such file: pass .jsonl, .json, .parquet (.gz, .zst), a folder of them, a quoted glob, "

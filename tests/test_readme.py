@@ -14,7 +14,9 @@ from conftest import REPO
 
 README = (REPO / "README.md").read_text()
 CONFIGS = sorted((REPO / "accelerate_configs").glob("*.yaml"))
-COMMANDS = sorted(set(re.findall(r"^    ((?:accelerate|python|make) .*?)(?:  #.*)?$", README, re.M)))
+DATA = (REPO / "data_prep" / "README.md").read_text()
+MIXES = "\n".join(path.read_text().replace("#   ", "    ") for path in sorted((REPO / "data_prep" / "mixes").glob("*")))
+COMMANDS = sorted(set(re.findall(r"^    ((?:accelerate|python|make) .*?)(?:  #.*)?$", README + DATA + MIXES, re.M)))
 
 
 def check(command, monkeypatch, tmp_path):
