@@ -2,8 +2,9 @@
 
 The oracles are not ours: the trainer of a recipe on the messages rows, TRL's pack_dataset, transformers'
 apply_chat_template, a next-fit written here, accelerate's own shards of a loader. Breaks tried,
-each seen red: a row too long that does not close its pack, the id of the row before, batches of 999 rows, the token
-before the one that holds a character, held-out rows of another seed.
+each seen red: labels of a piece's first token kept, a row too long that does not close its pack, the id of the row
+before, batches of 999 rows, the token before the one that holds a character, no look whether a text is composed (NFC),
+tokens whose bytes are not the text's, held-out rows of another seed.
 """
 
 import json
