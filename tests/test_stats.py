@@ -1,6 +1,7 @@
 """The figures of a set against figures worked out by hand, TRL's own packs and transformers' own tokens.
 
-A tokenizer in which every byte is one token makes lengths that can be counted.
+A tokenizer in which every byte is one token makes lengths that can be counted. Breaks tried, each seen red: a token too
+many counted as cut, the share of answer tokens left out of the recommendation.
 """
 
 import json
