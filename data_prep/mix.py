@@ -151,7 +151,7 @@ def shares_of(weights):
 
 # -- what is known of each row ----------------------------------------------------------------------------------------
 COLUMNS_READ = [("key", "S16"), ("prompt", "u8"), ("tokens", "i8"), ("trained", "i8"), ("turns", "i4"), ("think", "?"),
-                ("kept", "?")]  # fmt: skip
+                ("kept", "?"), ("broken", "?")]  # fmt: skip
 
 
 def known(block, where, recipe_flags=None):
@@ -164,11 +164,14 @@ def known(block, where, recipe_flags=None):
         think = any(turn.get("reasoning_content") for turn in row["messages"])
         table[place]["think"], table[place]["kept"] = think, fits(row, "think" if think else "no_think", where)
     if recipe_flags:
-        from render import documents
+        from render import tokenised
 
         against, settings = against_of(recipe_flags)
-        for doc in documents(rows, against, settings):
+        failed = []
+        for doc in tokenised([*enumerate(rows)], against, settings, True, failed, False):
             table[doc.number]["tokens"], table[doc.number]["trained"] = len(doc.ids), doc.trained()
+        for number, *_ in failed:
+            table[number]["broken"], table[number]["kept"] = table[number]["kept"], False
     return Result(total=len(rows), more=(table, [row["id"] for row in rows], [row["lang"] for row in rows]))
 
 
@@ -507,6 +510,7 @@ def pool_blocks(source, files, digest):
 def chosen_rows(mix, table, owner, reasons):
     """The rows that may be mixed: what `where`, `rows` and duplicates leave; the others get their reason."""
     reasons[~table["kept"]] = "not asked for"
+    reasons[table["broken"]] = "template refuses the row"
     parts = []
     for number, source in enumerate(mix["sources"]):
         rows = np.flatnonzero(owner == number)

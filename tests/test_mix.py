@@ -285,6 +285,15 @@ def test_by_tokens_and_the_card(tmp_path, demo):
     assert f"{mean:,.1f} tokens a row" in (tmp_path / "out" / "card.md").read_text()
 
 
+def test_rows_that_the_template_refuses_are_counted(tmp_path, demo):
+    told = [row("b-1", think="hm") | {"chat_template_kwargs": {"enable_thinking": False}}]  # reasoning without thinking
+    make(tmp_path, a=rows_of("a", 20), b=[*told, *rows_of("c", 20)])
+    flags = ["--model_name_or_path", demo / "init", "--chat_template_path", REPO / "chat_templates" / "qwen3.jinja"]
+    train, _, report, _ = mixed(tmp_path, [{"path": "a"}, {"path": "b"}], by="tokens", flags=flags, **NONE)
+    refused = [(one["file"], one["line"], one["id"], one["reason"]) for one in report["rejected"]]
+    assert ("b", 1, "b-1", "template refuses the row") in refused and len(train) >= 38
+
+
 def test_the_same_bytes_with_any_number_of_processes(tmp_path):
     make(tmp_path, a=rows_of("a", 12000), b=rows_of("b", 3000))
     (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"sources": [{"path": "a"}, {"path": "b", "weight": 0.5}]}))
