@@ -44,6 +44,7 @@ import numpy as np
 import pyarrow as pa
 import yaml
 from pool import (
+    ROWS,
     SCHEMA,
     Block,
     Packed,
@@ -394,9 +395,15 @@ def gathered(block, files):
         ids = [f"{name}@{number + 1}" if number else name
                for name, number in zip(batch.column(0).to_pylist(), passes, strict=True)]  # fmt: skip
         batch = batch.set_column(0, SCHEMA.field(0), pa.array(ids, pa.string()))
-    digests = b"".join([hashlib.sha256(b"{" + body).digest() for body in bodies(batch)])
-    made = Packed(batch, batch.column(0).to_pylist(), digests, counts_of(batch), Counter())
-    return Result({block.split: made}, total=len(rows), more=(block.split, json_lines(batch)))
+    digests, lines, counts = [], [], Counter()
+    for start in range(0, len(batch), ROWS):
+        part = batch.slice(start, ROWS)
+        told = bodies(part)
+        digests += [hashlib.sha256(b"{" + body).digest() for body in told]
+        lines.append(json_lines(part, told))
+        counts += counts_of(part)
+    made = Packed(batch, batch.column(0).to_pylist(), b"".join(digests), counts, Counter())
+    return Result({block.split: made}, total=len(rows), more=(block.split, b"".join(lines)))
 
 
 def main():
@@ -498,8 +505,8 @@ def pool_blocks(source, files, digest):
                 for batch in pa.ipc.open_stream(opened):
                     if not batch.schema.equals(SCHEMA):
                         raise BadInput(f"{file}: not a pool of this room: data_prep/normalize.py messages makes one")
-                    for start in range(0, len(batch), GATHER):
-                        yield Block(source["name"], source["split"], number, batch.slice(start, GATHER))
+                    for start in range(0, len(batch), ROWS):
+                        yield Block(source["name"], source["split"], number, batch.slice(start, ROWS))
             with open(file, "rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
         except (OSError, pa.ArrowInvalid) as error:
