@@ -31,7 +31,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,7 @@ from tqdm import tqdm
 BLOCK = 256 << 10  # bytes of text that one call of `work` gets: what it makes of them stays in a core's cache
 HEAD = 1 << 20  # bytes that tell what a file holds
 ROWS = 400  # and rows, where the input has no lines
+WORTH = 32  # blocks that take longer than the start of other processes
 BATCH = 4 << 20  # bytes of Arrow data that are written at once
 SHARD = 256 << 20  # bytes of Arrow data in a file of a folder
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
@@ -402,13 +403,13 @@ def cores():
 
 
 def spread(work, blocks, num_proc=None, name="rows"):
-    """Yield work(block) for every block, in order, on num_proc processes (all processors). One block costs none.
-    Raises BadInput where a process dies."""
-    blocks, num_proc = iter(blocks), num_proc or cores()
-    ahead = [block for _, block in zip(range(2), blocks, strict=False)]
+    """Yield work(block) for every block, in order, on num_proc processes (all processors, where there are blocks enough
+    to be worth their start). Raises BadInput where a process dies."""
+    blocks, enough, num_proc = iter(blocks), 2 if num_proc else WORTH, num_proc or cores()
+    ahead = [*islice(blocks, enough)]
     bar = tqdm(desc=name, unit=" blocks", disable=not sys.stderr.isatty())
     with bar:
-        if num_proc == 1 or len(ahead) < 2:
+        if num_proc == 1 or len(ahead) < enough:
             for block in (*ahead, *blocks):
                 yield work(block)
                 bar.update()

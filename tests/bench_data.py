@@ -50,7 +50,8 @@ def raw_rows(folder, count, out):
 
 def ours(folder, num_proc):
     def script(name, *flags):
-        command = [sys.executable, REPO / "data_prep" / name, *flags, "--num_proc", str(num_proc)]
+        many = ["--num_proc", str(num_proc)] if num_proc else []
+        command = [sys.executable, REPO / "data_prep" / name, *flags, *many]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stdout + done.stderr)
@@ -151,7 +152,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--raw", type=Path)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--num_proc", type=int, default=2)
+    parser.add_argument("--num_proc", type=int, default=0, help="as the scripts choose it, where not given")
     parser.add_argument(
         "--their_num_proc", type=int, default=1, help="for their map and filter; the MD5 set is one process"
     )
@@ -186,7 +187,7 @@ def main():
         axis.loglog(counts, other, "o-", label="datasets map/filter + MD5 set")
         axis.loglog(counts, took, "o-", label="normalize + check + mix")
         axis.loglog(counts, [took[-1] * count / counts[-1] for count in counts], ":", color="grey", label="linear")
-        axis.set(xlabel="rows", ylabel="seconds", title=f"{args.num_proc} processes")
+        axis.set(xlabel="rows", ylabel="seconds", title="normalise, check, exact dedup, split, mix")
         axis.legend()
         figure.savefig(args.plot, dpi=120, bbox_inches="tight")
 
