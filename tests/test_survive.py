@@ -410,7 +410,8 @@ STOPPED, ENDED = "rank 0 ends: nothing heard of rank 1 for", "another rank has e
 @pytest.mark.parametrize(
     ("name", "words", "beat", "after"),
     [
-        ("SIGSTOP", f"{STOPPED} 4 s", "4", 12),  # ended after 12 s: torchrun would wait for 30 s
+        # ended after 12 s: torchrun would wait for 30 s
+        pytest.param("SIGSTOP", f"{STOPPED} 4 s", "4", 12, marks=pytest.mark.long),
         pytest.param("SIGSTOP", f"{STOPPED} 20 s", "20", 0, marks=pytest.mark.long),
         pytest.param("SIGKILL", ENDED, "20", 0, marks=pytest.mark.long),
     ],
