@@ -31,8 +31,8 @@ sys.path.insert(0, str(REPO / "data_prep"))
 import expand_turns  # noqa: E402
 import normalize  # noqa: E402
 import pool  # noqa: E402
-import rows as rows_  # noqa: E402
 import render  # noqa: E402
+import rows as rows_  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TEMPLATES = REPO / "chat_templates"
