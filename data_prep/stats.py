@@ -151,7 +151,8 @@ def draw(found, limit, path):
     values, counts = values_of(found, "length")
     figure = Figure(figsize=(8, 7), layout="constrained")
     top, below = figure.subplots(2, 1, sharex=True)
-    edges = np.geomspace(max(1, values[0]), max(2, values[-1] + 1), 60)
+    least = max(1, values_of(found, "response")[0][0])  # an answer is shorter than its row
+    edges = np.geomspace(least, max(2, values[-1] + 1), 60)
     for name, colour in (("length", "#4c78a8"), ("response", "#f58518")):
         at, rows = values_of(found, name)
         top.hist(at, edges, weights=rows, histtype="step", linewidth=1.5, color=colour,
@@ -161,7 +162,7 @@ def draw(found, limit, path):
     shares = np.cumsum(values * counts) / max(1, (values * counts).sum())
     below.step(values, shares, where="post", color="#54a24b", linestyle="--", label="tokens")
     below.set(xlabel="tokens", ylabel="share of rows, and of tokens in them", xscale="log", ylim=(0, 1.02))
-    ticks = [1 << power for power in range(18) if values[0] / 2 <= 1 << power <= max(values[-1], limit) * 1.5]
+    ticks = [1 << power for power in range(18) if least / 2 <= 1 << power <= max(values[-1], limit) * 1.5]
     below.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks], rotation=45)
     below.minorticks_off()
     for part in (top, below):

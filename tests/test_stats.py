@@ -149,3 +149,23 @@ def test_bad_input_is_one_sentence(look, tmp_path):
     assert look([5], "--out", tmp_path / "taken")[0] == 2
     code, _, err, _ = look([5], "--keep", 2)
     assert code == 2 and "--keep" in err
+
+
+def test_the_histogram_shows_every_row(tmp_path):
+    """Answers are shorter than the shortest row; red with the edges begun at that (tried)."""
+    from collections import Counter
+    from unittest import mock
+
+    from matplotlib.axes import Axes
+
+    found = Counter({("length", 23): 4, ("length", 470): 6, ("response", 5): 7, ("response", 60): 3})
+    seen, hist = [], Axes.hist
+
+    def counted(self, *args, **kwargs):
+        out = hist(self, *args, **kwargs)
+        seen.append(out[0].sum())
+        return out
+
+    with mock.patch.object(Axes, "hist", counted):
+        stats.draw(found, 512, tmp_path / "lengths.png")
+    assert seen == [10, 10]
