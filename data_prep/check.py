@@ -350,10 +350,10 @@ def run(args):
     against, seen, inputs = against_of(*given), Seen(args.json), {}
     against_of.cache_clear()  # one block is worked on here, told or not
     used = {"template": hashlib.sha256(against.template.encode()).hexdigest()} if against.template else {}
-    todo = partial(work, given=given, name=args.path.stem, fix=args.fix, out=args.out)
+    job = partial(work, given=given, name=args.path.stem, fix=args.fix, out=args.out)
 
     def looked():
-        for result in spread(todo, read_blocks(paths, inputs), args.num_proc):
+        for result in spread(job, read_blocks(paths, inputs), args.num_proc):
             seen.add(result.total, result.more)
             yield result
 

@@ -385,14 +385,14 @@ def compile_set(args):
     return 0
 
 
-def compiled(writer, splits, left, todo, settings, args):
+def compiled(writer, splits, left, job, settings, args):
     """Fill the writer; (report, lines of a table)."""
     rows, cut, total, fit, last = Counter(), Counter(), len(left), NextFit(settings.max_length), None
     train = splits[settings.dataset_train_split][0]
     for number in left:
         writer.reject(rejected(settings.dataset_train_split, number, train[number], "no assistant turn", ""))
     sequential = settings.packing and settings.packing_strategy == "sequential"
-    for result in spread(todo, blocks_of(splits, settings), args.num_proc):
+    for result in spread(job, blocks_of(splits, settings), args.num_proc):
         total += result.total
         cut += result.counts
         for entry in result.rejected:

@@ -239,8 +239,8 @@ def run(args):
         counts, shown = counts_of(evals, index, min(args.ngram_sizes)), []
         hit = {file: set() for file in evals}
         blocks = read_blocks(find_inputs([args.pool]), writer.inputs)
-        todo = partial(work, index=str(writer.aside / "index"), threshold=args.match_threshold, out=args.out)
-        for result in spread(todo, blocks, args.num_proc):
+        job = partial(work, index=str(writer.aside / "index"), threshold=args.match_threshold, out=args.out)
+        for result in spread(job, blocks, args.num_proc):
             for places in result.more:
                 for file in {file for file, _ in places}:
                     counts[file]["refused"] += 1

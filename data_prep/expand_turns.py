@@ -176,9 +176,9 @@ def run(args):
     against_of.cache_clear()
     if not against.marked:
         raise BadInput(f"{args.chat_template_path}: no {{% generation %}} markers: pass one of chat_templates/")
-    todo, first = partial(work, given=given, name=args.path.stem, out=args.out), None
+    job, first = partial(work, given=given, name=args.path.stem, out=args.out), None
     with Writer(args.out, "expand_turns.py") as writer:
-        for result in spread(todo, read_blocks(paths, writer.inputs), args.num_proc):
+        for result in spread(job, read_blocks(paths, writer.inputs), args.num_proc):
             first = first or next(iter(result.rejected), None)
             writer.add(result)
         rows_in, rows_out = writer.total, sum(writer.rows.values())

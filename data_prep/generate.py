@@ -615,8 +615,8 @@ class Endpoint:
             raise Again("rate limit" if status == 429 else "error", said, wait, counts=status != 429)
         # 403 in the midst of a run is about the row: a provider's moderation
         if (status in HALTS or 300 <= status < 400) and not (status == 403 and self.used):
-            todo = HALTS.get(status, "pass the address that it redirects to").format(env=self.args.api_key_env)
-            raise BadInput(f"{self.url}: {said}: {todo}")
+            job = HALTS.get(status, "pass the address that it redirects to").format(env=self.args.api_key_env)
+            raise BadInput(f"{self.url}: {said}: {job}")
         if status >= 400:
             raise Refused("server: request not taken", said)
         reply = received(response.content)

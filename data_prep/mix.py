@@ -332,6 +332,9 @@ def concatenate(pools, mix):
     return rows, occurrences(rows)
 
 
+MIXERS = {"interleave": interleave, "resample": resample, "subsample": subsample, "concatenate": concatenate}
+
+
 def literal(table, owner, rows, mix):
     """(train rows, validation rows) as the tutorial's build_datasets.py gets them, by datasets' own functions: mixed
     (interleave_datasets with all_exhausted, or rows drawn with replacement), equal rows removed, shuffled, split."""
@@ -553,7 +556,7 @@ def mixed(mix, table, owner, rows):
     pools = [Pool(source, some, sizes) for source, some in zip(mix["sources"], mine, strict=True)]
     if not any(len(pool.rows) for pool in pools):
         return np.zeros(0, int), np.zeros(0, int), validation
-    train, passes = globals()[mix["strategy"]](pools, mix)
+    train, passes = MIXERS[mix["strategy"]](pools, mix)
     how = mix["shuffle"] or ("numpy" if mix["strategy"] in ("resample", "subsample") else "none")
     if how == "numpy":
         order = np.random.default_rng(seed).permutation(len(train))

@@ -299,14 +299,14 @@ def normalize(args):
         paths = [p for p in paths if not {"possible_answer", "multi_turn_func_doc"} & {*Path(p).parts[-2:-1]}]
     with Writer(args.out, f"normalize.py {args.source}", args.seed) as writer:
         flags = flags_of(args, paths, writer.inputs)
-        todo = partial(work, source=args.source, lines=writer.lines, reasoning=args.reasoning, flags=flags)
+        job = partial(work, source=args.source, lines=writer.lines, reasoning=args.reasoning, flags=flags)
         if made:
             blocks = made_blocks(args.source, args.rows, args.eval_rows, args.seed)
         else:
             blocks = read_blocks(paths, writer.inputs)
             blocks = first_rows(blocks, args.rows) if args.rows else blocks
         first = None
-        for result in spread(todo, blocks, args.num_proc):
+        for result in spread(job, blocks, args.num_proc):
             first = first or next(iter(result.rejected), None)
             writer.add(result)
         kept, refused = sum(writer.rows.values()), summary(writer.refused)

@@ -720,9 +720,9 @@ class Writer:
         self.seen.add(name)
         return name
 
-    def close(self, more=None, extra=(), check=True):
+    def close(self, more=None, extra=()):
         """Finish and rename; the report. more: what the step adds to it; extra: (file name, text) of a folder."""
-        if check and self.total + self.added != sum(self.rows.values()) + self.refused.total():
+        if self.total + self.added != sum(self.rows.values()) + self.refused.total():
             raise AssertionError(f"{self.script}: {self.total} rows in + {self.added} added are not "
                                  f"{sum(self.rows.values())} out + {self.refused.total()} refused")  # fmt: skip
         hashes = {split: hashlib.sha256(b"".join(parts)).hexdigest() for split, parts in self.digests.items()}

@@ -1,11 +1,14 @@
 """Small data and a small model, built once per session by our own scripts, and ways to run a recipe."""
 
+import io
 import os
 import runpy
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -68,6 +71,17 @@ def hook(tmp_path):
         return ["--hooks", str(path)]
 
     return write
+
+
+def run_script(script, *args):
+    """A data_prep script's main() (its module) as a command, in this process, which saves its start-up."""
+    out, err, name = io.StringIO(), io.StringIO(), f"{script.__name__}.py"
+    with mock.patch("sys.argv", [name, *map(str, args)]), redirect_stdout(out), redirect_stderr(err):
+        try:
+            code = script.main()
+        except SystemExit as error:
+            code = error.code
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
 def launch(recipe, *flags, config="cpu", cwd=REPO, **kwargs):

@@ -7,19 +7,17 @@ over all files; runs joined over a gap; system messages searched, in rows or in 
 the first field of an eval row read; hits of a row counted once for all eval files; hits not in order.
 """
 
-import io
 import json
 import random
 import re
-import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "data_prep"))
@@ -30,15 +28,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 real = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the shared folder with the real data is not here")
 
 
-def run(*args):
-    """The script's main() as a command, in this process: exit code, stdout and stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    with mock.patch("sys.argv", ["decontaminate.py", *map(str, args)]), redirect_stdout(out), redirect_stderr(err):
-        try:
-            code = decontaminate.main()
-        except SystemExit as error:
-            code = error.code
-    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
+run = partial(run_script, decontaminate)
 
 
 def row(row_id, *said, **more):

@@ -7,18 +7,16 @@ the first of a cluster only; n-grams without order; /think kept in a prompt; by 
 n-grams; reasoning not compared; every duplicate said to be of its own pool.
 """
 
-import io
 import json
 import random
 import re
-import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from itertools import combinations
 from pathlib import Path
-from unittest import mock
 
 import pytest
+from conftest import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "data_prep"))
@@ -26,16 +24,7 @@ import dedup  # noqa: E402
 import pool  # noqa: E402
 from ngrams import words  # noqa: E402
 
-
-def run(*args):
-    """The script's main() as a command, in this process: exit code, stdout and stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    with mock.patch("sys.argv", ["dedup.py", *map(str, args)]), redirect_stdout(out), redirect_stderr(err):
-        try:
-            code = dedup.main()
-        except SystemExit as error:
-            code = error.code
-    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
+run = partial(run_script, dedup)
 
 
 def row(row_id, *said, **more):

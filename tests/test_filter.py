@@ -8,15 +8,14 @@ taken before the marked one; numbers compared as text; the verdict ignored, or t
 through the roles; ties kept; the loser chosen; messages left in a pair.
 """
 
-import io
 import json
-import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import pytest
+from conftest import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "data_prep"))
@@ -27,15 +26,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 real = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the shared folder with the real data is not here")
 
 
-def run(*args):
-    """The script's main() as a command, in this process: exit code, stdout and stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    with mock.patch("sys.argv", ["filter.py", *map(str, args)]), redirect_stdout(out), redirect_stderr(err):
-        try:
-            code = filter.main()
-        except SystemExit as error:
-            code = error.code
-    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
+run = partial(run_script, filter)
 
 
 def row(row_id, *said, **more):

@@ -11,7 +11,6 @@ not counted down over blocks; nesting that Python's stack does not hold.
 """
 
 import hashlib
-import io
 import json
 import os
 import random
@@ -19,7 +18,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -27,6 +26,7 @@ import jsonschema
 import pyarrow as pa
 import pyarrow.parquet  # noqa: F401
 import pytest
+from conftest import run_script
 from datasets import Dataset, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,15 +42,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 real = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the shared folder with the real data is not here")
 
 
-def run(*args):
-    """The script's main() as a command: exit code, stdout and stderr. In this process, which saves its start-up."""
-    out, err = io.StringIO(), io.StringIO()
-    with mock.patch("sys.argv", ["normalize.py", *map(str, args)]), redirect_stdout(out), redirect_stderr(err):
-        try:
-            code = normalize.main()
-        except SystemExit as error:
-            code = error.code
-    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
+run = partial(run_script, normalize)
 
 
 def write(path, rows):
