@@ -13,9 +13,9 @@ In float32 the batch size moves perplexities by rounding only (about 1e-6); in b
 and, where two tokens tie, a greedy answer: compare bfloat16 reports of one --batch_size only.
 """
 
-import argparse
 import gc
 import hashlib
+import io
 import json
 import os
 import random
@@ -27,23 +27,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import transformers
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from measure import (
-    BadInput,
-    add_adapter,
-    check_vocabulary,
-    clean_row,
-    load_model,
-    load_tokenizer,
-    measure,
-    prepare,
-    read_rows,
-)
+from measure import clean_row, measure, prepare, read_rows
 from metrics import summarize
+from models import BadInput, add_adapter, add_model_arguments, check_vocabulary, load_model, load_tokenizer, positive
 from rich.console import Console
 from rich.table import Table
+from scores import command, parser_of, write_files
 
 METRICS = {  # metric: (its name in the table, its unit of count)
     "assistant_perplexity": ("assistant perplexity", "tokens"),
@@ -135,7 +126,8 @@ def read_log(run):
     return series
 
 
-def plot(series, path):
+def plot(series):
+    """PNG (bytes) of a run's losses and learning rate."""
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     top, bottom = figure.subplots(2, sharex=True, height_ratios=[3, 1])
     for axis, key, label, colour in (
@@ -159,28 +151,9 @@ def plot(series, path):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.align_ylabels()
-    figure.savefig(path, format="png")
-
-
-def write(out, files, series):
-    """All files beside their places first, then renamed: a failure leaves the folder as it was."""
-    aside = {name: out / f".{name}.part" for name in [*files, *(["loss.png"] if series else [])]}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            aside[name].write_text(text, encoding="utf-8")
-        if series:
-            plot(series, aside["loss.png"])
-        for name, part in aside.items():
-            part.replace(out / name)
-    except OSError as error:
-        raise BadInput(
-            f"cannot write the report to {out} ({error.strerror}): make room or pass another --out"
-        ) from None
-    finally:
-        for part in aside.values():
-            with suppress(OSError):
-                part.unlink()
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    return data.getvalue()
 
 
 def dumps(value, **options):
@@ -188,14 +161,7 @@ def dumps(value, **options):
 
 
 def parse_args(argv):
-    def positive(text):
-        if int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-        return int(text)
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--base", required=True, help="folder or hub id of the model that training started from")
     parser.add_argument("--tuned", required=True, type=Path, help="run folder: an adapter (put on --base) or a model")
     parser.add_argument("--data", required=True, type=Path, help=".jsonl, .json or .parquet file, or dataset folder")
@@ -203,10 +169,7 @@ def parse_args(argv):
     parser.add_argument("--out", type=Path, help="where the report goes (default: the tuned folder)")
     parser.add_argument("--rows", type=positive, help="measure so many rows, drawn by --seed (default: all)")
     parser.add_argument("--seed", type=int, default=42, help="of --rows and of the bootstrap")
-    parser.add_argument("--max_new_tokens", type=positive, default=256, help="budget of each answer")
-    parser.add_argument("--batch_size", type=positive, default=16, help="sequences at a time")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bf16 on CUDA")
-    parser.add_argument("--load_in_4bit", action="store_true", help="nf4 with double quantisation, as in QLoRA")
+    add_model_arguments(parser)
     parser.add_argument("--max_length", type=positive, help="tokens; what is longer is not scored (default: model's)")
     return parser.parse_args(argv)
 
@@ -324,23 +287,17 @@ def compare(args):
         "answers.jsonl": "".join(answer_lines(rows, records)),
     }
     out = args.out or args.tuned
-    write(out, files, series)
+    if series:
+        files["loss.png"] = plot(series)
+    write_files(out, files)
     print_table(report)
     if not series:
         print(f"no loss.png: {args.tuned} has neither log.jsonl nor a checkpoint with trainer_state.json")
-    print(f"wrote {', '.join([*files, *(['loss.png'] if series else [])])} to {out}")
+    print(f"wrote {', '.join(files)} to {out}")
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()
-    try:
-        compare(args)
-    except BadInput as error:
-        print(f"compare.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return command("compare.py", compare, parse_args(argv))
 
 
 if __name__ == "__main__":

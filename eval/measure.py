@@ -2,36 +2,21 @@
 
     python -c "from measure import *; print(len(read_rows(Path('test.jsonl'), 'test')))"
 
-The order of use: read_rows, clean_row, load_tokenizer, prepare, load_model (add_adapter), measure. Whatever the user
-can repair is raised as BadInput with one sentence; a command prints it and exits 2.
+The order of use: read_rows, clean_row, prepare, measure, with a model and tokenizer of models.py. Whatever the user can
+repair is raised as BadInput with one sentence; a command prints it and exits 2.
 """
 
 import json
-import sys
-import warnings
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
-import torch
 from datasets import Dataset, DatasetDict, List, load_from_disk
 from jinja2 import TemplateError
 from metrics import exact_match, strict_json
-from rich.console import Console
-from rich.progress import track
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from models import BadInput, fill_of, first_line, generate, render, token_losses
 
-LOGIT_ROWS = 2048  # padded tokens a forward pass: 2,048 x 151,936 x 4 bytes = 1.2 GB of float32 logits for Qwen3
 PROMPT_TAIL = 200  # characters of the prompt kept beside each answer
 NO_RECORD = dict.fromkeys(("answer", "answer_tokens", "stopped", "empty", "exact", "json_valid"))
-
-
-class BadInput(Exception):
-    """One sentence: what, where, what to do."""
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
 
 
 def read_rows(path, split):
@@ -113,39 +98,6 @@ def clean_row(row, number):
     }
 
 
-def load_tokenizer(tuned):
-    """The tokenizer of a run folder, and its stop tokens: its eos and those of the folder's generation_config."""
-    if not (tuned / "tokenizer_config.json").is_file():  # transformers would make up an empty one from config.json
-        raise BadInput(f"{tuned} has no tokenizer: save the tokenizer with the run")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(tuned)
-    except Exception as error:  # one type for each missing file and each backend
-        raise BadInput(f"{tuned} has no readable tokenizer ({first_line(error)}): save it again") from None
-    if not tokenizer.chat_template:
-        raise BadInput(f"{tuned} has no chat template: save the tokenizer with the template the run was trained on")
-    stops = {tokenizer.eos_token_id} - {None}
-    if (tuned / "generation_config.json").is_file():
-        eos = json.loads((tuned / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
-        stops |= set(eos if isinstance(eos, list) else [eos]) - {None}
-    if not stops:
-        raise BadInput(f"{tuned} names no stop token: set the tokenizer's eos_token")
-    return tokenizer, stops
-
-
-def check_vocabulary(base, tokenizer):
-    """Refuse a base whose own tokenizer gives a shared token another id: it would be measured on noise."""
-    try:
-        vocabulary = AutoTokenizer.from_pretrained(base).get_vocab()
-    except Exception:  # a base need not have a tokenizer; load_model still compares the sizes
-        return
-    ours = tokenizer.get_vocab()
-    if wrong := sorted(token for token, number in vocabulary.items() if ours.get(token, number) != number):
-        raise BadInput(
-            f"the vocabularies of {base} and of the tuned folder differ ({len(wrong)} tokens have another id, "
-            f"the first is {wrong[0]!r}): pass the --base that the run started from"
-        )
-
-
 def prepare(row, tokenizer, stops, limit, skip):
     """Render and tokenise one row under serving conditions; False if it has no assistant turn. Adds to row:
 
@@ -155,19 +107,12 @@ def prepare(row, tokenizer, stops, limit, skip):
     rows cost one forward pass. limit: tokens; skip(reason, place) is called for whatever cannot be scored.
     """
 
-    def render(upto, generation_prompt):
-        text = tokenizer.apply_chat_template(
-            row["messages"][:upto],
-            tools=row["tools"],
-            add_generation_prompt=generation_prompt,
-            tokenize=False,
-            **row["kwargs"],
-        )
-        return text, tokenizer(text, add_special_tokens=False)["input_ids"]
+    def rendered(upto, generation_prompt):
+        return render(tokenizer, row["messages"][:upto], generation_prompt, row["tools"], **row["kwargs"])
 
     row |= {"sequences": [], "spans": [], "all": None, "prompt": None}
     try:
-        whole = render(len(row["messages"]), False)[1]
+        whole = rendered(len(row["messages"]), False)[1]
         if len(whole) <= limit:
             row["sequences"], row["all"] = [whole], (0, 1, len(whole))
         else:
@@ -181,7 +126,7 @@ def prepare(row, tokenizer, stops, limit, skip):
             skip("answer with loss_mask 0", place)
             continue
         try:
-            (before, prompt), (text, ids) = render(k, True), render(k + 1, False)
+            (before, prompt), (text, ids) = rendered(k, True), rendered(k + 1, False)
         except (TemplateError, TypeError, ValueError) as error:
             skip("answer refused by the template", f"{place}: {first_line(error)}")
             continue
@@ -205,108 +150,9 @@ def prepare(row, tokenizer, stops, limit, skip):
     return bool(answers)
 
 
-def load_model(name, tokenizer, dtype, device, load_in_4bit=False):
-    """The causal language model of a folder or hub id, from safetensors, without remote code, nothing made up."""
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=dtype,
-            device_map={"": device},
-            quantization_config=quantization if load_in_4bit else None,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if Path(name).is_dir():
-            raise BadInput(f"{name} does not load as a causal language model: {first_line(error)}") from None
-        raise BadInput(
-            f"{name} is neither a folder here nor a model that the hub gives now ({first_line(error)}): pass a local "
-            "folder, or set HF_ENDPOINT to a mirror"
-        ) from None
-    if missing := info["missing_keys"]:  # transformers would go on with random numbers in their place
-        raise BadInput(f"{name} lacks {len(missing)} weights, the first is {min(missing)}: save the model whole")
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise BadInput(f"the tuned tokenizer has {len(tokenizer)} tokens but {name} embeds {rows}: they do not match")
-    return model.eval()
-
-
-def add_adapter(model, tuned):
-    """The model with a run folder's adapter on it, which must fit it and be complete."""
-    from peft import PeftModel  # here, since it imports bitsandbytes, which prints a line wherever it lacks a kernel
-
-    try:
-        with warnings.catch_warnings():
-            # PEFT only warns when the file lacks a weight, and would measure the base once more
-            warnings.filterwarnings("error", message=".*missing adapter keys.*")
-            return PeftModel.from_pretrained(model, tuned).eval()
-    except (OSError, ValueError, KeyError, RuntimeError, UserWarning) as error:
-        raise BadInput(f"the adapter in {tuned} does not fit the base ({first_line(error)}): pass its base") from None
-
-
-def batches(sequences, size, label, tokens=sys.maxsize):
-    """Lists of indices, longest first (a lack of memory shows at once), of at most size sequences and tokens each."""
-    groups, room = [], 0
-    for i in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
-        if room == 0:
-            groups.append([])
-            room = min(size, max(1, tokens // len(sequences[i])))
-        groups[-1].append(i)
-        room -= 1
-    return track(groups, label, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-
-
-def pad(sequences, fill, left, device):
-    """(ids, mask), both (rows, longest) on device."""
-    width = max(map(len, sequences))
-    ids, mask = torch.full((len(sequences), width), fill), torch.zeros(len(sequences), width, dtype=torch.long)
-    for i, sequence in enumerate(sequences):
-        place = slice(width - len(sequence), width) if left else slice(len(sequence))
-        ids[i, place], mask[i, place] = torch.tensor(sequence), 1
-    return ids.to(device), mask.to(device)
-
-
-@torch.inference_mode()
-def token_losses(model, sequences, batch_size, fill, label="perplexity"):
-    """Negative log-likelihood in nats of every token but the first: one float64 array (length - 1) a sequence."""
-    losses = [None] * len(sequences)
-    for group in batches(sequences, batch_size, label, LOGIT_ROWS):
-        ids, mask = pad([sequences[i] for i in group], fill, False, model.device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        for row, i in enumerate(group):
-            end = len(sequences[i])
-            # in float32, a row at a time: a float32 copy of the whole batch would be twice its bf16 logits
-            loss = torch.nn.functional.cross_entropy(logits[row, : end - 1].float(), ids[row, 1:end], reduction="none")
-            losses[i] = loss.double().cpu().numpy()
-    return losses
-
-
-@torch.inference_mode()
-def generate(model, prompts, stops, batch_size, fill, max_new_tokens, label="answers"):
-    """(tokens without the stop token, whether a stop token ended them in budget) of each prompt, greedily."""
-    # not merely passed to generate(), which takes what is unset (penalties, minimum length) from the model's own
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(stops), pad_token_id=fill
-    )
-    outputs = [None] * len(prompts)
-    for group in batches(prompts, batch_size, label):
-        ids, mask = pad([prompts[i] for i in group], fill, True, model.device)
-        new = model.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1] :].tolist()
-        for i, tokens in zip(group, new, strict=True):
-            end = next((n for n, token in enumerate(tokens) if token in stops), None)
-            outputs[i] = (tokens[:end], end is not None)
-    return outputs
-
-
 def measure(model, rows, tokenizer, stops, batch_size, max_new_tokens, name="model"):
     """One record (metrics.py) with the answer a prepared row, in their order; name: of the model, for messages."""
-    fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops)
+    fill = fill_of(tokenizer, stops)
     sequences = [sequence for row in rows for sequence in row["sequences"]]
     losses = iter(token_losses(model, sequences, batch_size, fill, f"{name}: perplexity"))
     prompts = [row["prompt"] for row in rows if row["prompt"]]
@@ -322,7 +168,7 @@ def measure(model, rows, tokenizer, stops, batch_size, max_new_tokens, name="mod
         record = {"nll": nll, "tokens": sum(map(len, spans)), "turns": len(spans)}
         record |= {"all_nll": all_nll, "all_tokens": len(whole), "texts": int(len(whole) > 0), **NO_RECORD}
         if row["prompt"]:
-            tokens, stopped = next(outputs)
+            tokens, stopped, _ = next(outputs)
             answer = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
             record |= {"answer": answer, "answer_tokens": len(tokens), "stopped": stopped, "empty": not answer.strip()}
             # some templates open the think block in the prompt: its end then stands alone in the output

@@ -572,14 +572,16 @@ def test_bad_input_is_one_sentence_and_writes_nothing(home, capsys, monkeypatch)
         assert re.search(expected, refused(capsys, *command)), (change, expected)
         assert not (home / "never").exists()
 
-    def full(series, path):
-        path.write_text("half a picture")
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(path, data, write=Path.write_bytes):
+        write(path, data[: len(data) // 2])
+        if path.name == ".loss.png.part":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, data)
 
     (home / "kept").mkdir()
     (home / "kept" / "report.md").write_text("the last good one")
     write_rows(home / "full" / "log.jsonl", [{"step": 1, "loss": 1.0}])
-    monkeypatch.setattr(compare, "plot", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     command = [word for pair in (good | {"--out": home / "kept"}).items() for word in pair]
     assert "No space left on device" in refused(capsys, *command)
     assert [path.name for path in (home / "kept").iterdir()] == ["report.md"]
