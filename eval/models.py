@@ -99,15 +99,19 @@ def load_model(name, tokenizer, dtype, device, load_in_4bit=False):
     return model.eval()
 
 
-def add_adapter(model, tuned):
-    """The model with a run folder's adapter on it, which must fit it and be complete."""
+def add_adapter(model, tuned, name="default"):
+    """The model with a run folder's adapter on it, which must fit it and be complete; one that has adapters already
+    gets it beside them, under `name`, and not switched on."""
     from peft import PeftModel  # here, since it imports bitsandbytes, which prints a line wherever it lacks a kernel
 
     try:
         with warnings.catch_warnings():
             # PEFT only warns when the file lacks a weight, and would measure the base once more
             warnings.filterwarnings("error", message=".*missing adapter keys.*")
-            return PeftModel.from_pretrained(model, tuned).eval()
+            if not isinstance(model, PeftModel):
+                return PeftModel.from_pretrained(model, tuned, adapter_name=name).eval()
+            model.load_adapter(tuned, name)
+            return model.eval()
     except (OSError, ValueError, KeyError, RuntimeError, UserWarning) as error:
         raise BadInput(f"the adapter in {tuned} does not fit the base ({first_line(error)}): pass its base") from None
 
@@ -139,11 +143,12 @@ def open_model(name, base=None, dtype="auto", load_in_4bit=False):
     return model, tokenizer, stops
 
 
-def add_model_arguments(parser, max_new_tokens=256):
-    """The flags that every command of this room has which runs a model."""
+def add_model_arguments(parser, max_new_tokens=256, batched=True):
+    """The flags that every command of this room has which runs a model, batched: many sequences at a time."""
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bf16 on CUDA")
     parser.add_argument("--load_in_4bit", action="store_true", help="nf4 with double quantisation, as in QLoRA")
-    parser.add_argument("--batch_size", type=positive, default=16, help="sequences at a time")
+    if batched:
+        parser.add_argument("--batch_size", type=positive, default=16, help="sequences at a time")
     parser.add_argument("--max_new_tokens", type=positive, default=max_new_tokens, help="budget of each answer")
 
 
@@ -182,10 +187,15 @@ def pad(sequences, fill, left, device):
 
 
 @torch.inference_mode()
-def token_losses(model, sequences, batch_size, fill, label="perplexity"):
-    """Negative log-likelihood in nats of every token but the first: one float64 array (length - 1) a sequence."""
-    losses = [None] * len(sequences)
+def token_losses(model, sequences, batch_size, fill, label="perplexity", kept=None):
+    """Negative log-likelihood in nats of every token but the first: one float64 array (length - 1) a sequence.
+
+    kept: {index: array} of earlier, which is not computed again and is updated after every batch."""
+    kept = {} if kept is None else kept
     for group in batches(sequences, batch_size, label, LOGIT_ROWS):
+        if all(i in kept for i in group):
+            continue
+        losses = {}
         ids, mask = pad([sequences[i] for i in group], fill, False, model.device)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         for row, i in enumerate(group):
@@ -193,7 +203,8 @@ def token_losses(model, sequences, batch_size, fill, label="perplexity"):
             # in float32, a row at a time: a float32 copy of the whole batch would be twice its bf16 logits
             loss = torch.nn.functional.cross_entropy(logits[row, : end - 1].float(), ids[row, 1:end], reduction="none")
             losses[i] = loss.double().cpu().numpy()
-    return losses
+        kept.update(losses)
+    return [kept[i] for i in range(len(sequences))]
 
 
 class Output(NamedTuple):
@@ -205,15 +216,15 @@ class Output(NamedTuple):
     failed: str = ""
 
 
-def generate(model, prompts, stops, batch_size, fill, max_new_tokens, label="answers", timeout=TIMEOUT):
+def generate(model, prompts, stops, batch_size, fill, max_new_tokens, label="answers", timeout=TIMEOUT, kept=None):
     """An Output of each prompt (lists of ids), greedily. A prompt that takes all memory, or over `timeout` seconds by
-    itself, costs itself alone."""
-    outputs = [None] * len(prompts)
+    itself, costs itself alone. kept: {index: Output}, as in token_losses."""
+    kept = {} if kept is None else kept
     for group in batches(prompts, batch_size, label):
-        found = answered(model, [prompts[i] for i in group], stops, fill, max_new_tokens, timeout)
-        for i, output in zip(group, found, strict=True):
-            outputs[i] = output
-    return outputs
+        if not all(i in kept for i in group):
+            found = answered(model, [prompts[i] for i in group], stops, fill, max_new_tokens, timeout)
+            kept.update(zip(group, found, strict=True))
+    return [kept[i] for i in range(len(prompts))]
 
 
 def answered(model, prompts, stops, fill, max_new_tokens, timeout):
