@@ -150,11 +150,12 @@ def prepare(row, tokenizer, stops, limit, skip):
     return bool(answers)
 
 
-def measure(model, rows, tokenizer, stops, batch_size, max_new_tokens, name="model"):
-    """One record (metrics.py) with the answer a prepared row, in their order; name: of the model, for messages."""
+def measure(model, rows, tokenizer, stops, batch_size, max_new_tokens, name="model", losses_of=token_losses):
+    """One record (metrics.py) with the answer a prepared row, in their order; name: of the model, for messages.
+    losses_of: another function for token_losses (in_training.py has TRL's head at hand)."""
     fill = fill_of(tokenizer, stops)
     sequences = [sequence for row in rows for sequence in row["sequences"]]
-    losses = iter(token_losses(model, sequences, batch_size, fill, f"{name}: perplexity"))
+    losses = iter(losses_of(model, sequences, batch_size, fill, f"{name}: perplexity"))
     prompts = [row["prompt"] for row in rows if row["prompt"]]
     outputs = iter(generate(model, prompts, stops, batch_size, fill, max_new_tokens, f"{name}: answers"))
     records = []
