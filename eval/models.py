@@ -292,8 +292,11 @@ def render(tokenizer, messages, generation_prompt=True, tools=None, **kwargs):
 
 
 def ask(model, tokenizer, stops, prompts, batch_size, max_new_tokens, label="answers", timeout=TIMEOUT):
-    """An Answer of each prompt (ids), greedily."""
-    fill = fill_of(tokenizer, stops)
-    outputs = generate(model, prompts, stops, batch_size, fill, max_new_tokens, label, timeout)
+    """An Answer of each prompt (ids), greedily; a prompt that fills the model's context fails unasked."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    fits = [prompt for prompt in prompts if len(prompt) < context]
+    outputs = iter(generate(model, fits, stops, batch_size, fill_of(tokenizer, stops), max_new_tokens, label, timeout))
+    long = Output([], False, "longer than the context")
+    outputs = [next(outputs) if len(prompt) < context else long for prompt in prompts]
     texts = [tokenizer.decode(output.tokens, clean_up_tokenization_spaces=False) for output in outputs]
     return [Answer(text, len(output.tokens), *output[1:]) for text, output in zip(texts, outputs, strict=True)]
