@@ -230,7 +230,8 @@ def generate(model, prompts, stops, batch_size, fill, max_new_tokens, label="ans
 def answered(model, prompts, stops, fill, max_new_tokens, timeout):
     """An Output of each prompt of a batch, which is halved where it fails."""
     # not merely passed to generate(), which takes what is unset (penalties, minimum length) from the model's own
-    model.generation_config = GenerationConfig(
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT runs the model's own generate
+    model.generation_config = inner.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(stops), pad_token_id=fill
     )
     try:
