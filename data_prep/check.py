@@ -37,6 +37,7 @@ from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
+from batches import sound
 from pool import (
     Result,
     Writer,
@@ -256,8 +257,11 @@ def against_of(recipe, template_path, model, max_length, lang, told=True):
 
 def work(block, given, name, fix=False, out=None):
     """Result of a Block; more: the findings. given: arguments of against_of."""
-    against, result, rows, findings = against_of(*given, told=False), Result(), [], []
-    for line, row in block.rows():
+    against, result, rows, findings, left = against_of(*given, told=False), Result(), [], [], None
+    if block.own() and not (fix or against.template or against.tokenizer or against.lang):
+        left = ~sound(block.data)
+        result.total = len(left) - int(left.sum())
+    for line, row in block.rows(left):
         result.total += 1
         found = left = faults(row, against)
         if not found and not fix:

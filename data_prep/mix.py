@@ -8,6 +8,7 @@
     seed: 42
     size: 20000            # rows or tokens of the train set; left out: as many as the pools give
     validation: {share: 0.02, min: 100}    # max(min, share of all rows); 0 for none
+    chat_template_kwargs: {train_turns: last}  # template arguments of every row; those that a row has win
     sources:
       - {path: cmath, weight: 0.2}         # a dataset folder, under --pools
       - {path: chats, weight: 0.8, epochs: 2, where: {tags: think, lang: zh}}
@@ -43,6 +44,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import yaml
+from batches import keys
 from pool import (
     ROWS,
     SCHEMA,
@@ -55,18 +57,21 @@ from pool import (
     command,
     counts_of,
     is_saved,
+    json_array,
     json_lines,
+    own_rows,
     parser_of,
+    plain_columns,
     shards_of,
     spread,
 )
-from rows import BadInput, key_of, prompt_of
+from rows import BadInput, dumped, key_of, loaded, prompt_of
 
 STRATEGIES = ("interleave", "resample", "subsample", "concatenate")
 MIX = {  # name: (type, default)
     "strategy": (str, "interleave"), "by": (str, "rows"), "seed": (int, 42), "size": (int, None),
     "stop": (str, "first_exhausted"), "shuffle": (str, None), "literal": (bool, False), "dedup": (bool, True),
-    "validation": (dict, {"share": 0.02, "min": 100}), "sources": (list, None),
+    "validation": (dict, {"share": 0.02, "min": 100}), "chat_template_kwargs": (dict, {}), "sources": (list, None),
 }  # fmt: skip
 SOURCE = {"path": str, "name": str, "weight": float, "epochs": float, "rows": int, "shuffle": int, "where": dict,
           "split": str}  # fmt: skip
@@ -155,30 +160,37 @@ COLUMNS_READ = [("key", "S16"), ("prompt", "u8"), ("tokens", "i8"), ("trained", 
                 ("kept", "?"), ("broken", "?")]  # fmt: skip
 
 
-def known(block, where, recipe_flags=None):
+def known(block, where, recipe_flags=None, kwargs=None):
     """Result of a Block of a pool; more: (array of COLUMNS_READ, ids, languages)."""
-    rows = [row for _, row in block.rows()]
-    table = np.zeros(len(rows), COLUMNS_READ)
-    for place, row in enumerate(rows):
+    batch = block.data
+    table = np.zeros(len(batch), COLUMNS_READ)
+    plain, *columns = keys(batch)
+    for name, column in zip(("key", "prompt", "turns"), columns, strict=True):
+        table[name][plain] = column
+    for place, row in zip(np.flatnonzero(~plain), own_rows(batch.filter(pa.array(~plain))), strict=True):
         table[place]["key"], table[place]["prompt"] = key_of(row), prompt_of(row)
         table[place]["turns"] = sum(turn["role"] in ("user", "assistant") for turn in row["messages"])
-        think = any(turn.get("reasoning_content") for turn in row["messages"])
-        table[place]["think"], table[place]["kept"] = think, fits(row, "think" if think else "no_think", where)
+        table[place]["think"] = any(turn.get("reasoning_content") for turn in row["messages"])
+    ids, sources, tags, langs = (batch.column(name).to_pylist() for name in ("id", "source", "tags", "lang"))
+    modes = ["think" if think else "no_think" for think in table["think"]]
+    table["kept"] = [fits(*has, where) for has in zip(sources, langs, tags, modes, strict=True)] if where else True
     if recipe_flags:
         from render import tokenised
 
         against, settings = against_of(recipe_flags)
         failed = []
+        rows = [row | {"chat_template_kwargs": {**(kwargs or {}), **row["chat_template_kwargs"]}}
+                for row in own_rows(batch)]  # fmt: skip
         for doc in tokenised([*enumerate(rows)], against, settings, True, failed, False):
             table[doc.number]["tokens"], table[doc.number]["trained"] = len(doc.ids), doc.trained()
         for number, *_ in failed:
             table[number]["broken"], table[number]["kept"] = table[number]["kept"], False
-    return Result(total=len(rows), more=(table, [row["id"] for row in rows], [row["lang"] for row in rows]))
+    return Result(total=len(batch), more=(table, ids, langs))
 
 
-def fits(row, mode, where):
+def fits(source, lang, tags, mode, where):
     """Whether a row is what `where` asks for; a list names alternatives."""
-    has = {"source": [row["source"]], "lang": [row["lang"]], "tags": row["tags"], "mode": [mode]}
+    has = {"source": [source], "lang": [lang], "tags": tags, "mode": [mode]}
     return all({*map(str, has[name])} & {*map(str, wanted if isinstance(wanted, list) else [wanted])}
                for name, wanted in where.items())  # fmt: skip
 
@@ -390,10 +402,14 @@ def shards(files):
     return Shards(files)
 
 
-def gathered(block, files):
-    """Result of a Block whose data is (rows, passes): the rows, those of a second pass with @2 behind their ids."""
+def gathered(block, files, kwargs=None):
+    """Result of a Block whose data is (rows, passes): the rows, those of a second pass with @2 behind their ids.
+    kwargs: template arguments of the mix."""
     rows, passes = block.data
     batch = shards(files).take(rows)
+    if kwargs:
+        told = [dumped({**kwargs, **loaded(own)}).decode() for own in plain_columns(batch)[3]]
+        batch = batch.set_column(3, SCHEMA.field(3), json_array(told))
     if passes.any():
         ids = [f"{name}@{number + 1}" if number else name
                for name, number in zip(batch.column(0).to_pylist(), passes, strict=True)]  # fmt: skip
@@ -446,7 +462,7 @@ def build(mix, args, flags, writer):
             raise BadInput(f"{source['folder']}: {has}: name one as `split`")
         files += map(str, found[source["split"]])
         digest, count = hashlib.sha256(), len(ids)
-        work = partial(known, where=source["where"], recipe_flags=flags)
+        work = partial(known, where=source["where"], recipe_flags=flags, kwargs=mix["chat_template_kwargs"])
         for result in spread(work, pool_blocks(source, found[source["split"]], digest), args.num_proc, source["name"]):
             table, names, languages = result.more
             tables.append(table)
@@ -476,7 +492,8 @@ def build(mix, args, flags, writer):
     parts = (("train", train, passes), ("validation", validation, np.zeros(len(validation), int)))
     blocks = (Block(split, split, start + 1, (some[start : start + GATHER], number[start : start + GATHER]))
               for split, some, number in parts for start in range(0, len(some), GATHER))  # fmt: skip
-    for result in spread(partial(gathered, files=tuple(files)), blocks, args.num_proc, "write"):
+    job = partial(gathered, files=tuple(files), kwargs=mix["chat_template_kwargs"])
+    for result in spread(job, blocks, args.num_proc, "write"):
         split, lines = result.more
         result.total = 0  # counted above
         writer.add(result)
@@ -591,9 +608,7 @@ def realised(mix, table, owner, train, validation, reasons):
         off = [one for one in out if abs(one["share"] - one["wanted"]) > 0.01]
         for one in off:
             short = one["share"] < one["wanted"]
-            one["note"] = (
-                "used up: raise epochs, or stop: all_exhausted" if short else "more, as others are used up"
-            )
+            one["note"] = "used up: raise epochs, or stop: all_exhausted" if short else "more, as others are used up"
             if mix["literal"]:
                 one["note"] = "literal: duplicates are removed after mixing, which undoes weights"
     return out

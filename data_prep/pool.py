@@ -30,6 +30,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
@@ -59,9 +60,13 @@ class Block:
     first: int  # line of its first row, from 1
     data: object
 
-    def rows(self):
+    def own(self):
+        """Whether the rows are a RecordBatch in SCHEMA."""
+        return isinstance(self.data, pa.RecordBatch) and self.data.schema.equals(SCHEMA)
+
+    def rows(self, only=None):
         """Yield (line, row); row is a Refused where a line is not JSON. Lines count from 1, in arrays, folders and
-        parquet files they are rows."""
+        parquet files they are rows. only: a mask (rows,) of those to yield, of a RecordBatch in SCHEMA."""
         if isinstance(self.data, bytes):
             long_numbers = holds_long_number(self.data)
             for number, line in enumerate(self.data.split(b"\n"), self.first):
@@ -70,10 +75,13 @@ class Block:
                         yield number, loaded(line, long_numbers)
                     except Refused as refusal:
                         yield number, refusal
+        elif only is not None:
+            numbers = (self.first + np.flatnonzero(only)).tolist()
+            yield from zip(numbers, own_rows(self.data.filter(pa.array(only))), strict=True)
         else:
             values = self.data
             if not isinstance(values, list):
-                values = own_rows(values) if values.schema.equals(SCHEMA) else unfilled_rows(values)
+                values = own_rows(values) if self.own() else unfilled_rows(values)
             yield from enumerate(values, self.first)
 
 
@@ -466,7 +474,7 @@ def packed(rows, lines=False):
             left_out.update(row.keys() - KEPT)
         messages = [dumped(turn) for turn in row["messages"]]
         tools = None if row.get("tools") is None else [dumped(tool) for tool in row["tools"]]
-        kwargs = dumped(row["chat_template_kwargs"])
+        kwargs = dumped(row["chat_template_kwargs"]) if row["chat_template_kwargs"] else b"{}"
         encoded.append((messages, tools, kwargs))
         digests.append(hashlib.sha256(b"{" + body_of(messages, tools, kwargs, *map(row.get, TOLD))).digest())
     rows = list(rows)
@@ -486,7 +494,13 @@ def body_of(messages, tools, kwargs, source, tags, lang):
     """A row as dumped() writes it without its id and first brace, of messages, tools and kwargs that are JSON."""
     said = b"" if tools is None else b'"tools":[' + b",".join(tools) + b"],"
     head = b'"messages":[' + b",".join(messages) + b"]," + said + b'"chat_template_kwargs":' + kwargs + b","
-    return head + dumped({"source": source, "tags": tags, "lang": lang})[1:]
+    return head + tail_of(source, tuple(tags), lang)
+
+
+@lru_cache(maxsize=1000)
+def tail_of(source, tags, lang):
+    """The end of a row as dumped() writes it: few sets have many."""
+    return dumped({"source": source, "tags": tags, "lang": lang})[1:]
 
 
 def row_digest(row):
@@ -573,7 +587,7 @@ def bodies(batch):
     for _, messages, tools, kwargs, source, tags, lang in zip(*plain_columns(batch), strict=True):
         said = "" if tools is None else f'"tools":[{",".join(tools)}],'
         body = f'"messages":[{",".join(messages)}],{said}"chat_template_kwargs":{kwargs},'.encode()
-        out.append(body + dumped({"source": source, "tags": tags, "lang": lang})[1:])
+        out.append(body + tail_of(source, tuple(tags), lang))
     return out
 
 

@@ -7,12 +7,12 @@ A message is {"role", "content", "reasoning_content"?, "tool_calls"?, "tool_call
 shapes of transformers' chat API. No script: normalize.py brings raw rows here, pool.py reads and writes many of them.
 """
 
-import hashlib
 import json
 import re
 import unicodedata
 
 import orjson
+import xxhash
 
 COLUMNS = ("id", "messages", "tools", "chat_template_kwargs", "source", "tags", "lang")  # what a folder keeps
 
@@ -317,19 +317,19 @@ def plain(value):
 
 def key_of(row):
     """16 bytes that two rows share where they would train the same: turns but for blanks, tools, template arguments."""
-    said = [[turn["role"], *[(name, plain(value) if isinstance(value, str) else value)
-                             for name, value in turn.items() if name not in ("role", "tool_call_id", "name")]]
+    said = [{"role": turn["role"]} | {name: plain(value) if isinstance(value, str) else value
+                                      for name, value in turn.items() if name not in ("role", "tool_call_id", "name")}
             for turn in row["messages"]]  # fmt: skip
-    return hashlib.blake2b(dumped([said, row.get("tools"), row["chat_template_kwargs"]]), digest_size=16).digest()
+    return xxhash.xxh3_128_digest(dumped([said, row.get("tools"), row["chat_template_kwargs"]]))
 
 
 def prompt_of(row):
     """64 bits that rows share where their prompts do, whatever the answers: turns that are not the assistant's, without
     the switches /think and /no_think."""
-    said = [[turn["role"], SWITCH.sub("", plain(turn["content"]))]
+    said = [{"role": turn["role"], "content": SWITCH.sub("", plain(turn["content"]))}
             for turn in row["messages"] if turn["role"] != "assistant"]  # fmt: skip
-    said = [turn for turn in said if turn[1]]  # a system message that was a switch only
-    return int.from_bytes(hashlib.blake2b(dumped(said), digest_size=8).digest(), "little")
+    # a system message that was a switch only says nothing
+    return xxhash.xxh3_64_intdigest(dumped([turn for turn in said if turn["content"]]))
 
 
 # -- as JSON and in Arrow ---------------------------------------------------------------------------------------------
@@ -382,8 +382,8 @@ def refuse_half_pairs(row):
 def kept_by_arrow(row):
     """Whether datasets gives the row back equal: it reads its JSON columns by a parser that holds 64-bit integers and
     the digits of most floats."""
-    parts = [row.get("tools"), row["chat_template_kwargs"]]
-    parts += [value for turn in row["messages"] for value in turn.values() if not isinstance(value, str)]
+    parts = [value for turn in row["messages"] for value in turn.values() if not isinstance(value, str)]
+    parts += filter(None, (row.get("tools"), row["chat_template_kwargs"]))
     if not any(map(numbered, parts)):
         return True  # text alone is always kept
     from datasets.utils.json import ujson_loads

@@ -9,6 +9,7 @@ on the demo's rows, packed, assistant-only, with the same seed; the last losses 
 
 import argparse
 import re
+import resource
 import shutil
 import statistics
 import subprocess
@@ -57,22 +58,31 @@ def main():
         else:
             copy = shutil.copy(REPO / "recipes" / "qwen3_qlora.py", folder)
             theirs = [str(copy) if word.endswith("qwen3_qlora.py") else word for word in ours]
-        ratios = []
+        ratios, work = [], []
         for pair in range(given.pairs + 1):
-            took, losses = [], []
+            took, losses, used = [], [], []
             for name, command in (("ours", ours), ("theirs", theirs)):
-                start = time.monotonic()
+                start, before = time.monotonic(), cpu_seconds()
                 command = [*command, "--output_dir", f"{name}{pair}"]
                 done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
                 took.append(time.monotonic() - start)
+                used.append(cpu_seconds() - before)
                 if done.returncode:
                     sys.exit(done.stderr[-3000:])
                 losses.append(re.findall(r"\bloss'?:? '?([\d.e-]+)", done.stdout + done.stderr)[-1])
             other = f"{given.against} {took[1]:.1f} s ({took[0] - took[1]:+.1f} s)"
             print(f"recipe {took[0]:.1f} s, {other}, last losses {losses}", "" if pair else "(warm-up)", flush=True)
             ratios += [took[0] / took[1]] if pair else []
-    spread = f"from {min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} pairs"
-    print(f"median ratio {statistics.median(ratios):.3f}, {spread}")
+            work += [used[0] / used[1]] if pair else []
+    for what, found in (("wall", ratios), ("CPU", work)):
+        spread = f"from {min(found):.3f} to {max(found):.3f}, {len(found)} pairs"
+        print(f"median ratio of {what} time {statistics.median(found):.3f}, {spread}")
+
+
+def cpu_seconds():
+    """Of all processes that were started and have ended: less hurt by what else the machine does than wall time."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":
