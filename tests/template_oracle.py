@@ -134,21 +134,29 @@ def chatml_prompt(messages, **_):
     return "<|im_start|>assistant\n"
 
 
-def plain_output(messages, **_):
-    refuse_reasoning(messages)
-    text = text_of(messages[-1])
+def kept_think(message, keep_thinking):
+    reasoning = message.get("reasoning_content")
+    if reasoning and keep_thinking != "on":
+        raise Refused
+    return "<think>\n" + reasoning.strip("\n") + "\n</think>\n" if reasoning else ""
+
+
+def plain_output(messages, *, keep_thinking="off", **_):
+    [kept_think(message, keep_thinking) for message in messages]
+    text, think = text_of(messages[-1]), kept_think(messages[-1], keep_thinking)
     glue, calls = hermes_calls(messages[-1], text)
-    return [(text + glue, "text"), (calls, "call"), ("<|im_end|>", "stop")]
+    return [(think + text + glue, "text"), (calls, "call"), ("<|im_end|>", "stop")]
 
 
-def chatml_history(messages, tools, *, grouped=False, **_):
-    refuse_reasoning(messages)
+def chatml_history(messages, tools, *, grouped=False, keep_thinking="off", **_):
+    [kept_think(message, keep_thinking) for message in messages]
     text, used = hermes_head(messages, tools)
     for i, message in enumerate(messages[used:], used):
         if message["role"] == "tool" and grouped:
             text += hermes_replies(messages, i)
         elif message["role"] == "assistant":
-            text += im("assistant", text_of(message) + "".join(hermes_calls(message, text_of(message))))
+            said = kept_think(message, keep_thinking) + text_of(message)
+            text += im("assistant", said + "".join(hermes_calls(message, text_of(message))))
         else:
             text += im(message["role"], text_of(message))
     return text
@@ -169,6 +177,7 @@ CHATML = Family(
     special=("<|im_start|>", "<|im_end|>"),
     plain=("<tool_call>", "</tool_call>"),
     drops=("tools", "reasoning"),
+    arguments={"keep_thinking": ("on", "off")},
     differences={
         ("*", "full"): "upstream leaves the last answer without its <|im_end|> and newline",
         ("tool_one", "request"): "upstream drops the tool list and the calls, ours renders them",
@@ -189,7 +198,16 @@ CHATML = Family(
         "<|im_start|>tool\ntrue<|im_end|>\n"
         "<|im_start|>assistant\n⟦Prime.<|im_end|>⟧\n",
     ),
-    reasoning=False,
+    more=(
+        (
+            [{"role": "user", "content": "Is 91 prime?"}]
+            + [{"role": "assistant", "content": "No.", "reasoning_content": "7 * 13."}],
+            None,
+            {"keep_thinking": "on"},
+            "<|im_start|>user\nIs 91 prime?<|im_end|>\n"
+            "<|im_start|>assistant\n⟦<think>\n7 * 13.\n</think>\nNo.<|im_end|>⟧\n",
+        ),
+    ),
     late_system=True,
 )
 
@@ -1753,10 +1771,15 @@ def smol_parts(message, mode):
     return f"<think>\n{reasoning}\n</think>\n" if reasoning else "", said + glue, calls
 
 
-def smol_history(messages, tools, *, enable_thinking=None, date_string="08 July 2025", python_tools=None, **_):
+def smol_history(
+    messages, tools, *, enable_thinking=None, date_string="08 July 2025", python_tools=None, custom_instructions="", **_
+):
     mode = smol_mode(messages, enable_thinking)
     own = text_of(messages[0]) if messages[0]["role"] == "system" else ""
     persona = own.replace("/no_think", "").replace("/think", "").rstrip()
+    if custom_instructions and messages[0]["role"] == "system" and persona.strip() != custom_instructions.strip():
+        raise Refused
+    persona = persona or custom_instructions
     if "/system_override" in own:
         if tools or python_tools:
             raise Refused
@@ -1803,7 +1826,9 @@ SMOLLM3 = Family(
         "enable_thinking": (True, False),
         "date_string": ("15 June 2025",),
         "python_tools": (["def add(a, b): ..."],),
+        "custom_instructions": ("Be a pirate. ",),
         "train_thinking": ("on", "masked"),
+        "train_newline": ("on", "off"),
     },
     differences={
         ("tool_one", "full"): "upstream drops the call, ours renders it",
@@ -1827,10 +1852,10 @@ SMOLLM3 = Family(
             [{"role": "system", "content": "/no_think Be a pirate."}, {"role": "user", "content": "Hi"}]
             + [{"role": "assistant", "content": "Arr."}],
             None,
-            {"train_header": "on"},
+            {"train_header": "on", "train_newline": "on"},
             "<|im_start|>system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\nToday Date: 08 July 2025\n"
             "Reasoning Mode: /no_think\n\n## Custom Instructions\n\n Be a pirate.\n\n"
-            "<|im_start|>user\nHi<|im_end|>\n⟦<|im_start|>assistant\n<think>\n\n</think>\nArr.<|im_end|>⟧\n",
+            "<|im_start|>user\nHi<|im_end|>\n⟦<|im_start|>assistant\n<think>\n\n</think>\nArr.<|im_end|>\n⟧",
         ),
     ),
 )

@@ -146,8 +146,8 @@ def expected(family, messages, tools, train_turns=None, **arguments):
     """Training text, its trained spans, and for each trained answer (index, request, output)."""
     convention = {
         name: arguments.pop(name)
-        for name in ("train_thinking", "train_tool_calls", "train_header")
-        if name in arguments
+        for name in ("train_thinking", "train_tool_calls", "train_header", "train_newline")
+        if name in arguments and not (name == "train_newline" and family.published)
     }
     text = family.history(messages, tools, **arguments)
     last_answer = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
@@ -190,6 +190,8 @@ def expected(family, messages, tools, train_turns=None, **arguments):
             )
             if part and not masked:
                 spans.append((start, end))
+        if convention.get("train_newline") == "on":
+            spans.append((end, end + len(family.after)))
     return text, merged(spans), answers
 
 
