@@ -75,7 +75,7 @@ def keys(batch):
     usual = np.array([dumped(orjson.loads(value)).decode() == value for value in kwargs.dictionary.to_pylist()], bool)
     switched = matched(pc.match_substring_regex(plain.texts, SWITCHES)) & ~plain.assistant
     mask = plain.rows & plain.none(switched) & usual[np.asarray(kwargs.indices)]
-    texts = plain.texts  # a character that JSON escapes: no text holds it
+    texts = pc.replace_substring(plain.texts, "\\\\", "\x01")  # a character that JSON escapes: no text holds it
     texts = pc.replace_substring_regex(texts, BLANKS, " ")
     if not pc.all(pc.string_is_ascii(texts)).as_py():
         texts = pc.utf8_normalize(texts, "NFC")

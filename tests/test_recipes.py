@@ -63,8 +63,10 @@ def test_launch_lines_of_the_docstring_parse(path, monkeypatch, tmp_path):
         assert (REPO / words[0]).resolve() == path
         flags = [*words[1:], "--use_cpu", "true", "--output_dir", str(tmp_path / "none")]
         monkeypatch.setattr(sys, "argv", [str(path), *flags])
-        script, args, model = runpy.run_path(str(path))["parse_args"]()
-        assert args.gradient_accumulation_steps == script.global_batch_size == 16
+        module = runpy.run_path(str(path))
+        script, args, model = module["parse_args"]()
+        assert script.global_batch_size == module["DEFAULTS"]["global_batch_size"] >= 8
+        assert args.gradient_accumulation_steps * args.per_device_train_batch_size == script.global_batch_size
         assert model.attn_implementation is None and args.model_init_kwargs["attn_implementation"] == "sdpa"
         assert args.use_liger_kernel is False and args.resume_from_checkpoint is None
 
