@@ -7,16 +7,19 @@ repair is raised as BadInput with one sentence; a command prints it and exits 2.
 """
 
 import json
+import re
 
 import numpy as np
 import pyarrow.parquet
 from datasets import Dataset, DatasetDict, List, load_from_disk
 from jinja2 import TemplateError
-from metrics import exact_match, strict_json
+from jsonschema import SchemaError
+from metrics import RATES, controls, judge, schema_valid, strict_json, validator
 from models import BadInput, fill_of, first_line, generate, render, token_losses
 
 PROMPT_TAIL = 200  # characters of the prompt kept beside each answer
-NO_RECORD = dict.fromkeys(("answer", "answer_tokens", "stopped", "empty", "exact", "json_valid"))
+ANSWER = ("answer", "answer_tokens", "reference_tokens", "json_equal", "json_fields", *RATES.values())  # of a record
+SCHEMA_IN_TEXT = re.compile(r"<schema>\s*(.*?)\s*</schema>", re.DOTALL)
 
 
 def read_rows(path, split):
@@ -70,7 +73,8 @@ def without_fill(value, feature):
 
 
 def clean_row(row, number):
-    """{id, messages, tools or None, kwargs, source, tags, mode: think, no_think or None} of the number-th row."""
+    """{id, messages, tools or None, kwargs, source, tags, mode: think, no_think or None} of the number-th row, and its
+    json_schema where it has one."""
     where = f"row {number}" + (f" ({row['id']})" if isinstance(row, dict) and row.get("id") else "")
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list) or not messages:
@@ -86,6 +90,14 @@ def clean_row(row, number):
         raise BadInput(
             f"{where} of the data has tools that are not a JSON list ({first_line(error)}): repair them"
         ) from None
+    schema = row.get("json_schema")
+    try:
+        schema = json.loads(schema) if isinstance(schema, str) else schema
+        validator(True if schema is None else schema)
+    except (ValueError, SchemaError) as error:
+        raise BadInput(
+            f"{where} of the data has a json_schema that is no JSON schema ({first_line(error)}): repair it"
+        ) from None
     kwargs = {key: value for key, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
     return {
         "id": str(row["id"] if row.get("id") is not None else number),
@@ -95,6 +107,7 @@ def clean_row(row, number):
         "source": str(row.get("source") or "no source"),
         "tags": list(row.get("tags") or []),
         "mode": {True: "think", False: "no_think"}.get(kwargs.get("enable_thinking")),
+        **({} if schema is None else {"json_schema": schema}),
     }
 
 
@@ -102,9 +115,10 @@ def prepare(row, tokenizer, stops, limit, skip):
     """Render and tokenise one row under serving conditions; False if it has no assistant turn. Adds to row:
 
     sequences: token lists to run; spans: (sequence, start, end) of every scored output; all: the same of the whole
-    conversation or None; prompt (tokens), prompt_tail and reference (texts) of the last answer, prompt None if it is
-    not scored. An output that stands in the whole conversation just as it was served shares its sequence, so that most
-    rows cost one forward pass. limit: tokens; skip(reason, place) is called for whatever cannot be scored.
+    conversation or None; and of the last answer: prompt (tokens, None if it is not scored), prompt_tail, question and
+    reference (texts), reference_tokens (how many), opened (<think> where the prompt ends in it), schema. An output that
+    stands in the whole conversation just as it was served shares its sequence, so that most rows cost one forward pass.
+    limit: tokens; skip(reason, place) is called for whatever cannot be scored.
     """
 
     def rendered(upto, generation_prompt):
@@ -145,19 +159,53 @@ def prepare(row, tokenizer, stops, limit, skip):
                 row["sequences"].append(ids[:end])
             row["spans"].append((0 if shared else len(row["sequences"]) - 1, len(prompt), end))
             if k == answers[-1]:
-                row |= {"prompt": prompt, "prompt_tail": before[-PROMPT_TAIL:]}
+                asked = [message for message in row["messages"][:k] if message["role"] == "user"]
+                row |= {
+                    "prompt": prompt,
+                    "prompt_tail": before[-PROMPT_TAIL:],
+                    "reference_tokens": end - 1 - len(prompt),
+                }
+                row["question"] = str(asked[-1].get("content") or "") if asked else ""
                 row["reference"] = tokenizer.decode(ids[len(prompt) : end - 1], clean_up_tokenization_spaces=False)
+                # some templates open the think block in the prompt: its end then stands alone in the output
+                row["opened"] = "<think>" if before.rstrip().endswith("<think>") else ""
+                row["schema"] = schema_of(row, k, skip)
     return bool(answers)
 
 
-def measure(model, rows, tokenizer, stops, batch_size, max_new_tokens, name="model", losses_of=token_losses):
-    """One record (metrics.py) with the answer a prepared row, in their order; name: of the model, for messages.
-    losses_of: another function for token_losses (in_training.py has TRL's head at hand)."""
+def schema_of(row, k, skip):
+    """The JSON schema of a row's k-th message, None where it has none: its column json_schema, else the last <schema>
+    block of the messages before, as NousResearch's json-mode-eval has it. One that the reference itself does not meet
+    is left out: the data contradicts itself."""
+    schema, reference = row.get("json_schema"), row["opened"] + row["reference"]
+    texts = [message["content"] for message in row["messages"][:k] if isinstance(message.get("content"), str)]
+    for text in SCHEMA_IN_TEXT.findall("\n".join(texts)) if schema is None else ():
+        try:
+            validator(found := json.loads(text))
+            schema = found if isinstance(found, dict) else schema
+        except (ValueError, SchemaError):  # a text that only looks so
+            continue
+    if schema is None or not strict_json(reference):
+        return None
+    if schema_valid(schema, reference):
+        return schema
+    return skip("JSON schema that the data's own answer does not meet", row["id"])
+
+
+def measure(
+    model, rows, tokenizer, stops, batch_size, max_new_tokens, name="model", losses=token_losses, answers=generate
+):
+    """One record (metrics.py) with the answer a prepared row, in their order; name: of the model, for messages; losses
+    and answers: what computes them, token_losses and generate or the like."""
     fill = fill_of(tokenizer, stops)
     sequences = [sequence for row in rows for sequence in row["sequences"]]
-    losses = iter(losses_of(model, sequences, batch_size, fill, f"{name}: perplexity"))
-    prompts = [row["prompt"] for row in rows if row["prompt"]]
-    outputs = iter(generate(model, prompts, stops, batch_size, fill, max_new_tokens, f"{name}: answers"))
+    losses = iter(losses(model, sequences, batch_size, fill, f"{name}: perplexity"))
+    asked = [row for row in rows if row["prompt"]]
+    prompts = [row["prompt"] for row in asked]
+    outputs = iter(answers(model, prompts, stops, batch_size, fill, max_new_tokens, f"{name}: answers"))
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    # what the data's own answers hold is a template's way to write calls or reasoning
+    allowed = set().union(*(controls(row["opened"] + row["reference"], special) for row in asked))
     records = []
     for row in rows:
         own = [next(losses) for _ in row["sequences"]]
@@ -167,14 +215,25 @@ def measure(model, rows, tokenizer, stops, batch_size, max_new_tokens, name="mod
         if not np.isfinite(nll + all_nll):
             raise BadInput(f"the {name} model's loss on row {row['id']} is not a number: repair its weights or dtype")
         record = {"nll": nll, "tokens": sum(map(len, spans)), "turns": len(spans)}
-        record |= {"all_nll": all_nll, "all_tokens": len(whole), "texts": int(len(whole) > 0), **NO_RECORD}
+        record |= {"all_nll": all_nll, "all_tokens": len(whole), "texts": int(len(whole) > 0), **dict.fromkeys(ANSWER)}
         if row["prompt"]:
-            tokens, stopped, _ = next(outputs)
-            answer = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-            record |= {"answer": answer, "answer_tokens": len(tokens), "stopped": stopped, "empty": not answer.strip()}
-            # some templates open the think block in the prompt: its end then stands alone in the output
-            opened = "<think>" if row["prompt_tail"].rstrip().endswith("<think>") else ""
-            record["exact"] = exact_match(opened + row["reference"], opened + answer)
-            record["json_valid"] = strict_json(opened + answer) if "json" in row["tags"] else None
+            output = next(outputs)
+            answer = tokenizer.decode(output.tokens, clean_up_tokenization_spaces=False)
+            record |= {
+                "answer": answer,
+                "answer_tokens": len(output.tokens),
+                "reference_tokens": row["reference_tokens"],
+            }
+            record |= judge(
+                row["opened"] + row["reference"],
+                row["opened"] + answer,
+                output.stopped,
+                output.failed,
+                question=row["question"],
+                special=special,
+                allowed=allowed,
+                wants_json=bool({"json", "json_negative"}.intersection(row["tags"])) or row["schema"] is not None,
+                schema=row["schema"],
+            )
         records.append(record)
     return records

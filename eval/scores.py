@@ -15,19 +15,10 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-from metrics import wilson
+from metrics import rate
 from models import BadInput
 from rich.console import Console
 from rich.table import Table
-
-
-def rate(flags):
-    """{value, low, high, count, total} of booleans (None: does not apply, not counted); None where none applies."""
-    flags = [flag for flag in flags if flag is not None]
-    if not flags:
-        return None
-    low, high = wilson(sum(flags), len(flags))
-    return {"value": sum(flags) / len(flags), "low": low, "high": high, "count": sum(flags), "total": len(flags)}
 
 
 def rates(lines, names):

@@ -360,8 +360,8 @@ def test_the_same_input_gives_the_same_bytes(home):
     write_rows(home / "full" / "log.jsonl", [*log, {"step": 8, "eval_loss": 0.5}])
     for out in ("one", "two"):
         run(home, "base", "full", out=out)
-    names = {"report.json", "report.md", "answers.jsonl", "loss.png"}
-    assert {path.name for path in (home / "one").iterdir()} == names
+    names = {"report.json", "report.md", "report.html", "answers.jsonl", "loss.png"}
+    assert {path.name for path in (home / "one").iterdir()} == names | {".cache"}
     for name in names:
         assert (home / "one" / name).read_bytes() == (home / "two" / name).read_bytes(), name
     assert str(home) not in (home / "one" / "report.json").read_text()
@@ -426,7 +426,7 @@ def test_the_command_line(home):
     shutil.copy(home / "rows.jsonl", home / "cli")
     done = subprocess.run(command, cwd=home / "cli", env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "assistant perplexity" in done.stdout and "no loss.png: adapter has neither" in done.stdout
+    assert "assistant perplexity" in done.stdout and "no loss curve: adapter has neither" in done.stdout
     assert "\r" not in done.stderr and "%|" not in done.stderr  # no progress bar where there is no terminal
     assert (home / "cli" / "adapter" / "report.md").is_file()
 
@@ -447,16 +447,20 @@ def test_wilson_has_the_published_values(count, total, low, high):
 
 def test_bootstrap_resamples_rows():
     """500 rows of one token, nll 0 or 1: the mean nll has standard error sqrt(1/4 / 500), hence the interval."""
+
+    def interval(nll, tokens, seed):
+        return metrics.bootstrap(nll, tokens, seed, metrics.perplexity)
+
     nll = [0.0, 1.0] * 250
-    low, high = metrics.bootstrap_perplexity(nll, [1] * 500, 42)
+    low, high = interval(nll, [1] * 500, 42)
     half = metrics.Z95 * math.sqrt(0.25 / 500)
     assert (math.log(low), math.log(high)) == pytest.approx((0.5 - half, 0.5 + half), abs=0.005)
     # the same tokens in 10 long rows of one kind each: rows are what is drawn, so the interval is far wider
-    wide = metrics.bootstrap_perplexity([0.0, 50.0] * 5, [50] * 10, 42)
+    wide = interval([0.0, 50.0] * 5, [50] * 10, 42)
     assert math.log(wide[1] / wide[0]) > 3 * math.log(high / low)
-    assert metrics.bootstrap_perplexity(nll, [1] * 500, 42) == (low, high)
-    assert metrics.bootstrap_perplexity(nll, [1] * 500, 43) != (low, high)
-    assert metrics.bootstrap_perplexity([2.0], [1], 0) == pytest.approx((math.exp(2),) * 2)
+    assert interval(nll, [1] * 500, 42) == (low, high)
+    assert interval(nll, [1] * 500, 43) != (low, high)
+    assert interval([2.0], [1], 0) == pytest.approx((math.exp(2),) * 2)
 
 
 @pytest.mark.parametrize("text", ['{"a": [1, null, "x"]}', " 3 ", '"s"', "null", '<think>{{</think>\n{"a": 1}', "[]"])
@@ -570,7 +574,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(home, capsys, monkeypatch)
     for change, expected in cases:
         command = [word for pair in (good | change).items() for word in pair]
         assert re.search(expected, refused(capsys, *command)), (change, expected)
-        assert not (home / "never").exists()
+        assert not (home / "never").exists() or [path.name for path in (home / "never").iterdir()] == [".cache"]
 
     def full(path, data, write=Path.write_bytes):
         write(path, data[: len(data) // 2])
@@ -584,7 +588,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(home, capsys, monkeypatch)
     monkeypatch.setattr(Path, "write_bytes", full)
     command = [word for pair in (good | {"--out": home / "kept"}).items() for word in pair]
     assert "No space left on device" in refused(capsys, *command)
-    assert [path.name for path in (home / "kept").iterdir()] == ["report.md"]
+    assert {path.name for path in (home / "kept").iterdir()} == {"report.md", ".cache"}
     assert (home / "kept" / "report.md").read_text() == "the last good one"
     for wrong in (["--rows", "0"], ["--dtype", "int8"], ["--row", "3"]):
         with pytest.raises(SystemExit, match="2"):

@@ -65,7 +65,7 @@ def test_measure_command_parses_and_names_this_run(run_recipe, demo, capsys, mon
     assert words[:2] == ["python", "eval/compare.py"]
     monkeypatch.syspath_prepend(REPO / "eval")
     args = runpy.run_path(str(REPO / "eval" / "compare.py"))["parse_args"](words[2:])
-    assert (args.base, args.tuned, args.data) == (str(demo / "init"), folder, demo / "rows" / "chat")
+    assert (args.base, args.tuned, args.data) == (str(demo / "init"), [folder], demo / "rows" / "chat")
     assert (demo / "rows" / "chat" / args.split).is_dir()
 
 
