@@ -89,6 +89,7 @@ def results(rows, records, seed):
     groups = {
         "source": [[row["source"]] for row in rows],
         "mode": [[row["mode"]] if row["mode"] else [] for row in rows],
+        "tag": [row["tags"] for row in rows],
         "persona": [["persona" if one else "no persona"] if any(system) else [] for one in system],
     }
     out = {"overall": {"all": summaries(range(len(rows)))}}

@@ -31,14 +31,16 @@ overflow-wrap:anywhere}
 .box{background:var(--card);border:1px solid var(--line);border-radius:8px;overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.88rem;font-variant-numeric:tabular-nums}
 th,td{padding:4px 10px;text-align:right;vertical-align:top;border-top:1px solid var(--line)}
-thead th{border-top:0;color:var(--soft);font-weight:600;overflow-wrap:anywhere}
+thead th{border-top:0;color:var(--soft);font-weight:600;vertical-align:bottom}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--card)}
 tr.group th{background:var(--head);font-weight:600}
-td small{display:block;color:var(--soft);white-space:nowrap;font-size:.78rem;line-height:1.2}
-td.n{white-space:nowrap;color:var(--soft)}.better{color:var(--good);font-weight:600}.worse{color:var(--bad);font-weight:600}
+td small{display:block;color:var(--soft);font-size:.78rem;line-height:1.2}
+td{white-space:nowrap}td:first-child{white-space:normal}td.n{color:var(--soft)}.better{color:var(--good);font-weight:600}.worse{color:var(--bad);font-weight:600}
+summary{cursor:pointer;padding:10px 0 8px}
 .curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:12px}
 figure{margin:0;padding:10px 12px;overflow:visible}figcaption{font-size:.88rem;color:var(--soft)}
 svg{display:block;width:100%;height:auto;overflow:visible}svg text{fill:var(--soft);font-size:11px}
+@media (max-width:600px){svg text{font-size:15px}th,td{padding:4px 7px}}
 svg .grid{stroke:var(--line)}svg path{fill:none;stroke-width:1.6}.key{display:flex;flex-wrap:wrap;gap:2px 14px}
 .key i{display:inline-block;width:18px;height:0;border-top:3px solid;vertical-align:middle;margin-right:5px}
 .key i.dashed{border-top-style:dotted}
@@ -95,6 +97,7 @@ def side(name, found, chips):
     ]
     wrong += [] if found["stopped"] or found["failed"] else ["did not stop"]
     wrong = [f"failed: {found['failed']}"] if found["failed"] else wrong
+    wrong = wrong or ([] if found["usable"] else ["nothing behind its reasoning"])
     marks = [("yes", "exact")] if found["exact"] else []
     marks += [("no", word) for word in wrong]
     said = "".join(f'<span class="flag {kind}">{text(word)}</span>' for kind, word in marks)
@@ -150,6 +153,7 @@ def curve(title, lines):
     points = [point for values, *_ in lines.values() for point in values.items()]
     left, right = min(step for step, _ in points), max(step for step, _ in points)
     low, high = min(value for _, value in points), max(value for _, value in points)
+    low = 0 if 0 < low < high / 2 else low  # the axis starts at 0 where that costs little
     low, high = (low, high) if high > low else (low - 1, high + 1)
     right = right if right > left else left + 1
 
@@ -203,6 +207,7 @@ def page(title, notes, findings, header, groups, lines, names, series, chips):
     compare.read_log found}; chips: the tokenizer's special and added tokens."""
     said = "".join(f'<p class="soft">{text(note)}</p>\n' for note in notes)
     said += "".join(f'<p class="say">{text(line)}</p>\n' for line in findings)
+    kinds = [*dict.fromkeys(group.partition(":")[0] for group, _ in groups[1:])]
     most = changed(lines, names)
     different = sum(any(line[name]["answer"] != line[names[0]]["answer"] for name in names[1:]) for line in lines)
     articles = "".join(article(line, names, chips) for line in most)
@@ -212,7 +217,8 @@ def page(title, notes, findings, header, groups, lines, names, series, chips):
 <body><main>
 <h1>{text(title)}</h1>
 {said}{curves(series)}<h2>Before and after</h2>
-{table(header, groups)}
+{table(header, groups[:1])}
+{f"<details><summary>by {', '.join(kinds)}</summary>{table(header, groups[1:])}</details>" if kinds else ""}
 <h2>Answers that changed most</h2>
 <p class="soft">{len(most)} of {different:,} that differ from the base's, out of {len(lines):,}: first where
 exact or usable flipped, lost before gained, then by edit distance over length.</p>
