@@ -1,13 +1,15 @@
 """Hook: what would waste a run without a word is refused before it is paid for, or counted in one line at its start.
 
 Packing that lets documents see each other, pairs of method and engine that do not work, full fine-tuning without fp32
-weights, packs with nothing to train, answers cut off. What can be asked for by `--allow NAME` stands in ALLOW.
+weights, packs with nothing to train, answers cut off, personas that the template drops. What can be asked for by
+`--allow NAME` stands in ALLOW.
 """
 
 import copy
 import hashlib
 import json
 import os
+import re
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -19,6 +21,7 @@ import pyarrow.compute as pc
 import torch
 import transformers
 from accelerate import ParallelismConfig
+from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -27,6 +30,7 @@ SHARE = 0.01  # of packs or rows: a fault in more of them is refused, as by data
 ALLOW = {
     "bf16_weights": "full fine-tuning of bf16 or fp16 weights without fp32 master weights",
     "masked_packs": f"more than {SHARE:.0%} of the packs hold nothing to train",
+    "lost_personas": "rows whose system message or custom_instructions the template leaves out of the text",
     "cut_answers": f"more than {SHARE:.0%} of the rows are cut within what is trained",
     "qlora_fsdp2": "QLoRA on FSDP2: right on CPUs with --bnb_4bit_quant_storage bfloat16 --optim adamw_torch",
     "other_tokenizer": "a compiled set (data_prep/compile.py) of another tokenizer, template or mask",
@@ -38,6 +42,7 @@ PAIRS = {  # (method, engine): the name in ALLOW, why not
 # share of what two documents joined to one would do, above which packing leaks. On a CPU, over every architecture that
 # transformers 5.23 builds from its default config: noise at most 6e-6 in fp32 and 0.044 in bf16, leaks from 0.045 on
 LEAK = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+PERSONAS = ("custom_instructions", "system_prompt", "model_identity")  # template arguments that say who speaks
 LENGTH, VOCABULARY, LARGEST = 20, 64, 5e8  # of the probe: tokens of a document, ids, parameters
 RUN = {}  # what prepare() was given
 
@@ -337,6 +342,63 @@ def check_rows(trainer, rows, allow):
         )
 
 
+# -- personas: a bug that dropped every system message of SmolLM3's training changed no score -------------------------
+def spoken(text):
+    """Text without the switches that a template takes out of a persona and without a difference of blanks."""
+    return " ".join(re.sub(r"/(?:no_think|think|system_override)\b", " ", text).split())
+
+
+def lost_personas(trainer, rows):
+    """[(row, persona)] of the rows with a system message, or a template argument that says who speaks, that the
+    rendered text leaves out. Each is rendered with a mark behind it, as data_prep/check.py does: its text alone might
+    stand in the template's own persona, or in what the user says."""
+    template = Path(trainer.args.chat_template_path).read_text(encoding="utf-8")
+    names = [n for n in ("messages", "prompt", "tools", "chat_template_kwargs") if n in rows.column_names]
+    lost, seen = [], {}
+
+    def render(turns, kwargs, tools):
+        turns = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
+        given = {"chat_template": template, "tools": tools, "tokenize": False}
+        return spoken(trainer.processing_class.apply_chat_template(turns, **given, **kwargs))
+
+    def missing(turns, kwargs, tools):
+        where = {n for n, turn in enumerate(turns) if turn["role"] in ("system", "developer") and turn.get("content")}
+        told = {name: f"{kwargs[name]} personamark" for name in PERSONAS if kwargs.get(name)}
+        marked = [t | {"content": f"{t['content']} personamark"} if n in where else t for n, t in enumerate(turns)]
+        try:
+            text = render(marked, kwargs | told, tools)
+        except TemplateError:  # the row itself renders, or it would not be here: it is looked at as it stands
+            marked, told, text = turns, {name: kwargs[name] for name in told}, render(turns, kwargs, tools)
+        told = [*(marked[n]["content"] for n in where), *told.values()]
+        return next((one for one in told if isinstance(one, str) and spoken(one) not in text), None)
+
+    for number, row in enumerate(rows.select_columns(names)):
+        turns, kwargs, tools = row.get("messages") or row.get("prompt"), row.get("chat_template_kwargs") or {}, None
+        if not isinstance(turns, list) or not (
+            {turn["role"] for turn in turns} & {"system", "developer"} or any(map(kwargs.get, PERSONAS))
+        ):
+            continue
+        tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
+        own = [turn["content"] for turn in turns if turn["role"] in ("system", "developer")]
+        key = json.dumps([own, turns[0]["role"], bool(tools), kwargs], sort_keys=True, default=str)
+        if key not in seen:  # most sets have few
+            seen[key] = missing(turns, kwargs, tools)
+        if seen[key]:
+            lost.append((number, seen[key].removesuffix(" personamark")))
+    return lost
+
+
+def check_personas(trainer, rows, allow):
+    lost = lost_personas(trainer, rows) if "input_ids" not in rows.column_names else []
+    if lost and "lost_personas" not in allow:
+        number, persona = lost[0]
+        raise ValueError(
+            f"{len(lost):,} of {len(rows):,} rows lose their persona, the first is row {number} from 0: "
+            f"{persona[:60]!r} is not in the text that the template renders: mend the rows (data_prep/check.py names "
+            "them all) or pass another --chat_template_path; --allow lost_personas trains them so"
+        )
+
+
 # -- the hook ---------------------------------------------------------------------------------------------------------
 def say(args, text):
     if args.process_index == 0:
@@ -377,5 +439,6 @@ def callback(trainer):
         check_weights(trainer, model, script.allow)
         if trainer.padding_free and not RUN["probed"]:  # rows that came packed
             check_packing(trainer.args, model)
+        check_personas(trainer, script.rows, script.allow)
         check_rows(trainer, script.rows, script.allow)
     return Preflight()
