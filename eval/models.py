@@ -55,9 +55,11 @@ def load_tokenizer(tuned):
 
 def check_vocabulary(base, tokenizer):
     """Refuse a base whose own tokenizer gives a shared token another id: it would be measured on noise."""
+    if Path(base).is_dir() and not Path(base, "tokenizer_config.json").is_file():
+        return  # a base need not have a tokenizer (transformers would make one up); load_model still compares the sizes
     try:
         vocabulary = AutoTokenizer.from_pretrained(base).get_vocab()
-    except Exception:  # a base need not have a tokenizer; load_model still compares the sizes
+    except Exception:
         return
     ours = tokenizer.get_vocab()
     if wrong := sorted(token for token, number in vocabulary.items() if ours.get(token, number) != number):
