@@ -14,7 +14,8 @@ model with the switch enable_thinking is asked in both modes.
                            truth as history. Not BFCL's multi-turn score, which runs the calls and compares states:
                            here a detour that ends well is wrong, replies are null, and all calls stand in one answer
     multi_turn_first_call  the same for the first call alone: what a format of one call a turn can reach
-    malformed              answers that begin a call which does not parse; they hold no call, as in BFCL
+    malformed              answers that begin a call which does not parse; they hold no call, as in BFCL, which makes
+                           irrelevance right: look at both
     stop_rate              answers ended by a stop token within the budget
 
 Writes tool_calls.json and tool_calls.jsonl to --out. Java and JavaScript categories are refused: other type rules.
@@ -300,28 +301,23 @@ def marked(schema):
 
 
 def tasks_of(row, where, answers, docs):
-    """What a row asks: dicts of id, category, turn, messages, functions, answers (of mismatch()). Raises BadInput."""
-    category = re.sub(r"_\d.*", "", str(row.get("id")) if isinstance(row, dict) else "")
-    wanted = {"question": list, **({"involved_classes": list} if category == "multi_turn_base" else {"function": list})}
-    if not category or not all(isinstance(row.get(key), kind) for key, kind in wanted.items()):
-        raise BadInput(f"{where} is no row of BFCL version 4 (id, {', '.join(wanted)}): pass its own files")
+    """What a row asks: dicts of id, category, turn, messages, functions, answers (of mismatch()). Raises BadInput, and
+    other errors where the row is not as BFCL writes it."""
+    category, truth = re.sub(r"_\d.*", "", row["id"]), answers.get(row["id"])
     if "java" in category or category.startswith("multi_turn") and category != "multi_turn_base":
         raise BadInput(f"{where} is of {category}, which is not measured here: leave that file out")
-    truth = answers.get(row["id"])
     if truth is None and "relevance" not in category:
         raise BadInput(f"{where} ({row['id']}) has no answer: pass the file of its answers with --answers")
-    one = {"id": row["id"], "category": category, "turn": 1}
+    one = {"id": row["id"], "category": category}
     if category != "multi_turn_base":
-        task = one | {"messages": row["question"][0], "functions": row["function"], "answers": truth}
-        check_types(task["functions"], where)
-        return [task]
-    left_out = row.get("excluded_function", [])
+        check(row["function"], truth or [], where)
+        return [one | {"turn": 1, "messages": row["question"][0], "functions": row["function"], "answers": truth}]
+    left_out, messages, tasks = row.get("excluded_function", []), [], []
     functions = [one for name in row["involved_classes"] for one in docs(name, where) if one["name"] not in left_out]
-    check_types(functions, where)
-    messages, tasks = [], []
     for turn, (said, texts) in enumerate(zip(row["question"], truth, strict=True), 1):
         calls = [call for text in texts for call in python_calls(text, functions)]
         allowed = [{call["name"]: alternatives(call, functions)} for call in calls]
+        check(functions, allowed, where)
         messages = messages + said
         tasks.append(one | {"turn": turn, "messages": messages, "functions": functions, "answers": allowed})
         for number, call in enumerate(calls, len(messages)):
@@ -332,15 +328,18 @@ def tasks_of(row, where, answers, docs):
     return tasks
 
 
-def check_types(functions, where):
+def check(functions, answers, where):
+    """Raise BadInput for types that mismatch() does not know, ValueError for an answer with an unknown function."""
     for function in functions:
         for name, schema in function["parameters"]["properties"].items():
-            inner = [schema.get("items", {}).get("type")] if schema.get("type") in ("array", "tuple") else []
-            if unknown := [kind for kind in [schema.get("type"), *inner] if kind not in TYPES]:
+            kinds = [schema["type"], *([schema["items"]["type"]] if schema["type"] in ("array", "tuple") else [])]
+            if unknown := [kind for kind in kinds if kind not in TYPES]:
                 raise BadInput(
                     f"{where}: {name} of {function['name']} is of type {unknown[0]}, which BFCL's python categories do "
                     "not have: leave that file out"
                 )
+    if unknown := {name for answer in answers for name in answer} - {function["name"] for function in functions}:
+        raise ValueError(f"no function {min(unknown)}")
 
 
 def alternatives(call, functions):
@@ -367,7 +366,12 @@ def read_tasks(args):
 
     given = args.answers or [path.parent / "possible_answer" / path.name for path in args.data]
     files = given if args.answers else [path for path in given if path.is_file()]
-    answers = {row["id"]: row["ground_truth"] for path in files for row in rows(path)}
+    try:
+        answers = {row["id"]: row["ground_truth"] for path in files for row in rows(path)}
+    except (KeyError, TypeError):
+        raise BadInput(
+            "the answers are not rows of id and ground_truth: pass BFCL's files of possible_answer"
+        ) from None
     tasks = []
     for path in args.data:
 
@@ -383,7 +387,13 @@ def read_tasks(args):
         if args.rows and args.rows < len(found):
             found = sorted(random.Random(args.seed).sample(found, args.rows))
         for number, row in found:
-            tasks += tasks_of(row, f"{path}, row {number}", answers, docs)
+            where = f"{path}, row {number}"
+            try:
+                tasks += tasks_of(row, where, answers, docs)
+            except (ValueError, LookupError, TypeError, AttributeError, SyntaxError) as error:
+                raise BadInput(
+                    f"{where} is not as BFCL 4 writes it ({first_line(error)}): pass its own files"
+                ) from None
     if not tasks:
         raise BadInput("the data holds no rows: pass files of BFCL")
     return tasks, digest.hexdigest()
