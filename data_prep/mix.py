@@ -408,7 +408,7 @@ def gathered(block, files, kwargs=None):
     rows, passes = block.data
     batch = shards(files).take(rows)
     if kwargs:
-        told = [dumped({**kwargs, **loaded(own)}).decode() for own in plain_columns(batch)[3]]
+        told = [dumped({**kwargs, **loaded(own.encode())}).decode() for own in plain_columns(batch)[3]]
         batch = batch.set_column(3, SCHEMA.field(3), json_array(told))
     if passes.any():
         ids = [f"{name}@{number + 1}" if number else name

@@ -135,11 +135,29 @@ def smoltalk(row):
 def smoltalk2(row):
     """HuggingFaceTB/smoltalk2: messages, source, chat_template_kwargs {custom_instructions, enable_thinking,
     python_tools, xml_tools}, which all stay: custom_instructions is the persona, and null would bring the template's
-    own. The think and no_think rows of a prompt share it; mix.py keeps them together by it."""
+    own. <tool_call> blocks that end an answer become tool_calls. The think and no_think rows of a prompt share it;
+    mix.py keeps them together by it."""
     kwargs = row.get("chat_template_kwargs")
     if kwargs and not isinstance(kwargs, dict):
         raise Refused("field of another type", "chat_template_kwargs must be an object")
-    return messages(row) | {"chat_template_kwargs": {k: v for k, v in (kwargs or {}).items() if v is not None}}
+    turns = [with_calls(turn) for turn in listed(row["messages"], "messages")]
+    kwargs = {name: value for name, value in (kwargs or {}).items() if value is not None}
+    return messages({**row, "messages": turns}) | {"chat_template_kwargs": kwargs}
+
+
+CALL = re.compile(r"\s*<tool_call>(.*?)</tool_call>", re.S)
+
+
+def with_calls(turn):
+    """A message whose text ends in <tool_call> blocks of JSON with tool_calls instead."""
+    said, mark, _ = turn["content"].partition("<tool_call>") if isinstance(turn.get("content"), str) else ("", "", "")
+    if not mark or turn["role"] != "assistant":
+        return turn
+    told = turn["content"][len(said) :]
+    if CALL.sub("", told).strip():
+        raise Refused("text behind a tool call", CALL.sub("", told).strip()[:80])
+    calls = [parsed(found, "tool call that is not JSON") for found in CALL.findall(told)]
+    return {**turn, "content": said, "tool_calls": [tool_call(call) for call in calls]}
 
 
 def nemotron(row):

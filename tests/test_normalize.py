@@ -307,6 +307,9 @@ BAD = [  # (source, raw line, reason it is counted under)
     ("step35", {"conversations": [SAID[0], {**SAID[1], "loss_mask": 2}]}, "loss_mask that is not 0 or 1"),
     ("blossom", {"id": "1", "messages": SAID}, "missing field"),
     ("smoltalk2", {"messages": SAID, "chat_template_kwargs": "x"}, "field of another type"),
+    ("smoltalk2", {"messages": plain("a", "<tool_call>{}</tool_call> b")}, "text behind a tool call"),
+    ("smoltalk2", {"messages": plain("a", "b <tool_call>\nf(x)\n</tool_call>")}, "tool call that is not JSON"),
+    ("smoltalk2", {"messages": plain("a <tool_call>{}</tool_call>", "b")}, "control token in text"),
     ("nemotron", {"input": "a", "output": "b", "generator": "Qwen", "reasoning": "on"}, "answer not of DeepSeek-R1"),
     ("nemotron", {"input": "a", "output": "b", "generator": "DeepSeek-R1", "reasoning": "on"},
      "no reasoning where the row says on"),
@@ -684,6 +687,11 @@ SHAPES = [  # (source, raw row, what the row must hold)
     ("smoltalk2", {"messages": plain("a", "<think>\n\n</think>\n\nb"),
                    "chat_template_kwargs": {"enable_thinking": False}},
      {"messages": SAID, "chat_template_kwargs": {"enable_thinking": False}}),
+    ("smoltalk2", {"messages": plain("a", '<think>\nc\n</think>\nb\n<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n'
+                                          '</tool_call>\n<tool_call>{"arguments": "{}", "name": "g"}</tool_call>')},
+     {"messages": [SAID[0], {"role": "assistant", "content": "b", "reasoning_content": "c", "tool_calls": [
+         {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}},
+         {"type": "function", "function": {"name": "g", "arguments": {}}}]}]}),
     ("nemotron", WHOLE["nemotron"], {"messages": thought("a", "b", "c"), "tags": ["math"],
                                      "chat_template_kwargs": {"enable_thinking": True}}),
     ("nemotron", {"input": "a", "output": "b", "generator": "DeepSeek-R1", "reasoning": "off", "system_prompt": "s"},
