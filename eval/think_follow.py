@@ -7,7 +7,7 @@ there), each turn told /think or /no_think at random, the model's own answers as
 answer with a think block that is not empty, a no_think turn by one with an empty block or none. The draw depends on
 --seed and the conversation's id alone. A model that never heeds the flag gets about one half: look at both modes.
 
-    follow      turns that did as told; an answer that failed (memory, time, context) did not
+    follow      turns that did as told; an answer that failed (memory, time, context, refused history) did not
     follow_all  conversations whose every turn did
     unfinished  turns whose think block was opened and never closed: what is there counts for follow
     empty       turns with nothing after the think block, or nothing at all
@@ -29,11 +29,12 @@ import json
 import random
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from jinja2 import TemplateError
 from measure import clean_row, read_rows
-from models import BadInput, add_model_arguments, ask, first_line, open_model, positive, render
+from models import Answer, BadInput, add_model_arguments, ask, first_line, open_model, positive, render
 from scores import command, grouped, parser_of, rate, rates, show, write_scores
 
 METRICS = {name: name for name in ("follow", "unfinished", "empty")} | {"stop_rate": "stopped"}
@@ -58,7 +59,8 @@ def thoughts(prompt, answer):
             answer = start + answer
         if start in answer:
             parts = re.split(f"{re.escape(start)}(.*?)(?:{re.escape(end)}|$)", answer, flags=re.DOTALL)
-            return "".join(parts[1::2]).strip(), "".join(parts[::2]).strip(), answer.rfind(start) > answer.rfind(end)
+            rest = "".join(parts[::2]).replace(end, "").strip()  # without ends that close nothing
+            return "".join(parts[1::2]).strip(), rest, answer.rfind(start) > answer.rfind(end)
     return "", answer.strip(), False
 
 
@@ -136,10 +138,15 @@ def talk(model, tokenizer, stops, conversations, place, args):
     said, lines = [[] for _ in conversations], [[] for _ in conversations]
     for turn in range(max(map(len, modes))):
         here = [i for i, one in enumerate(conversations) if turn < len(one["turns"])]
-        prompts = [prompt_of(tokenizer, conversations[i], said[i], modes[i], place) for i in here]
-        ids, label = [ids for _, ids in prompts], f"turn {turn + 1}"
+        prompts = {}
+        for i in here:
+            with suppress(*[BadInput] if turn else []):  # an earlier answer may hold what the template refuses
+                prompts[i] = prompt_of(tokenizer, conversations[i], said[i], modes[i], place)
+        ids, label = [ids for _, ids in prompts.values()], f"turn {turn + 1}"
         answers = ask(model, tokenizer, stops, ids, args.batch_size, args.max_new_tokens, label)
-        for i, (prompt, _), answer in zip(here, prompts, answers, strict=True):
+        answers = dict(zip(prompts, answers, strict=True))
+        for i in here:
+            prompt, answer = prompts.get(i, [""])[0], answers.get(i, Answer("", 0, False, "refused by the template"))
             thought, rest, unfinished = thoughts(prompt, answer.text)
             said[i].append(rest)
             line = {"id": conversations[i]["id"], "turn": turn + 1, "mode": modes[i][turn], "answer": answer.text}

@@ -103,8 +103,8 @@ def read_calls(tokenizer, kind, prompt, text, tools):
         if not all(isinstance(call["name"], str) and isinstance(call["arguments"], dict) for call in calls):
             raise ValueError("a name that is no string, or arguments that are no object")
         return calls, False
-    except (ValueError, TypeError, KeyError, AttributeError, SyntaxError, RecursionError):
-        return [], True
+    except (ValueError, TypeError, LookupError, AttributeError, SyntaxError, RecursionError, MemoryError):
+        return [], True  # MemoryError: what ast says to brackets nested too deep
 
 
 class Constants(ast.NodeTransformer):

@@ -42,6 +42,7 @@ real = pytest.mark.skipif(not BENCH.is_file(), reason="no ../shared/data/chat: M
         ("", "<think></think>a<think>hm</think>b", "hm", "ab", False),  # the second counts too
         ("", "<think>a</think>b<think>c", "ac", "b", True),
         ("", "hm</think>\n\nYes.", "hm", "Yes.", False),  # closed though never opened
+        ("", "<think>a</think>b</think>c", "a", "bc", False),  # an end that closes nothing
         ("<think>\n", "hm\n</think>\n\nYes.", "hm", "Yes.", False),  # the prompt opens it
         ("<think>\n", "\n</think>\n\nYes.", "", "Yes.", False),
         ("<think>\n", "hm", "hm", "", True),
@@ -252,6 +253,21 @@ def test_a_turn_beyond_the_context_is_not_followed(tmp_path, data, monkeypatch):
     report, lines = run(tmp_path, data, "--flag_in", "user")
     assert counts(report["metrics"])["follow"] == (0, 70)
     assert {line["failed"] for line in lines} == {"longer than the context"}
+
+
+def test_an_answer_that_the_template_refuses_costs_its_conversation_only(tmp_path, data, monkeypatch):
+    """A server would refuse the history too: the turns behind it failed, the others are asked."""
+    tokenizer = scripted(monkeypatch, think_follow, "qwen3", lambda prompt: f"It is {len(prompt) % 2}.")
+    refuse = (
+        "{%- for m in messages if m.role == 'assistant' and '1' in m.content %}{{ raise_exception('x') }}{%- endfor %}"
+    )
+    tokenizer.chat_template = refuse + tokenizer.chat_template
+    _, lines = run(tmp_path, data, "--flag_in", "user")
+    assert not any(line["failed"] for line in lines if line["turn"] == 1) and len(lines) == 70
+    first = {line["id"]: line["answer"] for line in lines if line["turn"] == 1}
+    failed = {line["id"] for line in lines if line["turn"] == 2 and line["failed"] == "refused by the template"}
+    assert failed == {name for name, answer in first.items() if "1" in answer} and 5 < len(failed) < 25
+    assert not any(line["follow"] for line in lines if line["failed"])
 
 
 @real

@@ -169,6 +169,21 @@ def test_what_is_a_call_and_what_is_none(name, opened, text, calls, malformed):
     assert found == ([call("clock")] * calls, malformed)
 
 
+@pytest.mark.parametrize("family", callers, ids=lambda family: family.name)
+def test_no_answer_stops_a_run(family):
+    """Calls with pieces cut out, doubled or replaced: read or malformed, never an error; most are no longer right."""
+    tokenizer, tools, rng, same = tokenizer_of(family.name), [tool_calls.tool_of(WEATHER)], random.Random(0), 0
+    kind, (prompt, text) = tool_calls.form_of(tokenizer), rendered(tokenizer, said([RICH]))
+    for _ in range(150):
+        start, end = sorted(rng.sample(range(len(text)), 2))
+        piece = rng.choice(["", text[start:end] * 2, "[", "}", '"', "\x00", "null", "[" * 5000, text])
+        calls, malformed = tool_calls.read_calls(tokenizer, kind, prompt, text[:start] + piece + text[end:], tools)
+        assert isinstance(malformed, bool) and not (malformed and calls)
+        assert all(isinstance(one["name"], str) and isinstance(one["arguments"], dict) for one in calls)
+        same += calls == [RICH]
+    assert same < 50
+
+
 def test_untyped_forms_take_the_types_of_the_schema_and_json_keeps_its_own():
     tools, text = [tool_calls.tool_of(WEATHER)], "<parameter=city>\n7\n</parameter>\n<parameter=days>\n7\n</parameter>"
     answers = {
