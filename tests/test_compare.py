@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from html.parser import HTMLParser
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the hub is never asked
@@ -24,6 +26,7 @@ sys.path.insert(0, str(ROOT / "eval"))
 import compare  # noqa: E402
 import measure  # noqa: E402
 import metrics  # noqa: E402
+import page  # noqa: E402
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 PLAIN = ["<think>", "</think>", "<tool_call>", "</tool_call>"]  # as in Qwen3: tokens of their own, but not special
@@ -429,6 +432,334 @@ def test_the_command_line(home):
     assert "assistant perplexity" in done.stdout and "no loss curve: adapter has neither" in done.stdout
     assert "\r" not in done.stderr and "%|" not in done.stderr  # no progress bar where there is no terminal
     assert (home / "cli" / "adapter" / "report.md").is_file()
+
+
+# -- planted bad models --------------------------------------------------------------------------------
+
+
+def row_of(question, answer, number, system=None, **more):
+    row = chat(question, answer, id=f"r{number}", source="planted", tags=[], **more)
+    row["messages"][:0] = [{"role": "system", "content": system}] if system else []
+    return row
+
+
+def planted(home, text, rows, *more, stops=True, budget=8):
+    """({metric: count} over all, the report) of a model that gives one answer to every prompt."""
+    save(home / "planted", rigged(text, stops))
+    write_rows(home / "planted.jsonl", rows)
+    report, _ = run(home, "base", "planted", "--max_new_tokens", budget, *more, data="planted.jsonl", out="planted out")
+    return {name: (m["count"], m["total"]) for name, m in overall(report).items() if "count" in m}, report
+
+
+ZH, EN = ("首都是哪里？", "首都是北京。"), ("What is the capital?", "It is Bern.")
+
+
+def test_a_model_that_never_stops_loops(home):
+    counts, _ = planted(home, "7a", [row_of(*EN, 1), row_of(*EN, 2)], stops=False, budget=80)
+    assert counts["stop_rate"] == counts["usability"] == (0, 2)
+    assert counts["loop_rate"] == counts["abrupt_end_rate"] == (2, 2)
+    counts, _ = planted(home, "7a.", [row_of(*EN, 1), row_of(*EN, 2)])
+    assert counts["stop_rate"] == counts["usability"] == (2, 2)
+    assert counts["loop_rate"] == counts["abrupt_end_rate"] == (0, 2)
+
+
+def test_a_model_that_forgets_chinese(home):
+    rows = [row_of(*ZH, 1), row_of(*ZH, 2), row_of(*EN, 3)]
+    assert planted(home, "My joke", rows)[0]["language_retention"] == (1, 3)
+    assert planted(home, "你是。", rows, budget=16)[0]["language_retention"] == (2, 3)
+
+
+def test_a_model_that_writes_control_tokens(home):
+    counts, report = planted(
+        home, "a<|im_start|>b.", [row_of(*EN, 1), row_of("Call", "<tool_call>\n{}\n</tool_call>", 2)]
+    )
+    assert counts["control_token_rate"] == (2, 2) and counts["usability"] == (0, 2) and counts["stop_rate"] == (2, 2)
+    assert overall(report, "base")["control_token_rate"]["total"] == 2
+
+
+def test_a_model_that_drops_the_persona(home):
+    rows = [
+        row_of("Name?", "Arr!", 1, system="You are a pirate."),
+        row_of("Name?", "Ada", 2),
+        row_of("Your name?", "Ada", 3),
+    ]
+    _, report = planted(home, "Ada", rows)
+    groups = {group: models["tuned"]["exact_match"] for group, models in report["results"]["persona"].items()}
+    assert {group: (m["count"], m["total"]) for group, m in groups.items()} == {"persona": (0, 1), "no persona": (2, 2)}
+    assert "| persona: persona |" in (home / "planted out" / "report.md").read_text(encoding="utf-8")
+
+
+SCHEMA = {"type": "object", "properties": {"k": {"type": "integer"}}, "required": ["k"]}
+
+
+def json_rows():
+    rows = [row_of("Give JSON", '{"k": 1}', 1), row_of("Give JSON", '{"k": 2}', 2), row_of("Give JSON", "No.", 3)]
+    rows.append(row_of("k?", '{"k": 1}', 4, system=f"Answer in JSON:\n<schema>\n{json.dumps(SCHEMA)}\n</schema>"))
+    rows[0] |= {"tags": ["json"], "json_schema": json.dumps(SCHEMA)}
+    rows[1] |= {"tags": ["json"]}
+    rows[2] |= {"tags": ["json_negative"]}
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [  # json_valid, json_negative, json_schema_valid, json_exact_match, fields equal
+        ('{"k": 1}', ((3, 4), (0, 1), (2, 2), (2, 3), (2, 3))),  # " stands in it twice: see below
+        ("{}", ((3, 4), (0, 1), (0, 2), (0, 3), (0, 3))),
+        ('{"k', ((0, 4), (0, 1), (0, 2), (0, 3), (0, 3))),  # invalid JSON
+        ("No.", ((1, 4), (1, 1), (0, 2), (0, 3), (0, 3))),
+    ],
+)
+def test_json_models(home, monkeypatch, text, expected):
+    if text.count('"') > 1:  # no table of next tokens says that: scripted
+        ids = make_tokenizer("chatml")(text)["input_ids"]
+        output = compare.models.Output(ids, True)
+        monkeypatch.setattr(compare.models, "answered", lambda model, prompts, *rest: [output] * len(prompts))
+    counts, report = planted(home, "~" if text.count('"') > 1 else text, json_rows())
+    fields = overall(report)["json_field_match"]
+    names = ("json_valid", "json_negative", "json_schema_valid", "json_exact_match")
+    assert (*(counts[name] for name in names), (fields["equal"], fields["fields"])) == expected
+
+
+def test_a_schema_that_the_data_contradicts_is_counted(home):
+    rows = json_rows()
+    rows[0]["json_schema"] = {"type": "array"}
+    counts, report = planted(home, "{}", rows)
+    assert report["not_scored"] == {"JSON schema that the data's own answer does not meet": {"count": 1, "first": "r1"}}
+    assert counts["json_schema_valid"] == (0, 1) and counts["json_valid"] == (3, 4)
+
+
+def test_a_prompt_that_hangs_and_one_that_takes_all_memory_cost_themselves(home, monkeypatch):
+    real, limited = Qwen3ForCausalLM.forward, compare.models.limited
+    slow, huge = (torch.tensor(make_tokenizer("chatml")(word)["input_ids"]) for word in ("SLOW", "HUGE"))
+
+    def forward(self, input_ids=None, **kwargs):
+        if kwargs.get("use_cache") is not False and input_ids.shape[1] > 4:  # the prompts of generation
+            if (input_ids.unfold(1, 4, 1) == slow).all(-1).any():
+                time.sleep(30)
+            if (input_ids.unfold(1, 4, 1) == huge).all(-1).any():
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 TiB")
+        return real(self, input_ids=input_ids, **kwargs)
+
+    rows = [row_of(word, "Ada.", n) for n, word in enumerate(("a", "b", "I am SLOW", "c", "so HUGE a thing", "d"))]
+    plain, _ = planted(home, "Ad.", rows, "--batch_size", 2)
+    monkeypatch.setattr(Qwen3ForCausalLM, "forward", forward)
+    monkeypatch.setattr(compare.models, "limited", lambda seconds: limited(1))
+    shutil.rmtree(home / "planted out")
+    counts, report = planted(home, "Ad.", rows, "--batch_size", 2)
+    for name in ("base", "tuned"):
+        failed = {"timeout": {"count": 1, "first": "r2"}, "out of memory": {"count": 1, "first": "r4"}}
+        assert report["failed"][name] == failed
+    assert plain["stop_rate"] == plain["usability"] == (6, 6) and "failed" not in report["not_scored"]
+    assert counts["failed"] == (2, 6) and plain["failed"] == (0, 6)
+    assert counts["stop_rate"] == counts["usability"] == (4, 6)
+    assert counts["loop_rate"] == counts["abrupt_end_rate"] == counts["empty"] == (2, 6)
+    assert overall(report)["answer_tokens"]["rows"] == 4 and overall(report)["answer_tokens"]["value"] == 3
+    for name in ("report.md", "report.html"):
+        text = (home / "planted out" / name).read_text(encoding="utf-8")
+        assert "tuned: 1 answers failed: timeout (first: r2)" in text
+
+
+# -- many models, and what is kept ---------------------------------------------------------------------
+
+
+class Counter:
+    """What of a run goes through a model."""
+
+    def __init__(self, monkeypatch):
+        self.found = []
+        for name in ("load_model", "add_adapter"):
+            monkeypatch.setattr(compare, name, self.counted(name, getattr(compare, name)))
+        for name in ("answered", "pad"):
+            monkeypatch.setattr(compare.models, name, self.counted(name, getattr(compare.models, name)))
+
+    def counted(self, name, function):
+        def call(*args):
+            self.found.append(name)
+            return function(*args)
+
+        return call
+
+    def __call__(self):
+        found = {name: self.found.count(name) for name in ("load_model", "add_adapter", "answered")}
+        self.found.clear()
+        return found
+
+
+def many(home, tuned, *more, out="many"):
+    command = ["--base", home / "base", "--tuned", *(home / name for name in tuned), "--data", home / "rows.jsonl"]
+    command += ["--out", home / out, "--max_new_tokens", 8, *more]
+    assert compare.main([str(word) for word in command]) == 0
+    return json.loads((home / out / "report.json").read_text())
+
+
+def test_one_more_model_measures_only_that_one(home, monkeypatch):
+    alone = {name: run(home, "base", name, out=f"alone {name}")[0] for name in ("full", "adapter", "merged")}
+    count = Counter(monkeypatch)
+    report = many(home, ["full"])
+    batches = count()["answered"]
+    assert batches == 2 and report["results"] == alone["full"]["results"]  # one for each model
+    report = many(home, ["full", "adapter"])
+    assert count() == {"load_model": 1, "add_adapter": 1, "answered": 1}
+    report = many(home, ["merged", "full", "adapter"])
+    assert count() == {"load_model": 2, "add_adapter": 0, "answered": 1}
+    assert list(overall_of(report)) == ["base", "merged", "full", "adapter"]
+    for name, one in alone.items():
+        assert overall_of(report)[name] == overall(one) and overall_of(report)["base"] == overall(one, "base")
+    assert report["settings"]["adapter"] == {"merged": False, "full": False, "adapter": True}
+    text = (home / "many" / "report.md").read_text(encoding="utf-8")
+    assert "| base (95%) | merged (95%) | change | full (95%) | change | adapter (95%) | change | n |" in text
+    assert text.count("|") == text.count("\n|") * 11  # every line has every column
+    many(home, ["merged", "full", "adapter"])
+    assert count() == {"load_model": 1, "add_adapter": 0, "answered": 0}
+    for change in (["--batch_size", 2], ["--max_new_tokens", 7], ["--max_length", 90]):
+        many(home, ["full"], *change)
+        assert count()["answered"] >= 2, change  # other settings are other results
+    shutil.copytree(home / "full", home / "copy")
+    many(home, ["copy"])
+    assert count()["answered"] == 0  # the name does not count …
+    weights = home / "copy" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    many(home, ["copy"])
+    assert count()["answered"] == 1  # … every byte of the weights does
+
+
+def overall_of(report):
+    return report["results"]["overall"]["all"]
+
+
+def test_several_adapters_are_each_put_on_a_clean_base(home):
+    torch.manual_seed(3)
+    save(
+        home / "second",
+        get_peft_model(make_model(0), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)),
+    )
+    alone = overall(run(home, "base", "second", out="alone second")[0])
+    report = many(home, ["adapter", "second"], out="adapters")
+    assert overall_of(report)["second"] == alone != overall_of(report)["adapter"]
+
+
+def test_a_killed_run_goes_on_where_it_stopped(home, monkeypatch):
+    """Killed with the second model's second batch of answers half done, and with a line half written."""
+    whole = many(home, ["full"], "--batch_size", 2, out="whole")
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT / "eval")!r})
+import compare
+real, calls = compare.models.answered, []
+def answered(*args):
+    calls.append(1)
+    return real(*args) if len(calls) < 5 else os.kill(os.getpid(), signal.SIGKILL)
+compare.models.answered = answered
+compare.main(sys.argv[1:])
+"""
+    command = ["--base", home / "base", "--tuned", home / "full", "--data", home / "rows.jsonl", "--batch_size", 2]
+    command += ["--out", home / "killed", "--max_new_tokens", 8]
+    done = subprocess.run([sys.executable, "-c", script, *map(str, command)], capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    assert [path.name for path in (home / "killed").iterdir()] == [".cache"]
+    kept = sorted((home / "killed" / ".cache").glob("*.answers"), key=lambda path: path.stat().st_size)
+    assert [len(path.read_text().splitlines()) for path in kept] == [1, 3]
+    with kept[0].open("a") as file:
+        file.write("[[2, [[1, 2")
+    count = Counter(monkeypatch)
+    assert many(home, ["full"], "--batch_size", 2, out="killed") == whole
+    assert count() == {"load_model": 2, "add_adapter": 0, "answered": 2}
+    for name in ("report.md", "report.html", "answers.jsonl"):
+        assert (home / "killed" / name).read_bytes() == (home / "whole" / name).read_bytes()
+    kept[0].write_bytes(b"\0" * 100)  # as a machine that lost power leaves it
+    assert many(home, ["full"], "--batch_size", 2, out="killed") == whole
+    assert count()["answered"] == 3
+
+
+def test_names_of_many_models():
+    assert compare.names_of([Path("runs/x")]) == ["tuned"]
+    assert compare.names_of([Path("runs/x"), Path("runs/y")]) == ["x", "y"]
+    assert compare.names_of([Path("runs/a/last"), Path("runs/b/last")]) == ["a/last", "b/last"]
+    assert compare.names_of([Path("runs/base"), Path("runs/b")]) == ["runs/base", "runs/b"]
+
+
+# -- the page ------------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in their order, and gathers text, class names and addresses."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.text, self.classes, self.links, self.tags = [], [], [], [], set()
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.open.append(tag)
+        given = dict(attributes)
+        self.classes += given.get("class", "").split()
+        self.links += [value for key, value in given.items() if key in ("src", "href", "srcset", "data", "action")]
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_needs_nothing_and_shows_text_as_text(home):
+    evil = '<script>alert(1)</script><img src="http://x.y/z">&amp;\x00\u202e'
+    rows = [row_of(evil, "<b>7</b>", 1), row_of("a" * 300, "7", 2)]
+    rows[0] |= {"id": "<i>1</i>", "source": "</td>", "tags": ['"><u>']}
+    log = [{"step": n, "loss": 3 / n, "learning_rate": 1e-3 / n} for n in range(1, 9)]
+    save(home / "planted", rigged("7"))
+    write_rows(home / "planted" / "log.jsonl", [*log, {"step": 9, "loss": math.inf}, {"step": 8, "eval_loss": 0.5}])
+    write_rows(home / "evil.jsonl", rows)
+    run(home, "base", "planted", data="evil.jsonl", out="evil")
+    (home / "planted" / "log.jsonl").unlink()
+    text = (home / "evil" / "report.html").read_text(encoding="utf-8")
+    found = Page(text)
+    assert not found.links and "url(" not in text and "@import" not in text
+    assert not {"script", "img", "iframe", "link", "i" * 2, "u"} & found.tags
+    shown = "".join(found.text)
+    assert "<script>alert(1)</script>" in shown and "<i>1</i>" in shown and "&amp;␀⟨U+202E⟩" in shown
+    assert found.classes.count("chip") >= 4 and "<|im_start|>" in shown
+    assert "svg" in found.tags and "loss (nats per token) by optimizer step" in shown and "tuned validation" in shown
+    assert not re.search("nan|inf[^o]", "".join(re.findall("<svg.*?</svg>", text)))
+    assert "exact match" in shown and "yes" in found.classes  # row 2 is answered right
+
+
+def answer_line(name, base, tuned):
+    """A line of answers.jsonl; an answer is (text, exact, usable)."""
+    keys = ("answer", "exact", "usable")
+    return {"id": name, "base": dict(zip(keys, base, strict=True)), "tuned": dict(zip(keys, tuned, strict=True))}
+
+
+def test_the_answers_that_changed_most_come_first():
+    lines = [
+        answer_line("same", ("abcd", True, True), ("abcd", True, True)),
+        answer_line("one letter", ("abcd", False, True), ("abcx", False, True)),
+        answer_line("all letters", ("abcd", False, True), ("wxyz", False, True)),
+        answer_line("gained", ("abcd", False, True), ("wxyz", True, True)),
+        answer_line("lost", ("abcd", True, True), ("abcx", False, True)),
+        answer_line("lost both", ("abcd", True, True), ("", False, False)),
+    ]
+    order = [line["id"] for line in page.changed(lines, ["base", "tuned"])]
+    assert order == ["lost both", "lost", "gained", "all letters", "one letter"]
+    more = [answer_line(str(n), ("a", False, True), ("b", False, True)) for n in range(50)]
+    assert [line["id"] for line in page.changed(more, ["base", "tuned"])] == [str(n) for n in range(page.CHANGED)]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 3.4), (0, 0.003), (1, 354), (2.31, 2.32), (5, 6), (0, 1e5)])
+def test_ticks_are_few_and_round(low, high):
+    found = page.ticks(low, high)
+    assert 2 <= len(found) <= 6 and all(low <= tick <= high for tick in found)
+    assert all(len(f"{tick:g}".replace(".", "").strip("0")) <= 4 for tick in found)
 
 
 # -- definitions ---------------------------------------------------------------------------------------
