@@ -1,12 +1,12 @@
 """eval/gate.py: each planted bad model fails by the rule that is made for it, and no other; a good one passes.
 
-Models are answers that a table scripts, judged and written by the functions of metrics.py and compare.py; the interval
-of a change is held to published values. Breaks tried, each of which turned a test red: < and > of min and max as <= and
->=; a drop shown by the interval's low end, a rise by its high end; phi without its continuity correction, with the other
-sign, the two reaches swapped, tuned and base swapped, pairs ignored; a ratio as a difference; nan as a value; what is
-missing passed over; exit 0; groups that see all rows; worst rows that are not bad, or not first those that the base got
-right; the base's rows of a benchmark lost; unknown and doubled keys accepted; the line before; a report that is not that
-of its rows.
+Models are answers that a table scripts, judged and written by the functions of metrics.py and compare.py; the
+interval of a change is held to published values. Breaks tried, each of which turned a test red: < and > of min and
+max as <= and >=; a drop shown by the interval's low end, a rise by its high end; phi without its continuity
+correction, with the other sign, the two reaches swapped, tuned and base swapped, pairs ignored; a ratio as a
+difference; nan as a value; what is missing passed over; exit 0; groups that see all rows; worst rows that are not
+bad, or not first those that the base got right; the base's rows of a benchmark lost; unknown and doubled keys
+accepted; the line before; a report that is not that of its rows.
 """
 
 import json
