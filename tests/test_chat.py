@@ -1,0 +1,300 @@
+"""eval/chat.py with models that say known words, in this process and in a real terminal (tmux).
+
+The models are test_compare.rigged and test_merge.speaker: a base that answers "ab", adapters that answer "cd" and "ef",
+one that never stops. What a model was asked is read from the rendered prompt (/raw, --out).
+
+Breaks tried, each seen red: answers printed at their end instead of streamed; Ctrl-C not caught in generate; /reset
+that keeps the conversation; /think TEXT that stays on; base that answers through the adapter; the second
+adapter never switched on; special tokens in the saved row; a template's refusal that leaves the question in; the seed
+set once for all prompts; temperature 0 that samples.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import test_compare as small
+import torch
+from test_compare import ROOT, make_tokenizer, rigged, write_rows
+from test_merge import speaker
+
+sys.path.insert(0, str(ROOT / "eval"))
+import chat  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """rigged: "ab"; cd, ef: adapters on it; qwen3: "ab" where the template switches thinking; endless: "ab b b b …"."""
+    home = tmp_path_factory.mktemp("chat home")
+    small.save(home / "rigged", rigged("ab"))
+    a, b, space = make_tokenizer("chatml")("ab ")["input_ids"]
+    switched, endless = rigged("ab"), rigged("ab", stops=False)
+    with torch.no_grad():
+        switched.lm_head.weight[a, 256] = 1.0  # after the empty think block too, which ends in two newlines
+        endless.lm_head.weight[:, [b, space]] = 0.0
+        endless.lm_head.weight[space, b] = endless.lm_head.weight[b, space] = 1.0
+    small.save(home / "qwen3", switched, "qwen3")
+    small.save(home / "endless", endless)
+    speaker(home / "cd", home / "rigged", "cd")
+    speaker(home / "ef", home / "rigged", "ef")
+    return home
+
+
+def opened(*words):
+    args = chat.parse_args([*map(str, words), "--max_new_tokens", "16"])
+    talker = chat.Talker(args)
+    return chat.Chat(talker, args.system, args.raw)
+
+
+def said(chat_, capsys, *lines):
+    """What each line prints."""
+    capsys.readouterr()
+    out = []
+    for line in lines:
+        chat_.line(line)
+        out.append(capsys.readouterr().out.strip())
+    return out
+
+
+def test_a_conversation_and_its_commands(home, tmp_path, capsys):
+    it = opened(home / "rigged")
+    assert said(it, capsys, "/raw", "Hello", "", "Again") == ["nothing was said yet", "ab", "", "ab"]
+    user, assistant = "<|im_start|>user\n{}<|im_end|>\n", "<|im_start|>assistant\nab<|im_end|>"
+    whole = user.format("Hello") + assistant + "\n" + user.format("Again") + assistant
+    assert said(it, capsys, "/raw") == [whole]
+    path = tmp_path / "kept.jsonl"
+    assert said(it, capsys, f"/save {path}", "/reset", f"/save {path}", "/save") == [
+        f"added 4 messages to {path}", "a new conversation", "nothing to save yet", "/save needs a FILE"]  # fmt: skip
+    turn = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "ab"}]
+    again = [{"role": "user", "content": "Again"}, {"role": "assistant", "content": "ab"}]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"id": "chat with rigged", "messages": turn + again}]  # fmt: skip
+    assert said(it, capsys, "/system Be brief.", "Hello")[0] == "system prompt: Be brief.; a new conversation"
+    assert it.last.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>")
+    assert said(it, capsys, "/reset", "Hello", "/system", "Hello") and "Be brief" not in it.last
+    assert said(it, capsys, "/thinks") == ["unknown command /thinks: /help lists them"]
+    assert "cannot write /" in said(it, capsys, "/save /")[0]
+    listed = said(it, capsys, "/help")[0]
+    assert all(name in listed for name in chat.COMMANDS)
+    assert said(it, capsys, "/adapter", "/adapter x")[1] == "no adapter x: there is rigged"
+
+
+def test_thinking_goes_through_the_template(home, tmp_path, capsys):
+    it, empty = opened(home / "qwen3"), "<think>\n\n</think>\n\n"
+    said(it, capsys, "one")
+    assert empty not in it.last
+    said(it, capsys, "/no_think two")
+    assert it.last.endswith(f"two<|im_end|>\n<|im_start|>assistant\n{empty}ab<|im_end|>")
+    said(it, capsys, "three")  # that turn only
+    assert not it.last.partition("three")[2].count(empty)
+    assert said(it, capsys, "/no_think", "four")[0] == "does not think from now on"
+    assert said(it, capsys, "five") and empty in it.last.partition("five")[2]
+    said(it, capsys, f"/save {tmp_path / 'row'}", "/think", "six")
+    assert json.loads((tmp_path / "row").read_text())["chat_template_kwargs"] == {"enable_thinking": False}
+    assert empty not in it.last.partition("six")[2]
+    plain = opened(home / "rigged")
+    assert said(plain, capsys, "/think", "/no_think x") == ["this chat template knows no thinking: leave /think and "
+                                                           "/no_think out"] * 2  # fmt: skip
+    assert plain.messages == []
+    # a template that reads the words in the system message
+    plain.talker.tokenizer.chat_template += "{# /no_think #}"
+    assert plain.talker.switched([{"role": "user", "content": "x"}], False, None) == (
+        [{"role": "system", "content": "/no_think"}, {"role": "user", "content": "x"}], {})  # fmt: skip
+    told = [{"role": "system", "content": "S"}, {"role": "user", "content": "x"}]
+    assert plain.talker.switched(told, True, None)[0][0]["content"] == "S /think"
+
+
+def test_reasoning_is_kept_apart():
+    assert chat.message_of("<think>\nhm\n</think>\n\nYes.") == {
+        "role": "assistant", "content": "Yes.", "reasoning_content": "hm"}  # fmt: skip
+    assert chat.message_of("<think>\n\n</think>\n\nYes.") == {"role": "assistant", "content": "Yes."}
+    assert chat.message_of("<think>\nnot done") == {
+        "role": "assistant", "content": "", "reasoning_content": "not done"}  # fmt: skip
+
+
+def test_adapters_switch_on_one_base(home, capsys):
+    it = opened(home / "cd", home / "ef")
+    lines = ["x", "/adapter ef", "x", "/adapter base", "x", "/adapter cd", "x", "/adapter"]
+    assert said(it, capsys, *lines)[::2] == ["cd", "ef", "ab", "cd"]
+    assert said(it, capsys, "/adapter")[0] == "answers with cd (of cd, ef, base)"
+
+
+def test_an_answer_that_does_not_end_says_so(home, capsys):
+    it = opened(home / "endless")
+    assert said(it, capsys, "x") == ["a" + "b " * 7 + "b\n[not ended by itself: 16 tokens, --max_new_tokens]"]
+
+
+def test_a_template_that_refuses_takes_the_turn_back(home, capsys):
+    it = opened(home / "rigged")
+    it.talker.tokenizer.chat_template = "{{ raise_exception('no ' ~ messages[0].content) }}"
+    assert said(it, capsys, "x") == ["the chat template refuses this (no x)"]
+    assert it.messages == []
+
+
+def test_out_of_memory_and_ctrl_c_cost_the_answer_only(home, capsys, monkeypatch):
+    it = opened(home / "rigged")
+    real = it.talker.model.generate
+    for error, words in ((MemoryError(), "out of memory"), (RuntimeError("out of memory"), "out of memory"),
+                         (KeyboardInterrupt(), "stopped")):  # fmt: skip
+
+        def fails(error=error, streamer=None, **_):
+            streamer.put(torch.tensor([[1, 2]]))  # the prompt
+            streamer.put(torch.tensor([66]))
+            raise error
+
+        monkeypatch.setattr(it.talker.model, "generate", fails)
+        assert said(it, capsys, "x")[0].endswith(f"[{words} after 1 tokens]")
+    monkeypatch.setattr(it.talker.model, "generate", real)
+    assert said(it, capsys, "x") == ["ab"]
+
+
+def flat(home, folder):
+    """The rigged model with every next token about as likely as any other, so that sampling shows."""
+    model = rigged("ab")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.05)
+    return small.save(home / folder, model)
+
+
+def test_sampling_is_by_seed_and_temperature_0_is_greedy(home, tmp_path, capsys):
+    folder = flat(tmp_path, "flat")
+
+    def answers(*flags):
+        path = write_rows(tmp_path / "two.yaml", [])
+        path.write_text(json.dumps([{"name": name, "turns": ["x"]} for name in "pq"]))
+        words = [folder, "--prompts", path, "--out", tmp_path / "o.jsonl", "--max_new_tokens", 12, *flags]
+        assert chat.main([str(word) for word in words]) == 0
+        return [json.loads(line)["raw"] for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+
+    one = answers("--temperature", 1, "--seed", 1)
+    assert one == answers("--temperature", 1, "--seed", 1) != answers("--temperature", 1, "--seed", 2)
+    assert one[0] == one[1]  # each prompt starts anew
+    assert answers("--temperature", 0, "--seed", 1) == answers() == ["ab<|im_end|>"] * 2  # the model's own: greedy
+    assert answers("--temperature", 1, "--top_p", 1e-6) == ["ab<|im_end|>"] * 2
+
+
+def test_prepared_prompts(home, tmp_path, capsys):
+    """All of vibe.yaml; markdown with special tokens, JSON lines without loss."""
+    prompts = chat.read_prompts(ROOT / "eval" / "vibe.yaml")
+    names = {prompt["name"] for prompt in prompts}
+    assert names >= {"persona", "pirate", "greeting", "math", "code", "multilingual", "tools"}
+    words = [str(home / "qwen3"), "--prompts", str(ROOT / "eval" / "vibe.yaml"), "--max_new_tokens", "4"]
+    assert chat.main([*words, "--raw", "--out", str(tmp_path / "v.md")]) == 0
+    printed = capsys.readouterr().out
+    assert "## pirate" in printed and "ab<|im_end|>" in printed
+    text = (tmp_path / "v.md").read_text(encoding="utf-8")
+    assert text.count("ab<|im_end|>\n````") == sum(len(prompt["turns"]) for prompt in prompts)
+    assert '<tools>\n{"type": "function", "function": {"name": "get_weather"' in text
+    assert chat.main([*words, "--out", str(tmp_path / "v.jsonl")]) == 0
+    assert "<|im_end|>" not in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {line["answer"] for line in lines} == {"ab"} and all(line["stopped"] for line in lines)
+    pirate = next(line for line in lines if line["name"] == "pirate")
+    assert pirate["prompt"].startswith("<|im_start|>system\nYou are a pirate.")
+    no_think = next(line for line in lines if line["name"] == "no_think")
+    assert no_think["prompt"].endswith("<think>\n\n</think>\n\n")
+    second = next(line for line in lines if line["name"] == "persona" and line["turn"] == 2)
+    assert "<|im_start|>assistant\nab<|im_end|>" in second["prompt"]  # after the model's own answer
+    # a model without thinking leaves those two out, and says why
+    assert chat.main([str(home / "rigged"), *words[1:], "--out", str(tmp_path / "w.jsonl")]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "w.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {line["name"] for line in lines if "knows no thinking" in line["failed"]} == {"think", "no_think"}
+
+
+def test_bad_input_is_one_sentence(home, tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("- {name: x, turn: [y]}")
+    (tmp_path / "b.yaml").write_text("- [")
+    good = home / "rigged"
+    for words, expected in (
+        ([tmp_path / "gone"], "gone does not exist"),
+        ([good, home / "cd"], "rigged is not an adapter"),
+        ([home / "cd", good], "rigged is not an adapter"),
+        ([good, "--prompts", tmp_path / "a.yaml"], "a.yaml, prompt 1 is not"),
+        ([good, "--prompts", tmp_path / "b.yaml"], "b.yaml is not a readable YAML"),
+        ([good, "--prompts", tmp_path / "c.yaml"], "c.yaml is not a readable YAML"),
+        ([good, "--out", "x.md"], "--out goes with --prompts"),
+    ):
+        capsys.readouterr()
+        assert chat.main([str(word) for word in words]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert expected in lines[-1], (words, lines)
+
+
+# -- a real terminal ---------------------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """A command in a tmux of its own."""
+
+    def __init__(self, folder, command):
+        self.tmux = ["tmux", "-S", str(folder / "tmux"), "-f", "/dev/null"]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TERM": "xterm", "PYTHONWARNINGS": "ignore"}
+        subprocess.run([*self.tmux, "new-session", "-d", "-x", "200", "-y", "50", *command], check=True,
+                       env=environment, cwd=folder)  # fmt: skip
+
+    def keys(self, *keys):
+        subprocess.run([*self.tmux, "send-keys", *keys], check=True)
+
+    def type(self, line):
+        subprocess.run([*self.tmux, "send-keys", "-l", line], check=True)
+        self.keys("Enter")
+
+    def screen(self):
+        done = subprocess.run([*self.tmux, "capture-pane", "-p", "-J", "-S", "-"], capture_output=True, text=True)
+        return done.stdout
+
+    def wait(self, pattern, seconds=120):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if found := re.search(pattern, self.screen(), re.S):
+                return found
+            time.sleep(0.1)
+        raise AssertionError(f"{pattern!r} never came:\n{self.screen()}")
+
+    def alive(self):
+        return subprocess.run([*self.tmux, "has-session"], capture_output=True).returncode == 0
+
+    def close(self):
+        subprocess.run([*self.tmux, "kill-server"], capture_output=True)
+
+
+@pytest.mark.skipif(not shutil.which("tmux"), reason="tmux is not installed: apt-get install tmux")
+def test_in_a_terminal(home, tmp_path):
+    """Streams, stops at Ctrl-C and goes on, knows its commands, ends at Ctrl-D."""
+    command = [sys.executable, ROOT / "eval" / "chat.py", home / "endless", "--max_new_tokens", "5000"]
+    terminal = Terminal(tmp_path, [str(word) for word in command])
+    try:
+        terminal.wait(r"endless: /help lists the commands.*\n> ")
+        terminal.type("Hello")
+        first = len(terminal.wait(r"\n(a(b ){10,})")[1])
+        later = len(terminal.wait(rf"\n(a(b ){{{first // 2 + 10},}})")[1])  # more of the same answer, which is not done
+        assert later > first and "[" not in terminal.screen().rpartition("> Hello")[2]
+        terminal.keys("C-c")
+        tokens = int(terminal.wait(r"\[stopped after (\d+) tokens\]\s*\n> ")[1])
+        assert later <= tokens < 5000
+        terminal.keys("C-c")
+        terminal.wait(r"Ctrl-D ends\s*\n> $|Ctrl-D ends\s*\n>\s*$")
+        terminal.type("/save kept.jsonl")
+        terminal.wait("added 2 messages to kept.jsonl")
+        row = json.loads((tmp_path / "kept.jsonl").read_text())
+        assert row["messages"] == [{"role": "user", "content": "Hello"},
+                                   {"role": "assistant", "content": ("a" + "b " * 5000)[:tokens].strip()}]  # fmt: skip
+        terminal.type("/think")
+        terminal.wait("knows no thinking")
+        terminal.type("/reset")
+        terminal.wait(r"a new conversation\s*\n> ")
+        terminal.type("/save more.jsonl")
+        terminal.wait("nothing to save yet")
+        assert terminal.alive()
+        terminal.keys("C-d")
+        end = time.monotonic() + 60
+        while terminal.alive() and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not terminal.alive()
+    finally:
+        terminal.close()
