@@ -103,11 +103,14 @@ def test_a_lone_copy_runs(path, demo, tmp_path):
     """In an empty folder elsewhere, without templates, hooks and repository; named by nothing but a flag."""
     copy = Path(shutil.copy(path, tmp_path / "my recipe.py"))
     template = Path(shutil.copy(REPO / "chat_templates" / "qwen3.jinja", tmp_path))
-    done = subprocess.run(
-        [sys.executable, copy, *TINY, "--max_steps", "2", "--model_name_or_path", demo / "init", "--dataset_name",
-         demo / "rows" / "chat", "--chat_template_path", template.name],
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
+    command = [sys.executable, copy, *TINY, "--max_steps", "2", "--model_name_or_path", demo / "init", "--dataset_name",
+               demo / "rows" / "chat", "--chat_template_path", template.name, "--eos_token", "<|im_end|>",
+               "--per_device_train_batch_size", "1"]  # fmt: skip
+    if own := re.search(r"optimizers\W+(\w+\.py)", path.read_text()):  # a file that a copy cannot do without
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode and re.search(r"--optimizer \S+: no such file: pass", done.stderr), done.stderr[-2000:]
+        command += ["--optimizer", shutil.copy(REPO / "recipes" / "optimizers" / own[1], tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("runs on without its hooks") == 1
     run = tmp_path / "runs" / "my recipe"
