@@ -1,0 +1,379 @@
+"""eval/benchmarks.py: lm-eval's checkers against answers written by hand, its model against our own greedy answers.
+
+Breaks tried, each seen red: the chat template off, the adapter left off, think blocks kept, rows of a failed prompt
+dropped, the mean of lists for their sum, a checker that says True to all, a missing file asked of the hub, nltk_data
+left out, langdetect's seed left out (now and then), the playbook's lacking scores left unsaid.
+"""
+
+import json
+import os
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the hub is never asked
+
+import pytest
+import torch
+from conftest import SHARED
+from peft import LoraConfig, get_peft_model
+from test_compare import SPECIAL, make_model, rigged, save, write_rows
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -r requirements-eval.txt")
+from lm_eval.api.model import LM  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "eval"))
+import benchmarks  # noqa: E402
+import models  # noqa: E402
+
+# IFEval's instructions, one a row: (instruction, its arguments, answer, followed strictly, followed loosely)
+WORDS = "one two three four five"
+FEW, MANY = {"relation": "less than", "num_sentences": 3}, {"relation": "at least", "num_sentences": 3}
+CAPITALS = {"capital_relation": "at least", "capital_frequency": 2}
+LETTERS = {"let_relation": "less than", "letter": "q", "let_frequency": 2}
+SECTIONS = {"section_spliter": "Section", "num_sections": 2}
+GERMAN = "Der Hund läuft schnell durch den Garten und die Katze schläft auf dem warmen Dach des Hauses."
+ENGLISH = "the dog runs quickly through the garden and the cat sleeps on the warm roof of the house"
+IFEVAL = [
+    ("punctuation:no_comma", {}, "no such mark", True, True),
+    ("punctuation:no_comma", {}, "well, one", False, False),
+    ("punctuation:no_comma", {}, "Sure, here:\nno such mark", False, True),  # loose: without its first line
+    ("length_constraints:number_words", {"relation": "at least", "num_words": 5}, WORDS, True, True),
+    ("length_constraints:number_words", {"relation": "at least", "num_words": 6}, WORDS, False, False),
+    ("length_constraints:number_words", {"relation": "less than", "num_words": 5}, WORDS, False, False),
+    ("length_constraints:number_sentences", MANY, "One. Two! Three?", True, True),
+    ("length_constraints:number_sentences", FEW,
+     "Dr. Smith met Mr. Jones. They talked.", True, True),  # abbreviations end no sentence
+    ("length_constraints:number_sentences", FEW, "We ran. They sat. He left.", False, False),
+    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "one\n***\ntwo", True, True),
+    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "one\n\ntwo", False, False),
+    ("length_constraints:nth_paragraph_first_word",
+     {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "then"}, "First this.\n\nThen that.", True, True),
+    ("length_constraints:nth_paragraph_first_word",
+     {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "then"}, "Then this.\n\nNow that.", False, False),
+    ("keywords:existence", {"keywords": ["cat", "dog"]}, "a Dog and a cat", True, True),
+    ("keywords:existence", {"keywords": ["cat", "dog"]}, "a dog", False, False),
+    ("keywords:forbidden_words", {"forbidden_words": ["rain"]}, "a training in Spain", True, True),
+    ("keywords:forbidden_words", {"forbidden_words": ["rain"]}, "the Rain in Spain", False, False),
+    ("keywords:frequency", {"relation": "at least", "keyword": "yes", "frequency": 2}, "yes yes", True, True),
+    ("keywords:frequency", {"relation": "at least", "keyword": "yes", "frequency": 2}, "yes", False, False),
+    ("keywords:letter_frequency", LETTERS, "quite", True, True),
+    ("keywords:letter_frequency", LETTERS, "q quite", False, False),
+    ("language:response_language", {"language": "de"}, GERMAN, True, True),
+    ("language:response_language", {"language": "de"}, ENGLISH, False, False),
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "*one* and **two**", True, True),
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "*one* and two", False, False),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* one\n- two", True, True),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* one\n* two\n* three", False, True),
+    ("detectable_format:constrained_response", {}, "My answer is yes.", True, True),
+    ("detectable_format:constrained_response", {}, "Perhaps.", False, False),
+    ("detectable_format:json_format", {}, '```json\n{"a": 1}\n```', True, True),
+    ("detectable_format:json_format", {}, '{"a": 1', False, False),
+    ("detectable_format:title", {}, "<<A title>>\ntext", True, True),
+    ("detectable_format:title", {}, "A title\ntext", False, False),
+    ("detectable_format:multiple_sections", SECTIONS,
+     "Section 1\na\nSection 2\nb", True, True),
+    ("detectable_format:multiple_sections", SECTIONS, "Section 1\na", False, False),
+    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[name], [address]", True, True),
+    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[name]", False, False),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "text\n\nP.S. more", True, True),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "text", False, False),
+    ("combination:two_responses", {}, "one\n******\ntwo", True, True),
+    ("combination:two_responses", {}, "one\n\ntwo", False, False),
+    ("combination:repeat_prompt", {"prompt_to_repeat": "Say it."}, "Say it. Now.", True, True),
+    ("combination:repeat_prompt", {"prompt_to_repeat": "Say it."}, "Now.", False, False),
+    ("startend:end_checker", {"end_phrase": "That is all."}, "So.\nThat is all.", True, True),
+    ("startend:end_checker", {"end_phrase": "That is all."}, "That is all. Or not.", False, False),
+    ("startend:quotation", {}, '"all of it"', True, True),
+    ("startend:quotation", {}, 'not "all" of it', False, False),
+    ("change_case:english_capital", {}, ENGLISH.upper(), True, True),
+    ("change_case:english_capital", {}, ENGLISH, False, False),
+    ("change_case:english_lowercase", {}, ENGLISH, True, True),
+    ("change_case:english_lowercase", {}, ENGLISH.capitalize(), False, False),
+    ("change_case:capital_word_frequency", CAPITALS, "SO it IS", True, True),
+    ("change_case:capital_word_frequency", CAPITALS, "So it IS", False, False),
+    ("punctuation:no_comma", {}, "", False, False),  # an empty answer follows nothing
+]  # fmt: skip
+GSM8K = [
+    {"question": "Two pens at 600 each?", "answer": "2 x 600 = 1200\n#### 1,200"},
+    {"question": "Half of eight?", "answer": "4\n#### 4"},
+    {"question": "Six and one?", "answer": "7\n#### 7"},
+]
+# rows in the published schemas, of our own text, and an answer that is right
+PUBLISHED = {
+    "aime25": ({"problem": "1 + 1?", "answer": "2", "id": "0"}, r"So \boxed{2}", "exact_match"),
+    "gpqa_diamond_cot_zeroshot": (
+        {"Question": "Which?", "Correct Answer": "this", "Incorrect Answer 1": "a", "Incorrect Answer 2": "b",
+         "Incorrect Answer 3": "c"},
+        None,  # the letter that the shuffled choices give it
+        "exact_match/flexible-extract",
+    ),
+    "minerva_math500": (
+        {"problem": "1/4 + 1/4?", "solution": r"It is $\boxed{\frac{1}{2}}$.", "answer": r"\frac{1}{2}",
+         "subject": "Prealgebra", "level": 1, "unique_id": "test/prealgebra/1.json"},
+        r"We get $\boxed{0.5}$", "math_verify",
+    ),
+    "ifeval": (
+        {"key": 1, "prompt": "No commas.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+        "none", "prompt_level_strict_acc",
+    ),
+}  # fmt: skip
+
+
+class Scripted(LM):
+    """A model that writes what `answer` gives for the last user message."""
+
+    tokenizer_name = "scripted"
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer, self.asked = answer, []
+
+    def apply_chat_template(self, history, add_generation_prompt=True):
+        return history[-1]["content"]
+
+    def chat_template(self, name=True):
+        return ""
+
+    def generate_until(self, requests, disable_tqdm=False):
+        self.asked += [request.args for request in requests]
+        return [self.answer(request.args[0]) for request in requests]
+
+    def loglikelihood(self, requests, disable_tqdm=False):
+        raise NotImplementedError
+
+    loglikelihood_rolling = loglikelihood
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("benchmarks home")
+    save(home / "base", make_model(0), "qwen3")
+    torch.manual_seed(2)
+    lora = get_peft_model(make_model(0), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    lora.peft_config["default"].base_model_name_or_path = str(home / "base")
+    save(home / "adapter", lora, "qwen3")
+    save(home / "endless", rigged("a", stops=False))
+    write_rows(home / "gsm8k.jsonl", GSM8K)
+    rows = [{"key": n, "prompt": f"prompt {n}", "instruction_id_list": [name], "kwargs": [arguments]}
+            for n, (name, arguments, *_) in enumerate(IFEVAL)]  # fmt: skip
+    write_rows(home / "ifeval.jsonl", rows)
+    for task, (row, *_) in PUBLISHED.items():
+        write_rows(home / f"{task}.jsonl" if task != "ifeval" else home / "one.jsonl", [row] * 4)
+    return home
+
+
+def run(home, model, *command, name=None):
+    """(report, lines) of an in-process run of one task."""
+    out = home / "out" / model
+    assert benchmarks.main([str(word) for word in (home / model, *command, "--out", out)]) == 0
+    name = name or command[command.index("--tasks") + 1]
+    lines = (out / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    return json.loads((out / f"{name}.json").read_text()), list(map(json.loads, lines))
+
+
+def scripted(monkeypatch, answer):
+    model = Scripted(answer)
+    monkeypatch.setattr(benchmarks, "model_of", lambda *_: model)
+    return model
+
+
+def refused(capsys, *command):
+    """The one sentence on stderr of a run that must exit with 2."""
+    capsys.readouterr()
+    assert benchmarks.main([str(word) for word in command]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    return error
+
+
+def test_ifevals_instructions_one_by_one(home, monkeypatch):
+    scripted(monkeypatch, lambda prompt: IFEVAL[int(prompt.removeprefix("prompt "))][2])
+    report, lines = run(home, "base", "--tasks", "ifeval", "--data", f"ifeval={home / 'ifeval.jsonl'}")
+    found = [
+        (line["instructions"][0], line["inst_level_strict_acc"][0], line["inst_level_loose_acc"][0]) for line in lines
+    ]
+    assert found == [(name, strict, loose) for name, _, _, strict, loose in IFEVAL]
+    assert len({name for name, *_ in IFEVAL}) == 25  # all that there are
+    strict, loose = sum(row[3] for row in IFEVAL), sum(row[4] for row in IFEVAL)
+    for level in ("prompt", "inst"):
+        for how, count in (("strict", strict), ("loose", loose)):
+            metric = report["metrics"][f"{level}_level_{how}_acc"]
+            assert (metric["count"], metric["total"]) == (count, len(IFEVAL)) and metric["low"] < count / len(IFEVAL)
+    group = report["groups"]["instruction"]["punctuation:no_comma"]
+    assert (group["strict"]["count"], group["loose"]["count"], group["strict"]["total"]) == (1, 2, 4)
+
+
+def test_ifevals_prompts_need_all_their_instructions(home, monkeypatch):
+    names = ["punctuation:no_comma", "startend:quotation", "detectable_format:title"]
+    rows = [{"key": n, "prompt": str(n), "instruction_id_list": names, "kwargs": [{}] * 3} for n in range(2)]
+    write_rows(home / "three.jsonl", rows)
+    scripted(monkeypatch, {"0": '"<<all>> three"', "1": '"two, of <<three>>"'}.get)
+    report, _ = run(home, "base", "--tasks", "ifeval", "--data", f"ifeval={home / 'three.jsonl'}")
+    assert report["metrics"]["prompt_level_strict_acc"]["value"] == 1 / 2
+    assert report["metrics"]["inst_level_strict_acc"]["value"] == 5 / 6
+    assert report["metrics"]["inst_level_strict_acc"]["total"] == 6
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no shared/ beside the repository")
+def test_all_of_ifeval_is_judged(home, monkeypatch):
+    """A model that always says one thing: each kind of instruction is followed by all or by those that allow it."""
+    path = SHARED / "data" / "ifeval" / "input_data.jsonl"
+    scripted(monkeypatch, lambda prompt: "ok")
+    report, lines = run(home, "base", "--tasks", "ifeval", "--data", f"ifeval={path}")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").strip().split("\n")]
+    kinds = Counter(name for row in rows for name in row["instruction_id_list"])
+    groups = report["groups"]["instruction"]
+    assert len(lines) == 541 and {kind: found["strict"]["total"] for kind, found in groups.items()} == kinds
+    assert report["metrics"]["inst_level_strict_acc"]["total"] == 834
+    assert groups["punctuation:no_comma"]["strict"]["count"] == kinds["punctuation:no_comma"] == 66
+    for kind in (
+        "detectable_format:json_format",
+        "startend:quotation",
+        "keywords:existence",
+        "combination:repeat_prompt",
+    ):
+        assert groups[kind]["strict"]["count"] == 0
+    few = [k["num_words"] for row in rows for name, k in zip(row["instruction_id_list"], row["kwargs"], strict=True)
+           if name == "length_constraints:number_words" and k["relation"] == "less than"]  # fmt: skip
+    assert groups["length_constraints:number_words"]["strict"]["count"] == len(few)
+
+
+def test_gsm8k_wants_the_number_behind_the_mark(home, monkeypatch):
+    answers = {"Two pens at 600 each?": "so #### 1200", "Half of eight?": "4", "Six and one?": "#### 8"}
+    model = scripted(monkeypatch, answers.get)  # asked as the recipes train it: the question alone
+    report, lines = run(home, "base", "--tasks", "gsm8k_chat", "--data", f"gsm8k_chat={home / 'gsm8k.jsonl'}")
+    assert [line["exact_match/strict-match"] for line in lines] == [1, 0, 0]
+    metric = report["metrics"]["exact_match/strict-match"]
+    assert (metric["count"], metric["total"]) == (1, 3) and metric["high"] == pytest.approx(0.7923, abs=1e-4)  # Wilson
+    assert model.asked[0][1]["max_gen_toks"] == 512
+    again = scripted(monkeypatch, answers.get)
+    run(home, "base", "--tasks", "gsm8k_chat", "--data", f"gsm8k_chat={home / 'gsm8k.jsonl'}", "--max_new_tokens", 9)
+    assert again.asked[0][1]["max_gen_toks"] == 9
+
+
+@pytest.mark.parametrize("task", PUBLISHED)
+def test_rows_of_the_published_schemas(home, monkeypatch, task):
+    row, right, metric = PUBLISHED[task]
+
+    def letter(prompt):
+        return "The answer is " + re.search(r"(\([A-D]\)) this", prompt)[1]
+
+    path = home / ("one.jsonl" if task == "ifeval" else f"{task}.jsonl")
+    for answer, value in ((right and (lambda prompt: right), 1), (lambda prompt: "(E), no, 3", 0)):
+        scripted(monkeypatch, answer or letter)
+        report, _ = run(home, "base", "--tasks", task, "--data", f"{task}={path}")
+        assert report["metrics"][metric]["value"] == value and report["metrics"][metric]["total"] == 4
+
+
+def test_answers_are_those_of_this_room(home):
+    """lm-eval's batches, stop tokens and adapter against models.ask, a prompt at a time, in both modes."""
+    command = ["--tasks", "gsm8k_chat", "--data", f"gsm8k_chat={home / 'gsm8k.jsonl'}", "--max_new_tokens", 12]
+    told = {}
+    for folder in ("base", "adapter"):
+        model, tokenizer, stops = models.open_model(home / folder)
+        for mode in ("no_think", "think"):
+            prompts = [[{"role": "user", "content": row["question"]}] for row in GSM8K]
+            prompts = [models.render(tokenizer, prompt, enable_thinking=mode == "think")[1] for prompt in prompts]
+            answers = models.ask(model, tokenizer, stops, prompts, 1, 12)
+            name = "gsm8k_chat" + "_think" * (mode == "think")
+            report, lines = run(home, folder, *command, "--mode", mode, name=name)
+            told[folder, mode] = [line["answer"] for line in lines]
+            # lm-eval's text is without special tokens, that of this room with all but the last
+            texts = [re.sub("|".join(map(re.escape, SPECIAL)), "", answer.text) for answer in answers]
+            expected = [text.split("</think>")[-1].lstrip() for text in texts]
+            assert told[folder, mode] == expected and report["settings"]["mode"] == mode
+            assert list(report["groups"]["mode"]) == [mode]
+    assert len(set(map(tuple, told.values()))) == 4  # the adapter and the mode each make a difference
+
+
+def test_a_model_that_never_stops_is_bounded_and_wrong(home):
+    command = ["--tasks", "gsm8k_chat", "--data", f"gsm8k_chat={home / 'gsm8k.jsonl'}", "--max_new_tokens", 20]
+    report, lines = run(home, "endless", *command)
+    assert {line["answer"] for line in lines} == {"a" * 20}
+    assert report["metrics"]["exact_match/strict-match"]["count"] == 0
+
+
+def test_the_same_input_gives_the_same_bytes(home, monkeypatch):
+    scripted(monkeypatch, lambda prompt: "ok ok")  # short: langdetect draws
+    seen = set()
+    for _ in range(2):
+        run(home, "base", "--tasks", "ifeval", "--data", f"ifeval={home / 'ifeval.jsonl'}")
+        out = home / "out" / "base"
+        seen.add((out / "ifeval.json").read_bytes() + (out / "ifeval.jsonl").read_bytes())
+    assert len(seen) == 1 and str(home).encode() not in seen.pop()
+
+
+def test_a_metric_that_is_no_share_of_rows_has_lm_evals_own_error():
+    lines = [{"id": str(n), "perplexity": value} for n, value in enumerate((-3.0, -5.0))]
+    found = benchmarks.metrics_of(lines, {"alias": "x", "perplexity,none": 54.6, "perplexity_stderr,none": 2.0})
+    assert found == {"perplexity": {"value": 54.6, "low": pytest.approx(50.68, abs=0.01),
+                                    "high": pytest.approx(58.52, abs=0.01), "total": 2}}  # fmt: skip
+    lines = [{"acc": 1}, {"acc": 0}]  # the mean is not what lm-eval reports: its number stands, without a count
+    assert benchmarks.metrics_of(lines, {"acc,none": 0.25, "acc_stderr,none": "N/A"}) == {
+        "acc": {"value": 0.25, "total": 2}
+    }
+
+
+# -- the playbook ------------------------------------------------------------------------------------------------------
+
+
+def test_the_playbook_says_what_it_needs_and_what_is_lacking(home, capsys, monkeypatch):
+    manager = benchmarks.lm_eval_or_refuse()
+    for task, _ in benchmarks.PLAYBOOK.values():
+        assert task is None or task in manager.all_subtasks
+    has = " ".join(manager.all_tasks).lower()
+    assert not re.search("live_?code_?bench|lcb|multi_?if", has)  # the day lm-eval has them, the table is to change
+    assert set(benchmarks.PLAYBOOK) == {"AIME25", "GPQA-Diamond", "MATH-500", "LiveCodeBench", "IFEval", "Multi-IF"}
+    monkeypatch.chdir(home)
+    assert benchmarks.main(["base", "--tasks", "playbook", "--out", "never"]) == 2
+    found = capsys.readouterr()
+    assert "the data of aime25 cannot be had" in found.err and not (home / "never").exists()
+    for words in ("aime25; downloads math-ai/aime25, 30 problems", "Idavidrein/gpqa, 198 questions", "gated",
+                  "LiveCodeBench LACKING in lm-eval", "Multi-IF      LACKING"):  # fmt: skip
+        assert words in found.out
+    model = scripted(monkeypatch, lambda prompt: "none")
+    files = {task: home / ("one.jsonl" if task == "ifeval" else f"{task}.jsonl") for task in PUBLISHED}
+    data = [f"{task}={path}" for task, path in files.items()]
+    assert benchmarks.main(["base", "--tasks", "playbook", "--data", *data, "--out", "playbook"]) == 0
+    found = capsys.readouterr().out
+    assert "not run: LiveCodeBench, which lm-eval lacks" in found and "not run: Multi-IF" in found
+    reports = {path.stem: json.loads(path.read_text()) for path in (home / "playbook").glob("*.json")}
+    assert set(reports) == set(PUBLISHED)
+    for report in reports.values():
+        assert set(report["settings"]["lacking"]) == {"LiveCodeBench", "Multi-IF"}
+        assert report["settings"]["num_fewshot"] == 0
+    budgets = [kwargs["max_gen_toks"] for _, kwargs in model.asked]
+    assert sorted(budgets) == [1280] * 4 + [32768] * 12  # room to reason; IFEval's own
+
+
+def test_bad_input_is_one_sentence_and_writes_nothing(home, capsys, monkeypatch):
+    write_rows(home / "empty.jsonl", [])
+    good = [home / "base", "--out", home / "never"]
+    gsm8k = f"gsm8k_chat={home / 'gsm8k.jsonl'}"
+    for command, expected in (
+        (["--tasks", "nothing_like_it"], "nothing_like_it is no task of lm-eval"),
+        (["--tasks", "mmlu"], "mmlu is a group"),
+        (["--tasks", "humaneval"], "humaneval would run what the model writes without isolation"),
+        (["--tasks", "gsm8k"], "the data of gsm8k cannot be had .*--data gsm8k=FILE"),
+        (["--tasks", "ifeval"], "the data of ifeval cannot be had"),
+        (["--tasks", "ifeval", "--data", f"ifeval={home / 'gone.jsonl'}"], "gone.jsonl does not exist"),
+        (["--tasks", "ifeval", "--data", f"ifeval={home / 'empty.jsonl'}"], "holds no rows"),
+        (["--tasks", "ifeval", "--data", f"ifeval={home / 'gsm8k.jsonl'}"], "gsm8k.jsonl is not rows of ifeval"),
+        (["--tasks", "gsm8k_chat", "--data", f"gsm8k_chat={home / 'ifeval.jsonl'}"], "is not rows of gsm8k_chat"),
+        (["--tasks", "ifeval", "--data", gsm8k], "--data names gsm8k_chat, which is not among --tasks"),
+        (["--tasks", "gsm8k_chat", "--data", gsm8k, "--backend", "vllm"], "vLLM is not installed here"),
+        ([], "pass a run folder and --tasks"),
+    ):
+        if "vllm" in command and benchmarks.find_spec("vllm"):
+            continue
+        assert re.search(expected, refused(capsys, *good, *command)), expected
+    assert "gone does not exist" in refused(capsys, home / "gone", "--tasks", "ifeval")
+    error = refused(capsys, home / "endless", "--tasks", "gsm8k_chat", "--data", gsm8k, "--mode", "think")
+    assert "no two modes" in error
+    assert not (home / "never").exists()
+    benchmarks.lm_eval_or_refuse.cache_clear()
+    monkeypatch.setattr(benchmarks, "find_spec", lambda name: None)
+    assert "pip install -r requirements-eval.txt" in refused(capsys, *good, "--tasks", "ifeval")
