@@ -97,12 +97,10 @@ def read_calls(tokenizer, kind, prompt, text, tools):
         found = tokenizer.parse_response(text, FORMS[kind], prefix=prompt, tools=known).get("tool_calls") or []
         if isinstance(found, str):
             return python_calls(found, [tool["function"] for tool in tools or []]), False
-        calls = [
-            {"name": call["function"]["name"], "arguments": call["function"].get("arguments") or {}} for call in found
-        ]
+        calls = [{"arguments": {}} | call["function"] for call in found]  # as TRL reads a call without any
         if not all(isinstance(call["name"], str) and isinstance(call["arguments"], dict) for call in calls):
             raise ValueError("a name that is no string, or arguments that are no object")
-        return calls, False
+        return [{"name": call["name"], "arguments": call["arguments"]} for call in calls], False
     except (ValueError, TypeError, LookupError, AttributeError, SyntaxError, RecursionError, MemoryError):
         return [], True  # MemoryError: what ast says to brackets nested too deep
 
@@ -281,7 +279,10 @@ JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": "str
 def tool_of(function):
     """A function of BFCL as a tool of the chat API, its words and types as BFCL itself shows them to models."""
     note = " Note that the provided function is in Python 3 syntax."
-    shown = function | {"description": function["description"] + note, "parameters": schema_of(function["parameters"])}
+    shown = function | {
+        "description": function.get("description", "") + note,
+        "parameters": schema_of(function["parameters"]),
+    }
     return {"type": "function", "function": shown}
 
 
@@ -360,6 +361,8 @@ def read_tasks(args):
     digest, folders = hashlib.sha256(), {}
 
     def rows(path):
+        if path.is_dir():
+            raise BadInput(f"{path} is a folder: pass BFCL's files")
         found = read_rows(path, "test")
         digest.update(path.read_bytes())
         return found

@@ -212,14 +212,15 @@ def test_planted_models(tmp_path, data, monkeypatch, planted):
     assert [line["turn"] for line in lines[:5]] == [1, 2, 1, 2, 1]
 
 
-def test_own_answers_are_the_history_without_their_thoughts(tmp_path, data, monkeypatch):
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_instruct_2507"])  # which strips thoughts itself, and which does not
+def test_own_answers_are_the_history_without_their_thoughts(tmp_path, data, monkeypatch, name):
     prompts = []
 
     def say(prompt):
         prompts.append(prompt)
         return think(prompt, text=f"It is {len(prompts)}.")
 
-    scripted(monkeypatch, think_follow, "qwen3", say)
+    scripted(monkeypatch, think_follow, name, say)
     _, lines = run(tmp_path, data, "--flag_in", "user")
     second = [prompt for prompt in prompts if last_message(prompt).startswith("B?")]
     assert len(prompts) == 70 and len(second) == 30
