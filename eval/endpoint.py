@@ -4,14 +4,15 @@
     python eval/endpoint.py --base_url http://localhost:8000/v1 --model mine --requests 64 --out load.json
 
 A folder is served here first, by `transformers serve`; --base_url takes an endpoint that runs already. Every request is
-one of 50 neutral prompts, answered greedily and streamed, so many at a time as the concurrency says, the
-next as soon as one is done (a closed loop). The first request warms the server up and is not counted.
+one of 50 neutral prompts, answered greedily and streamed, so many at a time as the concurrency says, the next as soon
+as one is done (a closed loop). The first request warms the server up and is not counted.
 
-    time to first token   seconds from sending a request to its first piece of text
-    tokens/s, one request its completion tokens after the first / the seconds after the first token
-    tokens/s, all         completion tokens of all requests / seconds from the first request sent to the last one done
-The names are those of vLLM's serving benchmark (time per output token is 1 / "tokens/s, one request"). p50 and p95 are
-of the requests, by numpy's linear interpolation. These figures are of a machine at a time: no two runs give the same.
+    first token    seconds from sending a request to its first piece of text
+    whole          seconds from sending a request to the end of its answer
+    tokens/s, one  completion tokens after the first, by the seconds after the first piece (1 / time per output token)
+    tokens/s, all  completion tokens of all requests, by the seconds from the first one sent to the last one done
+As vLLM's serving benchmark has them. Percentiles are over requests, by numpy's linear interpolation; the table shows
+the median and the slow end. They are figures of one machine at one time: no two runs give the same.
 """
 
 import asyncio
@@ -33,7 +34,11 @@ from rich.table import Table
 from scores import command, parser_of, write_files
 
 START = 900  # seconds that a server may take to load a model
-ENGINES = ("transformers", "vllm", "llamacpp")
+ENGINES = {  # what an engine imports: how it is installed
+    "transformers": ("fastapi", "pip install fastapi uvicorn openai"),
+    "vllm": ("vllm", "pip install vllm in an environment of its own"),
+    "llamacpp": ("llama_cpp", "pip install 'llama-cpp-python[server]'"),
+}
 FORMS = ("What is {}?", "Name three facts about {}.", "用一句话介绍 {}。",
          "Write a JSON object with two facts about {}.", "Is {} useful? Answer yes or no, then say why.")  # fmt: skip
 THINGS = ("the moon", "bread", "a bicycle", "rain", "chess", "the number 12", "a library", "copper", "the sea", "sleep")
@@ -51,6 +56,18 @@ def engine_command(engine, python, model, device, dtype, port):
     return [python, *map(str, words), "--host", "127.0.0.1", "--port", str(port)]
 
 
+def check_engine(engine, python):
+    """Refuse a Python whose environment lacks the engine."""
+    module, install = ENGINES[engine]
+    code = f"import sys, importlib.util; sys.exit(importlib.util.find_spec({module!r}) is None)"
+    try:
+        missing = subprocess.run([python, "-c", code], capture_output=True).returncode
+    except OSError as error:
+        raise BadInput(f"{python} does not run ({error.strerror}): pass a Python of the engine's environment") from None
+    if missing:
+        raise BadInput(f"{python} has no {module}, which serving by {engine} needs: {install}")
+
+
 @contextmanager
 def serving(engine, python, model, device, dtype):
     """(base url, model name) of a server that runs as long as the context. Raises BadInput with the end of its log."""
@@ -60,10 +77,7 @@ def serving(engine, python, model, device, dtype):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
     with tempfile.TemporaryFile() as log:
         words = engine_command(engine, python, model, device, dtype, port)
-        try:
-            server = subprocess.Popen(words, env=environment, stdout=log, stderr=log)
-        except OSError as error:
-            raise BadInput(f"{python} does not run ({error.strerror}): pass --engine_python") from None
+        server = subprocess.Popen(words, env=environment, stdout=log, stderr=log)
         try:
             health = f"http://127.0.0.1:{port}" + ("/v1/models" if engine == "llamacpp" else "/health")
             end = time.monotonic() + START
@@ -139,8 +153,8 @@ async def load(url, bodies, concurrency):
     spoken = tokens > 1
     rate = (tokens[spoken] - 1) / np.maximum(whole[spoken] - wait[spoken], 1e-9)
 
-    def spread(values):
-        return {f"p{p}": float(np.percentile(values, p)) for p in (50, 95)} if len(values) else {}
+    def spread(values, *percentiles):
+        return {f"p{p}": float(np.percentile(values, p)) for p in percentiles} if len(values) else {}
 
     return {
         "concurrency": concurrency,
@@ -149,18 +163,18 @@ async def load(url, bodies, concurrency):
         "seconds": seconds,
         "tokens_per_second": float(tokens.sum()) / seconds,
         "requests_per_second": len(found) / seconds,
-        "time_to_first_token": spread(wait),
-        "latency": spread(whole),
-        "tokens_per_second_of_one": spread(rate),
+        "time_to_first_token": spread(wait, 50, 95),
+        "latency": spread(whole, 50, 95),
+        "tokens_per_second_of_one": spread(rate, 50, 5),
     }
 
 
 def show(report):
     table = Table("at a time", "requests", "tokens", "tokens/s, all", "first token, s (p95)", "whole, s (p95)",
-                  "tokens/s, one (p95)", title=report["endpoint"])  # fmt: skip
+                  "tokens/s, one (p5)", title=report["endpoint"])  # fmt: skip
     for line in report["load"]:
-        cells = [f"{line[key]['p50']:.3g} ({line[key]['p95']:.3g})" if line[key] else "–"
-                 for key in ("time_to_first_token", "latency", "tokens_per_second_of_one")]  # fmt: skip
+        figures = [line[key] for key in ("time_to_first_token", "latency", "tokens_per_second_of_one")]
+        cells = [" (".join(f"{value:.3g}" for value in found.values()) + ")" if found else "–" for found in figures]
         counts = [str(line[key]) for key in ("concurrency", "requests", "completion_tokens")]
         table.add_row(*counts, f"{line['tokens_per_second']:.4g}", *cells)
     Console(width=None if sys.stdout.isatty() else 130, markup=False, emoji=False, highlight=False).print(table)
@@ -198,6 +212,7 @@ def run(args):
     if args.folder and not (args.folder / "config.json").is_file():
         raise BadInput(f"{args.folder} is not a model: it has no config.json (merge.py makes one of an adapter)")
     if args.folder:
+        check_engine("transformers", sys.executable)
         with serving("transformers", sys.executable, args.folder, args.device, args.dtype) as (url, model):
             report = measured(url, model, args)
     else:

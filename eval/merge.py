@@ -25,8 +25,7 @@ and compares
     same text      answers that merged generates as the adapter does, token by token
     served         prompts of the same length in tokens, the same text, and an end for the same reason, against merged
 It fails beyond --max_logit_diff or below --min_top1 (top-1, same stop, all of served). Defaults: adapters beside 4-bit
-weights are not rounded as merged ones are, hence wider bounds; round_trip.py has
-them, and what was measured.
+weights differ from what --into original makes of them, hence wider bounds; round_trip.py has them.
 
 Writes config, weights, generation_config (ends on the template's stop token and on what the base ends on, pads with
 another), tokenizer with the serving template, and merge_report.json to --out, which must not exist: all in a hidden
@@ -46,7 +45,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from endpoint import ENGINES
+from endpoint import ENGINES, check_engine
 from huggingface_hub import snapshot_download
 from models import (
     BadInput,
@@ -78,6 +77,8 @@ PLAIN = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "eva"
 KEYS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A", "lora_embedding_B": "B",
         "lora_magnitude_vector": "size", "lora_magnitude_vector.weight": "size", "weight": "whole",
         "base_layer.weight": "whole"}  # fmt: skip
+
+KINDS = (torch.nn.Linear, Conv1D, torch.nn.Embedding)
 
 
 # -- what is merged --------------------------------------------------------------------------------------------------
@@ -135,9 +136,14 @@ def read_base(name):
 
 
 def skeleton(base, four_bit):
-    """The base without weights, and the names of the modules that are in 4 bits when it is loaded so."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    """The base without weights, its modules' types, and the names of those that loading in 4 bits quantises."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(
+            f"{base} is no causal language model of transformers ({first_line(error)}): pass --base"
+        ) from None
     kinds = {name: type(module) for name, module in model.named_modules()}
     if not four_bit:
         return model, kinds, set()
@@ -189,9 +195,10 @@ def new_weight(module, weight, parts, config, kind, quantize, device):
         weight = weight + scaling_of(config, module, read["A"].shape[0]) * (read["B"] @ read["A"])
         if "size" in read:  # DoRA (Liu et al. 2024), equation 5: a length for each output
             weight *= (read["size"].reshape(-1) / torch.linalg.vector_norm(weight, dim=1))[:, None]
+    weight = (weight.T if turned else weight).to(old.dtype).contiguous().to(old.device)
     if not torch.isfinite(weight).all():
-        raise BadInput(f"the merged {module} is not finite: the adapter or its base is damaged")
-    return (weight.T if turned else weight).to(old.dtype).contiguous().to(old.device)
+        raise BadInput(f"the merged {module} is not finite in {old.dtype}: the adapter or its base is damaged")
+    return weight
 
 
 def overwrite(path, name, weight):
@@ -209,9 +216,7 @@ def check_modules(args, config, parts, model, kinds, files):
     """Refuse an adapter of another base, and a base with missing weights."""
     for module, part in parts.items():
         plain = set(part) == {"whole"}
-        if module not in kinds or not (
-            plain or issubclass(kinds[module], (torch.nn.Linear, Conv1D, torch.nn.Embedding))
-        ):
+        if module not in kinds or not (plain or issubclass(kinds[module], KINDS)):
             raise BadInput(f"the adapter changes {module}, which {args.base} has not: pass the base of its training")
         if "size" in part and not issubclass(kinds[module], torch.nn.Linear):
             raise BadInput(f"DoRA on {module}, which is not linear, cannot be merged here: use PEFT's merge_and_unload")
@@ -282,7 +287,7 @@ def stop_of(tokenizer):
 
 
 def write_rest(base, tokenizer, out, untied):
-    """Write config, generation config and tokenizer; ({eos: ids}, pad id) as served."""
+    """Write config, generation config and tokenizer; (ids of the stop tokens, of the padding)."""
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     if untied:
         for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
@@ -306,7 +311,7 @@ def write_rest(base, tokenizer, out, untied):
     template = re.sub(r"{%(\W?)\s*(?:end)?generation\s*(\W?)%}", r"{#\1 \2#}", tokenizer.chat_template)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(out)
-    return stops, pad
+    return sorted(stops), pad
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
@@ -330,7 +335,7 @@ def parse_args(argv):
     parser.add_argument("--no_serve", action="store_true", help="leave out the server")
     parser.add_argument("--engine", choices=ENGINES, default="transformers", help="what serves")
     parser.add_argument("--engine_python", default=sys.executable, help="the Python whose environment has the engine")
-    parser.add_argument("--engine_model", type=Path, help="the GGUF file made of the merged model, for llamacpp")
+    parser.add_argument("--converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py, for llamacpp")
     return parser.parse_args(argv)
 
 
@@ -340,6 +345,10 @@ def settle(args):
         raise BadInput(f"{args.adapter} is no adapter: pass a run folder with adapter_config.json")
     if args.out.exists():
         raise BadInput(f"{args.out} exists: pass another --out, or remove it")
+    if args.engine == "llamacpp" and not args.no_serve and not (args.converter and args.converter.is_file()):
+        raise BadInput("llamacpp serves GGUF files: pass --converter with llama.cpp's convert_hf_to_gguf.py")
+    if args.prompts and not args.no_serve:
+        check_engine(args.engine, args.engine_python)  # before minutes of merging
     args.base = args.base or adapter_base(args.adapter)
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     path = args.adapter / "config.yaml"
@@ -367,10 +376,8 @@ def merge(args):
     bounds = BOUNDS[args.dtype == "float32", args.load_in_4bit, args.into]
     args.max_logit_diff = bounds[0] if args.max_logit_diff is None else args.max_logit_diff
     args.min_top1 = bounds[1] if args.min_top1 is None else args.min_top1
-    room = (
-        getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    ) - args.max_new_tokens
-    asked, refused = questions(args.data, args.split, args.prompts, tokenizer, room)
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    asked, refused = questions(args.data, args.split, args.prompts, tokenizer, room - args.max_new_tokens)
 
     part = args.out.with_name(f".{args.out.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed

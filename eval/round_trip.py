@@ -1,10 +1,12 @@
 """The round trip of a merge: does the merged model, and the server of it, answer as the adapter did?
 
-    python -c "from round_trip import questions; print(questions(None, '', 50, ...))"
+    python eval/merge.py runs/qwen3_qlora --out models/mine
 
-No command; merge.py's docstring defines what is compared. One model is in memory at a time: the adapter's logits wait
-on the disk (positions x vocabulary x 4 bytes; 50 answers of 32 tokens and 151,936 tokens of Qwen3: 1 GB).
+No command of its own; merge.py's docstring defines what is compared. One model is in memory at a time: the adapter's
+logits wait on the disk (positions x vocabulary x 4 bytes; 50 answers of 32 tokens, 151,936 entries of Qwen3: 1 GB).
 """
+
+import subprocess
 
 import numpy as np
 import torch
@@ -111,10 +113,22 @@ def split(text):
     return thought.replace("<think>", "", 1).strip(), final_text(text)
 
 
+def gguf(folder, args):
+    """The GGUF file of a model, made in its folder by llama.cpp's converter, in the proof's type. Raises BadInput."""
+    path, kind = folder / "model.gguf", {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[args.dtype]
+    words = [args.engine_python, args.converter, folder, "--outfile", path, "--outtype", kind]
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
+    if done.returncode or not path.is_file():
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise BadInput(f"{args.converter} does not convert the merged model ({last}): see what it supports")
+    return path
+
+
 def ask_served(out, asked, again, tokenizer, args):
     """How the server of a folder compares with the merged model's own Outputs."""
     same, left_out = {"same_prompt": [], "same_text": [], "same_end": []}, 0
-    with serving(args.engine, args.engine_python, args.engine_model or out, args.device, args.dtype) as (url, name):
+    model = gguf(out, args) if args.engine == "llamacpp" else out
+    with serving(args.engine, args.engine_python, model, args.device, args.dtype) as (url, name):
         for row, output in zip(asked, again, strict=True):
             if any(message.get("reasoning_content") or message.get("tool_calls") for message in row["messages"]):
                 left_out += 1  # transformers serve drops reasoning, and text beside calls, from the history

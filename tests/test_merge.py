@@ -477,10 +477,17 @@ def test_bad_input_is_one_sentence(home, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "o").exists() and not list(tmp_path.glob(".*.part"))
 
 
-def test_an_engine_that_is_not_there_is_one_sentence(home, tmp_path, capsys):
+def test_an_engine_that_is_not_there_is_one_sentence(home, tmp_path, capsys, monkeypatch):
     flags = ["--out", tmp_path / "o", "--prompts", 1, "--max_new_tokens", 4]
-    said = refused(capsys, home / "cd", *flags, "--engine", "vllm")  # not in this environment
-    assert "server of vllm did not start" in said and "vllm" in said
+    assert "has no vllm" in refused(capsys, home / "cd", *flags, "--engine", "vllm")  # not in this environment
+    assert "--converter" in refused(capsys, home / "cd", *flags, "--engine", "llamacpp")
+    (tmp_path / "convert.py").write_text("import sys; sys.exit('no such architecture')")
+    llama = ["--engine", "llamacpp", "--converter", tmp_path / "convert.py"]
+    assert "has no llama_cpp" in refused(capsys, home / "cd", *flags, *llama)
+    monkeypatch.setitem(endpoint.ENGINES, "llamacpp", ("json", ""))
+    assert "does not convert the merged model (no such arch" in refused(capsys, home / "cd", *flags, *llama)
+    (tmp_path / "convert.py").write_text("import sys; open(sys.argv[3], 'w')")  # a file that is no model
+    assert "server of llamacpp did not start" in refused(capsys, home / "cd", *flags, *llama)
     assert "does not run" in refused(capsys, home / "cd", *flags, "--engine_python", tmp_path / "no python")
     assert not (tmp_path / "o").exists()
 
@@ -529,7 +536,7 @@ def test_load_figures_are_those_of_a_server_of_known_speed(monkeypatch):
     assert found["seconds"] == pytest.approx(4.0) and found["tokens_per_second"] == pytest.approx(5.0)
     assert found["time_to_first_token"]["p50"] == pytest.approx(0.5)
     assert found["latency"]["p95"] == pytest.approx(1.0)
-    assert found["tokens_per_second_of_one"]["p50"] == pytest.approx(8.0)  # 4 tokens in half a second
+    assert found["tokens_per_second_of_one"]["p5"] == pytest.approx(8.0)  # 4 tokens in half a second
 
 
 def test_the_endpoint_command_refuses_in_one_sentence(home, tmp_path, capsys):
