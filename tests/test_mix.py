@@ -285,6 +285,15 @@ def test_by_tokens_and_the_card(tmp_path, demo):
     assert f"{mean:,.1f} tokens a row" in (tmp_path / "out" / "card.md").read_text()
 
 
+def test_template_arguments_of_the_mix(tmp_path):
+    own = row("a-1", chat_template_kwargs={"train_turns": "all"})
+    make(tmp_path, a=[row("a-0"), own, row("a-2", think="hm")])
+    given = {"train_turns": "last", "x": 1}
+    train, *_ = mixed(tmp_path, [{"path": "a"}], strategy="concatenate", chat_template_kwargs=given, **NONE)
+    wanted = [given, {"train_turns": "all", "x": 1}, given | {"enable_thinking": True}]
+    assert [one["chat_template_kwargs"] for one in train] == wanted
+
+
 def test_rows_that_the_template_refuses_are_counted(tmp_path, demo):
     told = [row("b-1", think="hm") | {"chat_template_kwargs": {"enable_thinking": False}}]  # reasoning without thinking
     make(tmp_path, a=rows_of("a", 20), b=[*told, *rows_of("c", 20)])
