@@ -30,6 +30,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "eval"))
+import models  # noqa: E402
 import tool_calls  # noqa: E402
 
 BFCL = SHARED / "data" / "tools" / "bfcl"
@@ -342,6 +343,9 @@ def test_several_calls_in_any_order():
         assert tool_calls.mismatch(order, [WEATHER, CLOCK], answers) == ""
     for wrong in (calls[:2], [*calls, call("clock")], [calls[0], calls[0], calls[1]], [calls[1], *calls[1:]]):
         assert tool_calls.mismatch(wrong, [WEATHER, CLOCK], answers)
+    twice = [{"clock": {}}, {"clock": {}}]  # no call stands for two answers
+    assert tool_calls.mismatch([call("clock")] * 2, [WEATHER, CLOCK], twice) == ""
+    assert tool_calls.mismatch([call("clock"), calls[0]], [WEATHER, CLOCK], twice) == "wrong function"
 
 
 @pytest.mark.parametrize(
@@ -562,6 +566,17 @@ def test_a_prompt_beyond_the_context_is_wrong_everywhere(tmp_path, data, monkeyp
     report, lines = run(tmp_path, data)
     assert counts(report["metrics"]) == {name: (0, total) for name, total in ALL.items()}
     assert {line["failed"] for line in lines} == {"longer than the context"}
+
+
+def test_only_what_fits_the_context_is_asked():
+    """Each prompt gets its own answer, those beyond the context fail without having been asked."""
+    asked, tokenizer = [], tokenizer_of("qwen3")
+    model = Scripted(tokenizer, lambda prompt: asked.append(prompt) or prompt.upper(), context=3)
+    prompts = [tokenizer(text)["input_ids"] for text in ("qz", "q" * 50, "zq", "qqq")]
+    assert [len(prompt) for prompt in prompts] == [2, 50, 2, 3]
+    answers = models.ask(model, tokenizer, {tokenizer.convert_tokens_to_ids("<|im_end|>")}, prompts, 2, 9)
+    assert [answer.text for answer in answers] == ["QZ", "", "ZQ", ""] and sorted(asked) == ["qz", "zq"]
+    assert [answer.failed for answer in answers] == ["", "longer than the context"] * 2
 
 
 def test_rows_are_drawn_by_seed_and_the_same_run_gives_the_same_bytes(tmp_path, data, monkeypatch):
