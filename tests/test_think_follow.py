@@ -2,6 +2,12 @@
 
 The models are scripted behind the real generation (test_tool_calls.Scripted): they see the prompt's text only, as a
 server would send it.
+
+Breaks tried, each seen here: every answer that thinks follows, or every one with a block, empty or not; a failed turn
+follows; blocks that the prompt opens, that nothing opens or that nothing closes are missed; stray ends stay; unfinished
+is never counted; empty counts the block; thoughts stay in the history (seen only by a template that does not strip them
+itself); the first turn's flag for all, the last one's for the history; the same flags for all conversations, or for all
+seeds; the rows' own flags stay; one followed turn is enough for follow_all; a refused history stops the run.
 """
 
 import json
