@@ -1,0 +1,264 @@
+"""eval/card.py: the hub's own reader takes the card, it names what was not measured, and it goes stale with its parts.
+
+Breaks tried, each of which turned a test red: docstrings or the source as it is in the hash; the recipe, its copy, the
+template, its copy, the data or the benchmarks left out; a part that matches in one place only; new measurements unseen;
+paths of other folders and in dicts shown; words or hashes of the README's rows not looked at.
+"""
+
+import json
+import shutil
+import sys
+
+import pytest
+import yaml
+from conftest import REPO
+from huggingface_hub import ModelCard
+
+sys.path.insert(0, str(REPO / "eval"))
+import card
+import scores
+
+WILSON = {"value": 0.75, "low": 0.3, "high": 0.95, "count": 3, "total": 4}
+TABLE = "| group | metric | base (95%) | tuned (95%) | change | n |"
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A repository of one recipe, one template and one data set, and a run of it: the folders that card.py knows."""
+    monkeypatch.setattr(card, "REPO", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    run, data = tmp_path / "runs" / "tuned", tmp_path / "data" / "chats"
+    for folder in (run / "eval", data, tmp_path / "recipes", tmp_path / "chat_templates"):
+        folder.mkdir(parents=True)
+    recipe = (REPO / "recipes" / "qwen3_qlora.py").read_text()
+    template = (REPO / "chat_templates" / "qwen3.jinja").read_text()
+    (tmp_path / "recipes" / "qwen3_qlora.py").write_text(recipe)
+    (run / "qwen3_qlora.py").write_text(recipe)
+    (tmp_path / "chat_templates" / "qwen3.jinja").write_text(template)
+    (run / "chat_template.jinja").write_text(card.serving(template))
+    alice = "/home/alice"
+    settings = {"model_name_or_path": f"{alice}/models/Qwen3-4B", "dataset_name": "data/chats", "learning_rate": 3e-3,
+                "chat_template_path": f"{alice}/chat_templates/qwen3.jinja", "hooks": [f"{alice}/hooks/log.py"],
+                "max_length": 2048, "model_init_kwargs": {"cache": f"{alice}/cache"}, "output_dir": "../alice/run",
+                }  # fmt: skip
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    (run / "versions.json").write_text(json.dumps({"torch": "2.13.0", "trl": "1.16.0"}))
+    (run / "adapter_config.json").write_text("{}")
+    counts = {
+        "script": "mix.py",
+        "in": 90,
+        "out": {"train": 80, "validation": 4},
+        "refused": {"empty": 6},
+        "hash": "a1",
+    }
+    (data / "report.json").write_text(json.dumps(counts))
+    (data / "card.md").write_text("# chats\n\n| split | source | rows |\n|---|---|---|\n| train | sums | 80 |\n")
+    return tmp_path
+
+
+def measured(run):
+    metrics = {"exact_match": WILSON, "assistant_perplexity": {"value": 1.25, "low": 1.1, "high": 1.4, "tokens": 9}}
+    settings = {"data": "chats", "split": "test", "max_new_tokens": 64, "dtype": "float32", "device": "cpu"}
+    report = {"settings": settings, "rows": {"measured": 4}, "results": {"overall": {"all": {"tuned": metrics}}}}
+    (run / "report.json").write_text(json.dumps(report))
+    (run / "report.md").write_text(
+        f"# t\n\n{TABLE}\n|---|---|---|---|---|---|\n| all | exact match | 0 | 0.75 | +0.75 | 4 |\n"
+    )
+    scores.write_scores(run / "eval", "quiz", {}, {"right": WILSON})
+    lines = [{"step": 1, "loss": 2.0, "tokens_per_second": 100.0, "memory_gib": 1.5, "trained_tokens": 50},
+             {"step": 2, "loss": 1.0, "tokens_per_second": 300.0, "memory_gib": 2.5, "trained_tokens": 1090},
+             {"step": 2, "eval_loss": 1.5, "epoch": 1.0}, {"step": 2, "train_runtime": 12.0}]  # fmt: skip
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo')
+    (run / "loss.png").write_bytes(b"")
+    (run / "gate.json").write_text('{"passed": true, "findings": []}')
+
+
+def run_card(capsys, *command):
+    """(exit code, stdout, stderr)"""
+    capsys.readouterr()
+    return card.main([str(word) for word in command]), *capsys.readouterr()
+
+
+# -- what it says ------------------------------------------------------------------------------------------------------
+def test_the_hub_reads_the_metadata(home, capsys):
+    run = home / "runs" / "tuned"
+    measured(run)
+    (run / "README.md").write_text("TRL's own")
+    assert run_card(capsys, run, "--license", "apache-2.0", "--hardware", "1 x RTX 4080")[0] == 0
+    data = ModelCard.load(run / "README.md").data
+    assert (data.base_model, data.datasets, data.library_name, data.license) == (
+        "Qwen3-4B",
+        ["chats"],
+        "peft",
+        "apache-2.0",
+    )
+    assert data.model_name == "tuned" and data.tags == ["trl", "sft", "lora"] and data.pipeline_tag == "text-generation"
+    found = {(one.dataset_name, one.dataset_split, one.metric_type): one.metric_value for one in data.eval_results}
+    assert found == {("chats", "test", "exact_match"): 0.75, ("chats", "test", "assistant_perplexity"): 1.25,
+                     ("quiz", None, "right"): 0.75}  # fmt: skip
+    text = (run / "README.md").read_text()
+    assert "TRL's own" not in text and yaml.safe_load(text.split("---\n")[1])["model-index"][0]["name"] == "tuned"
+
+
+def test_it_tells_what_is_known(home, capsys):
+    run = home / "runs" / "tuned"
+    measured(run)
+    run_card(capsys, run, "--hardware", "1 x RTX 4080")
+    text = (run / "README.md").read_text()
+    for line in (
+        TABLE,
+        "| all | exact match | 0 | 0.75 | +0.75 | 4 |",
+        "| right | 0.75 (0.3–0.95) | 4 |",
+        "Gate (eval/gate.py): passed.",
+        "| hardware | 1 x RTX 4080 |",
+        "| optimizer steps | 2 |",
+        "| training loss, last logged | 1.0000 |",
+        "| validation loss, last | 1.5000 |",
+        "| trained tokens | 1,090 |",
+        "| tokens/s, median | 200 |",
+        "| peak memory | 2.5 GiB |",
+        "| training time | 12 s |",
+        "![loss](loss.png)",
+        "| learning_rate | 0.0002 | 0.003 |",
+        "| dataset_name | openai/gsm8k | data/chats |",
+        "| model_name_or_path | Qwen/Qwen3-4B-Instruct-2507 | Qwen3-4B |",
+        "`chats`, made by mix.py from 90 rows: train 80, validation 4; refused: empty 6.",
+        "| train | sums | 80 |",
+        "python eval/merge.py runs/tuned --out runs/tuned/merged",
+    ):
+        assert f"\n{line}" in text, line
+    assert "torch 2.13.0, transformers not recorded, trl 1.16.0" in text
+    assert "| max_length |" not in text  # as in DEFAULTS
+    assert not any(word in text for word in ("alice", "/home", str(home), str(REPO)))
+
+
+def test_what_was_not_measured_says_so(home, capsys):
+    run = home / "runs" / "tuned"
+    (home / "data" / "chats" / "report.json").unlink()
+    assert run_card(capsys, run)[0] == 0
+    text = (run / "README.md").read_text()
+    for line in ("not measured: eval/compare.py measures it.", "## Benchmarks\n\nnot measured.",
+                 "gate.py): not measured.", "| hardware | not recorded |",
+                 "| tokens/s, median | not recorded |", "| peak memory | not recorded |",
+                 "Its counts are not recorded", "licence not recorded", "| data | not recorded |"):  # fmt: skip
+        assert line in text, line
+    assert "model-index" not in text and "license" not in text.split("---")[1]
+    code, out, _ = run_card(capsys, run, "--check")
+    assert code == 0 and "up to date" in out
+
+
+# -- stale -------------------------------------------------------------------------------------------------------------
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+PARTS = {  # what is edited: (file, from, to, what the check must say)
+    "recipe": ("recipes/qwen3_qlora.py", "learning_rate=2e-4", "learning_rate=2e-5", "recipe"),
+    "code of the recipe": ("recipes/qwen3_qlora.py", "trainer.train(", "trainer.evaluate(", "recipe"),
+    "copy of the recipe": ("runs/tuned/qwen3_qlora.py", "learning_rate=2e-4", "learning_rate=2e-5", "recipe"),
+    "template": ("chat_templates/qwen3.jinja", "<|im_start|>", "<|im_begin|>", "chat template"),
+    "saved template": ("runs/tuned/chat_template.jinja", "<|im_start|>", "<|im_begin|>", "chat template"),
+    "data": ("data/chats/report.json", '"a1"', '"a2"', "training data"),
+    "config": ("runs/tuned/config.yaml", "0.003", "0.004", "config.yaml"),
+    "report": ("runs/tuned/report.json", "1.25", "1.26", "measurements (report.json, eval/*.json)"),
+    "benchmark": ("runs/tuned/eval/quiz.json", "0.95", "0.96", "measurements (report.json, eval/*.json)"),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_each_part_makes_it_stale(home, capsys, part):
+    run = home / "runs" / "tuned"
+    measured(run)
+    run_card(capsys, run)
+    assert run_card(capsys, run, "--check")[:2] == (0, "up to date\n")
+    file, old, new, told = PARTS[part]
+    edit(home / file, old, new)
+    assert run_card(capsys, run, "--check")[:2] == (1, f"stale: the {told} is not that of the card\n")
+    edit(home / file, new, old)
+    assert run_card(capsys, run, "--check")[0] == 0
+
+
+def test_comments_docstrings_and_layout_do_not(home, capsys):
+    run, recipe = home / "runs" / "tuned", home / "recipes" / "qwen3_qlora.py"
+    run_card(capsys, run)
+    edit(recipe, '"""', '"""Another first line. ')
+    edit(recipe, "# model", "# the model and")
+    edit(recipe, "def main():\n", 'def main():\n    """Begins."""\n\n')
+    edit(recipe, "learning_rate=2e-4,", "learning_rate = 0.0002 ,")
+    edit(run / "config.yaml", "learning_rate: 0.003", "learning_rate: 3.0e-3  # tried")
+    assert run_card(capsys, run, "--check")[:2] == (0, "up to date\n")
+    assert card.code_hash("def f():\n    'a'\n    return 1") == card.code_hash("def f():\n\n    return 1  # one")
+    assert card.code_hash("x = 'a'") != card.code_hash("x = 'b'") != card.code_hash("'b'")
+
+
+def test_new_measurements_and_parts_that_are_not_here(home, capsys):
+    run = home / "runs" / "tuned"
+    run_card(capsys, run)
+    measured(run)
+    code, out, _ = run_card(capsys, run, "--check")
+    assert (code, out) == (1, "stale: the card was made without the measurements (report.json, eval/*.json)\n")
+    run_card(capsys, run)
+    shutil.rmtree(home / "recipes")  # of a run that was moved to another machine, its folder alone is held to the card
+    shutil.rmtree(home / "data")
+    code, out, _ = run_card(capsys, run, "--check")
+    assert (code, out) == (0, "not checked: the training data is not found here\nup to date\n")
+
+
+def test_what_it_cannot_use_is_one_sentence(home, capsys):
+    run = home / "runs" / "tuned"
+    (run / "README.md").write_text("---\nlibrary_name: peft\n---\n# TRL's own\n")
+    for command, told in (
+        ([run, "--check"], "has no card of ours"),
+        ([home / "gone"], "gone is not there"),
+        ([home / "recipes"], "has no config.yaml"),
+        (["--check_readme", home / "gone.md"], "gone.md does not exist"),
+    ):
+        code, _, err = run_card(capsys, *command)
+        assert code == 2 and told in err and len(err.splitlines()) == 1
+    shutil.copy(run / "qwen3_qlora.py", run / "other.py")
+    code, _, err = run_card(capsys, run)
+    assert code == 2 and "holds 2 recipes" in err
+
+
+def test_a_real_run_is_up_to_date_and_keeps_no_path(run_recipe, capsys, tmp_path):
+    run = run_recipe("qwen3_qlora", "--max_steps", "1", "--save_strategy", "steps", "--save_steps", "1")
+    assert "TRL" in (run / "README.md").read_text()
+    assert run_card(capsys, run)[0] == 0
+    text = (run / "README.md").read_text()
+    assert "Quick start" not in text and str(REPO) not in text and str(tmp_path) not in text
+    assert "| peak memory | " in text and "| peak memory | not" not in text and "base_model: init" in text
+    assert run_card(capsys, run, "--check")[:2] == (0, "up to date\n")
+
+
+# -- the README --------------------------------------------------------------------------------------------------------
+def test_the_readme_says_what_was_measured(capsys):
+    code, out, _ = run_card(capsys, "--check_readme", REPO / "README.md")
+    assert code == 0, out
+    assert len(json.loads(card.MEASURED.read_text())) >= 1
+
+
+def test_a_row_goes_red_until_it_is_measured_again(home, capsys, monkeypatch):
+    monkeypatch.setattr(card, "MEASURED", home / "measured.json")
+    recipe, template = "recipes/qwen3_qlora.py", "chat_templates/qwen3.jinja"
+    rows = [{"name": "demo", "readme": ["| all | 0.571 |"], "inputs": {recipe: None, template: None}}]
+    card.MEASURED.write_text(json.dumps(rows))
+    readme = home / "README.md"
+    readme.write_text("# Measured\n\n| all | 0.571 |\n")
+    code, out, _ = run_card(capsys, "--check_readme", readme)
+    assert code == 0 and "demo: measured before its inputs were recorded" in out
+    assert run_card(capsys, "--check_readme", readme, "--record", "demo")[:2] == (0, "up to date\n")
+    edit(home / recipe, "# model", "# the model and")
+    assert run_card(capsys, "--check_readme", readme)[0] == 0
+    edit(home / recipe, "learning_rate=2e-4", "learning_rate=2e-5")
+    code, out, _ = run_card(capsys, "--check_readme", readme)
+    assert code == 1 and out == f"demo was measured with another {recipe}: measure again, then --record 'demo'\n"
+    edit(home / template, "<|im_start|>", "<|im_begin|>")
+    assert run_card(capsys, "--check_readme", readme)[1].count("demo was measured with another") == 2
+    assert run_card(capsys, "--check_readme", readme, "--record", "demo")[0] == 0
+    readme.write_text("# Measured\n\n| all | 0.671 |\n")
+    code, out, _ = run_card(capsys, "--check_readme", readme)
+    assert (code, out) == (1, "demo: README.md does not say what was measured: | all | 0.571 |\n")
+    code, _, err = run_card(capsys, "--check_readme", readme, "--record", "other")
+    assert code == 2 and "has no row 'other': pass one of demo" in err
