@@ -4,8 +4,9 @@ in smoltalk2's shape; every published value against a table; one option an ablat
 `published` below is written from the template of alignment-handbook's sft.yaml and of the released model, not from
 ours; the golden renderings (../shared, upstream's own) hold it. Each of these turns the suite red (tried): the header
 not trained; the newline after the stop not trained; custom_instructions not rendered; reasoning left out of earlier
-turns; the mix's arguments not written to its rows, or winning over a row's own; the persona check not called, or called
-without its mark; an ablation with a second option; user turns masked in the mid-training; NoPE layers dropped.
+turns; the mix's arguments not written to its rows; the persona check not called, or called without its mark; an
+ablation with a second option; a published value changed; user turns masked in the mid-training; its reasoning dropped;
+context and response swapped in the card.
 """
 
 import json
