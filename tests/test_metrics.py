@@ -1,5 +1,15 @@
 """eval/metrics.py against other implementations (data_prep's n-grams and languages, jsonschema's equality, Unicode's
-properties), hand-worked values, and answers of planted bad models. The breaks that were tried are at the end."""
+properties), hand-worked values, and answers of planted bad models.
+
+Each of these turns the suite red (tried): n-grams of 9 words; 10 for single characters; code fences not cut, or left
+open at an end; loops by n-grams alone, or by the endless tail alone; a tail of 63 characters; brackets that end
+nothing, or emoji; a language clear at half, or of one word; kana outnumbered by Han; a translation, an unclear answer
+or the reasoning counted as lost language; think tags of the block as control tokens; special tokens not looked for; the
+data's own control tokens held against a model; usable without a stop, with an open think block, a loop, a control
+token; abrupt ends where the reference has none; true equal to 1; fields too many; a $ref fetched; every schema read as
+2020-12; JSON in a fence, or nothing, right for a negative example; failed answers judged as empty ones, or their
+lengths counted; the interval of a mean as its range.
+"""
 
 import json
 import math
@@ -64,6 +74,7 @@ def test_repetition_by_hand():
     [
         (GOOD, False),
         ("I am here. " * 20, True),
+        ("I do not know what you mean by that and so on. " * 4 + "Bye!", True),  # too few times for endless()
         ("我不知道怎么回答这个问题。" * 9, True),
         ("!" * 64, True),
         ("!" * 63, False),
@@ -315,6 +326,7 @@ def test_schema(monkeypatch, schema, answer, valid):
         ('{"age": 7}', '{"age": 7}', True, None, True, True),
         ('{"age": 7}', '{"age": 8}', True, None, False, True),
         ('{"age": 7}', '{"age": "7"}', True, None, False, False),
+        ('{"age": 7}', '{"age": 7, "of": "x"}', True, None, False, False),  # a field too many
         ('{"age": 7}', "{'age': 7}", False, None, False, False),  # invalid JSON
         ('{"age": 7}', "", False, None, False, False),
         ("There is no age.", "No age is given.", True, True, None, None),
