@@ -1,0 +1,230 @@
+"""eval/in_training.py: its figures are compare.py's, and the run trains as if it were not there.
+
+The rigged models say one text whatever they are asked. A break that was seen red: a measurement between evaluations
+that clears the trainer's should_log, after which the steps' own losses are missing from log.jsonl.
+"""
+
+import json
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import EXACT, REPO
+from datasets import load_from_disk
+from engines import ENGINES, PROBE, ranks, run
+from safetensors.torch import load_file
+from transformers import GenerationConfig
+from trl.trainer import add_fused_lm_head
+
+sys.path.insert(0, str(REPO / "eval"))
+import compare
+import in_training
+import models
+from test_compare import chat, make_model, rigged, save, write_rows
+
+EVALUATED = ["--eval_strategy", "steps", "--eval_steps", "2"]
+SETTINGS = {"EVERY": 0, "ROWS": 8, "DATA": None, "SPLIT": "validation", "MAX_NEW_TOKENS": 64, "BATCH_SIZE": 3}
+
+
+def watching(hook, name="watch.py", **settings):
+    """Flags for a hook of a user's own with these settings, written as the docstring says."""
+    lines = [f"import sys; sys.path.insert(0, {str(REPO / 'eval')!r}); import in_training"]
+    lines += ["from in_training import callback, prepare"]
+    lines += [f"in_training.{key} = {value!r}" for key, value in (SETTINGS | settings).items()]
+    return hook("\n".join(lines), name)
+
+
+def logged(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def measurements(folder):
+    return [line for line in logged(folder) if "eval_assistant_perplexity" in line]
+
+
+def weights(folder):
+    return load_file(next(folder.glob("*model.safetensors")))
+
+
+LOOSE = {  # recipe: flags under which it draws random numbers, checkpoints activations or casts; the hook's settings
+    # dropout of the adapters, 4-bit weights, packs; measured in training mode, between evaluations
+    "qwen3_qlora": (["--activation_checkpointing", "true"], {"EVERY": 1, "ROWS": 3, "MAX_NEW_TOKENS": 24}),
+    # fp32 masters under autocast, checkpointed activations; measured with the evaluations
+    "qwen3_full": (["--bf16", "true", "--packing", "false"], {}),
+}
+
+
+@pytest.mark.parametrize("recipe", LOOSE)
+def test_a_run_with_it_trains_the_same_weights_to_the_bit(run_recipe, hook, recipe, capsys):
+    flags, settings = [*EVALUATED, "--logging_steps", "1", *LOOSE[recipe][0]], LOOSE[recipe][1]
+    plain = run_recipe(recipe, *flags, out="plain")
+    capsys.readouterr()
+    watched = run_recipe(recipe, *flags, *watching(hook, **settings), out="watched")
+    said = capsys.readouterr().out
+    assert [line["step"] for line in measurements(watched)] == ([1, 2, 3, 4] if settings else [2, 4])
+    before, after = weights(plain), weights(watched)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    for name in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "eval_loss", "eval_entropy"):
+        curves = [[line[name] for line in logged(folder) if name in line] for folder in (plain, watched)]
+        assert curves[0] == curves[1] and curves[0], name
+    assert f"in_training.py: perplexity of {settings.get('ROWS', 8)} rows, answers to " in said
+    assert "% of the run" in said
+
+
+# -- the figures -------------------------------------------------------------------------------------------------------
+FIGURES = ("assistant_perplexity", "usability", "stop_rate", "loop_rate", "json_valid")
+
+
+def test_its_last_figures_are_those_of_compare_on_the_saved_model(run_recipe, hook, demo, tmp_path):
+    flags = ["--packing", "false", *EXACT, "--bf16", "false", "--learning_rate", "3e-2"]
+    out = run_recipe("qwen3_full", *EVALUATED, *flags, *watching(hook))
+    held_out = load_from_disk(str(demo / "rows" / "chat"))["validation"]
+    chosen = held_out.select(sorted(random.Random(42).sample(range(len(held_out)), 8)))
+    write_rows(tmp_path / "rows.jsonl", [*chosen])
+    words = ["--base", demo / "init", "--tuned", out, "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "report"]
+    assert compare.main([str(word) for word in [*words, "--max_new_tokens", 64]]) == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())["results"]["overall"]["all"]["tuned"]
+    last = measurements(out)[-1]
+    assert last["step"] == 4 and report["stop_rate"]["total"] == 8
+    assert last["eval_assistant_perplexity"] == pytest.approx(report["assistant_perplexity"]["value"], rel=1e-4)
+    assert last["eval_assistant_perplexity"] < measurements(out)[0]["eval_assistant_perplexity"] / 1.2
+    for name in FIGURES[1:]:
+        assert last[f"eval_{name}"] == report[name]["value"], name
+
+
+CHATS = [chat(f"Question {n}?", "[1,2]", id=str(n), source="json", tags=["json"]) for n in range(16)]
+RIGGED = {  # what the model says: (the figures of it)
+    "good": (rigged, ("[1,2]", True), (1, 1, 0, 1)),
+    "never stops": (rigged, ("[1,2]", False), (0, 0, 1, 0)),  # its last character for ever
+    "breaks JSON": (rigged, ("[1,2", True), (1, 1, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", RIGGED)
+def test_a_planted_model_has_its_figures_in_the_log(run_recipe, hook, tmp_path, name):
+    make, words, expected = RIGGED[name]
+    save(tmp_path / "model", make(*words))
+    write_rows(tmp_path / "rows.jsonl", CHATS)
+    flags = ["--model_name_or_path", tmp_path / "model", "--dataset_name", tmp_path / "rows.jsonl", "--eval_rows", "8"]
+    flags += ["--chat_template_path", REPO / "chat_templates" / "qwen3_instruct_2507.jinja", "--learning_rate", "0"]
+    flags += ["--packing", "false", "--bf16", "false", "--max_steps", "1", *EVALUATED[:3], "1"]
+    [line] = measurements(run_recipe("qwen3_full", *flags, *watching(hook)))
+    assert tuple(line[f"eval_{name}"] for name in FIGURES[1:]) == expected
+    assert 0 < line["eval_answers_time_share"] < 1
+
+
+def test_losses_by_the_fused_head_are_those_of_compare():
+    torch.manual_seed(0)
+    model = make_model(0).eval()
+    sequences = [torch.randint(0, 256, (length,)).tolist() for length in (3, 17, 1, 40, 2, 9)]
+    expected = models.token_losses(model, sequences, 1, 0)
+    add_fused_lm_head(model)
+    for size in (1, 4, 6):
+        for ours, theirs in zip(in_training.fused_losses(model, sequences, size, 0, ""), expected, strict=True):
+            assert ours.shape == theirs.shape and np.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_reference_above_the_budget_asks_for_no_answer(run_recipe, hook, tmp_path, capsys):
+    """Else the stop rate would count what no model could do: the rigged one stops after 5 tokens."""
+    save(tmp_path / "model", rigged("[1,2]"))
+    long = [chat(f"Long {n}?", "word " * 40, id=f"long-{n}", source="long") for n in range(8)]
+    write_rows(tmp_path / "rows.jsonl", CHATS)
+    data = write_rows(tmp_path / "held_out.jsonl", CHATS[:2] + long)
+    flags = ["--model_name_or_path", tmp_path / "model", "--dataset_name", tmp_path / "rows.jsonl", "--eval_rows", "0"]
+    flags += ["--chat_template_path", REPO / "chat_templates" / "qwen3_instruct_2507.jinja", "--learning_rate", "0"]
+    flags += ["--packing", "false", "--bf16", "false", "--max_steps", "1"]
+    settings = {"EVERY": 1, "DATA": str(data), "MAX_NEW_TOKENS": 6}  # five characters and the stop token
+    [line] = measurements(run_recipe("qwen3_full", *flags, *watching(hook, **settings)))
+    assert "perplexity of 10 rows, answers to 2 (the others need more than 6 tokens)" in capsys.readouterr().out
+    assert (line["eval_stop_rate"], line["eval_json_valid"]) == (1, 1)
+
+
+# -- nothing is left behind --------------------------------------------------------------------------------------------
+def test_everything_is_put_back():
+    model = make_model(0).train()
+    model.model.layers[0].eval()  # a part that was frozen by hand
+    model.generation_config = GenerationConfig(temperature=0.3, do_sample=True)
+    modes, config = [module.training for module in model.modules()], model.generation_config
+    settings, state = model.config.to_dict(), torch.get_rng_state()
+    with pytest.raises(KeyError), in_training.unchanged(model):
+        assert not any(module.training for module in model.modules())
+        torch.rand(3)
+        models.generate(model, [[1, 2, 3]], {5}, 1, 0, 4)
+        model.lm_head.generation_config = GenerationConfig()  # as PEFT hands it down
+        assert model.generation_config is not config
+        raise KeyError
+    assert [module.training for module in model.modules()] == modes
+    assert model.generation_config is config and "generation_config" not in vars(model.lm_head)
+    assert model.config.to_dict() == settings and torch.equal(torch.get_rng_state(), state)
+    assert not any(weight.is_inference() for weight in [*model.parameters(), *model.buffers()])
+
+
+def test_what_cannot_be_measured_does_not_end_the_run(run_recipe, hook, monkeypatch, capsys):
+    def broken(*_, **__):
+        raise models.BadInput("the loss on row 7 is not a number")
+
+    monkeypatch.setattr(in_training, "measure", broken)
+    out = run_recipe("qwen3_qlora", *EVALUATED, *watching(hook))
+    assert not measurements(out) and logged(out)[-1]["step"] == 4
+    assert capsys.readouterr().out.count("in_training.py: not measured: the loss on row 7 is not a number") == 2
+
+
+def test_runs_that_have_nothing_to_measure_are_refused(run_recipe, hook, demo, tmp_path):
+    with pytest.raises(ValueError, match="measures with evaluations: --eval_strategy steps"):
+        run_recipe("qwen3_qlora", "--eval_strategy", "no", *watching(hook))
+    write_rows(tmp_path / "rows.jsonl", [*load_from_disk(str(demo / "rows" / "chat"))["train"].select(range(40))])
+    rows = ["--dataset_name", tmp_path / "rows.jsonl", "--eval_rows", "0"]
+    with pytest.raises(ValueError, match="needs validation rows of messages.*--eval_rows"):
+        run_recipe("qwen3_qlora", *rows, *watching(hook, EVERY=1), out="second")
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+def start(demo, tmp_path, engine, out, *flags):
+    (tmp_path / "probe.py").write_text(PROBE)
+    data = ["--model_name_or_path", demo / "init", "--dataset_name", demo / "rows" / "chat", *EVALUATED, *EXACT]
+    data += ["--chat_template_path", REPO / "chat_templates" / "qwen3.jinja", "--hooks", tmp_path / "probe.py"]
+    data += ["--max_steps", 4, "--global_batch_size", 4, "--max_length", 512, "--learning_rate", "1e-2"]
+    data += ["--save_strategy", "no", "--disable_tqdm", "true", "--output_dir", tmp_path / out]
+    run(ENGINES[engine].command("qwen3_full", *data, *flags))
+    return tmp_path / out
+
+
+def test_two_processes_measure_what_one_measures(demo, run_recipe, hook, tmp_path):
+    """13 rows, so that the ranks have unequal parts and another number of passes."""
+    flags = watching(hook, ROWS=13)
+    one = run_recipe("qwen3_full", *EVALUATED, *EXACT, *flags)
+    two = start(demo, tmp_path, "ddp", "two", *flags)
+    assert [rank["world"] for rank in ranks(two)] == [2, 2]
+    pairs = list(zip(measurements(one), measurements(two), strict=True))
+    assert [line["step"] for line, _ in pairs] == [2, 4]
+    for single, split in pairs:
+        assert split["eval_assistant_perplexity"] == pytest.approx(single["eval_assistant_perplexity"], rel=1e-4)
+        assert all(split[f"eval_{name}"] == single[f"eval_{name}"] for name in FIGURES[1:])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2", "zero2"])
+def test_sharded_weights_are_measured_by_perplexity_and_train_the_same(demo, hook, tmp_path, run_recipe, engine):
+    flags = watching(hook, ROWS=13)
+    plain, watched = start(demo, tmp_path, engine, "plain"), start(demo, tmp_path, engine, "watched", *flags)
+    found = ranks(watched)
+    assert [rank["world"] for rank in found] == [2, 2]
+    for name in ("loss", "eval_loss"):
+        curves = [[line[name] for line in logged(folder) if name in line] for folder in (plain, watched)]
+        assert curves[0] == curves[1] and curves[0]
+    before, after = weights(plain), weights(watched)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    one = run_recipe("qwen3_full", *EVALUATED, *EXACT, *flags)
+    for single, split in zip(measurements(one), measurements(watched), strict=True):
+        assert split["eval_assistant_perplexity"] == pytest.approx(single["eval_assistant_perplexity"], rel=1e-4)
+        assert ("eval_stop_rate" in split) is (engine == "zero2")
+    if engine != "zero2":
+        assert all(rank["weights"][0] < 0.6 * rank["weights"][1] for rank in found)
+
+
+@pytest.mark.long
+def test_sequence_parallelism_is_refused_in_a_sentence(demo, hook, tmp_path):
+    with pytest.raises(AssertionError, match="does not measure under sequence parallelism: run without it"):
+        start(demo, tmp_path, "sp", "sp", *ENGINES["sp"].flags, *watching(hook))
