@@ -521,8 +521,6 @@ def test_two_stages_from_raw_rows(train, nano, tmp_path, capsys):
     assert "{% generation" not in tokenizer.chat_template and tokenizer.eos_token == "<|assistant_end|>"
     tokenizer.save_pretrained(base)
     stages = [look(folder) for folder in (base, mid, sft)]
-    with capsys.disabled():
-        print(stages)
     (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums(8, 9)))
     (tmp_path / "arc.jsonl").write_text("".join(json.dumps(row) + "\n" for row in choices(8, 9)))
     for folder in (base, mid, sft):
@@ -534,9 +532,9 @@ def test_two_stages_from_raw_rows(train, nano, tmp_path, capsys):
     assert re.search(r"\| Metric +\| BASE +\| MID +\| SFT", table) and "GSM8K" in table and "ARC-Easy" in table
     assert (sft / "eval" / "stages.md").read_text() == table
     (start, _, before), (between, user, some), (after, user_after, share) = stages
-    assert between < start - 2 and after < between - 0.2
-    assert user_after > user - 0.2  # the user's text is context in SFT: nothing is learnt of it
-    assert before <= 0.1 and share >= max(0.9, some)
+    assert between < start - 2 and after < between - 0.2, stages
+    assert user_after > user - 0.2, stages  # the user's text is context in SFT: nothing is learnt of it
+    assert before <= 0.1 and share >= max(0.9, some), stages
 
 
 @pytest.mark.long
