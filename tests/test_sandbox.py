@@ -1,8 +1,8 @@
 """eval/sandbox.py under attack: each program here does what the sandbox must stop, and the test looks from outside.
 
-Breaks tried, each seen red: NEWNET left out, read_only() left out, the host's root instead of the new one, env of the
-caller, RLIMIT_NPROC, RLIMIT_AS and RLIMIT_CPU left out, the verdict without its key, the verdict of forked children
-counted, an exit code of 0 counted as passed, no setsid, output kept whole.
+Breaks tried, each seen red: NEWNET left out, read_only() and os.chroot() doing nothing (as nobody), env of the caller,
+RLIMIT_NPROC left out, RLIMIT_AS at 4 GB, the verdict without its key, the verdict of forked children counted, an exit
+code of 0 counted as passed, output kept whole.
 """
 
 import os
@@ -233,6 +233,16 @@ def test_a_plain_user_has_the_sandbox_too(tmp_path):
     if "passed" not in done.stdout:
         pytest.skip("this machine gives plain users no namespaces")
     assert done.stdout.split("\n") == ["passed", "failed: OSError", "exited early", ""], done
+
+
+def test_there_is_a_way_where_the_kernel_gives_namespaces():
+    """Else every test above would be skipped by a broken sandbox."""
+    try:
+        flags = ["--net", "--pid", "--fork", "--mount", *([] if os.geteuid() == 0 else ["--user"])]
+        given = subprocess.run(["unshare", *flags, "true"], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        pytest.skip("no unshare to ask")
+    assert sandbox.way() or not given
 
 
 def test_no_sandbox_is_one_sentence(monkeypatch, tmp_path, capsys):
