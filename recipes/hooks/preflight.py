@@ -39,6 +39,10 @@ ALLOW = {
 PAIRS = {  # (method, engine): the name in ALLOW, why not
     ("QLoRA", "FSDP2"): ("qlora_fsdp2", "4-bit weights stay whole on every GPU or fail (accelerate#3874)"),
 }
+NO_CLASS = {  # model type that transformers has as a config only: what else is missing
+    "step3p5": "upstream trained it with pipeline, context and expert parallelism, which TRL has not; its optimizer "
+    "and schedule run on Qwen3 (recipes/step35_sft.py without this config)",
+}
 # share of what two documents joined to one would do, above which packing leaks. On a CPU, over every architecture that
 # transformers 5.23 builds from its default config: noise at most 6e-6 in fp32 and 0.044 in bf16, leaks from 0.045 on
 LEAK = {torch.float32: 1e-3, torch.bfloat16: 0.1}
@@ -193,6 +197,19 @@ def check_pair(args, model, allow):
         raise ValueError(
             f"{method} with {engine(args)} does not work: {why}: launch with another --config_file, or --allow {name} "
             f"({ALLOW[name]})"
+        )
+
+
+def check_class(args, model):
+    """transformers may know a model as a config only; said here, and not after the data has been read."""
+    name, remote = model.model_name_or_path, args.trust_remote_code
+    config = AutoConfig.from_pretrained(name, revision=model.model_revision, trust_remote_code=remote)
+    known = hasattr(transformers, (config.architectures or [""])[0]) or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if not known and not (remote and "AutoModelForCausalLM" in getattr(config, "auto_map", ())):
+        more = f", and {NO_CLASS[config.model_type]}" if config.model_type in NO_CLASS else ""
+        raise ValueError(
+            f"{name} cannot be trained here: transformers {transformers.__version__} has a config for "
+            f"{config.model_type} but no causal-LM class{more}: another --model_name_or_path"
         )
 
 
@@ -421,6 +438,7 @@ def prepare(script, args, model):
         if unknown := [name for name in script.allow if name not in ALLOW]:
             known = "; ".join(f"{name} ({what})" for name, what in ALLOW.items())
             raise ValueError(f"--allow {' '.join(unknown)}: no such name, there are {known}")
+        check_class(args, model)
         check_pair(args, model, script.allow)
         check_compiled(script, args, model)
         if args.packing and args.packing_strategy == "wrapped":
