@@ -199,7 +199,7 @@ def by_instruction(lines):
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
-def announce(names, data):
+def announce(data):
     """Say what the playbook's scores need before anything starts; {score: where to run it} of what lm-eval lacks."""
     print("the playbook's scores, by lm-eval 0.4.13:")
     for score, (task, where) in PLAYBOOK.items():
@@ -221,7 +221,7 @@ def evaluate(args):
     data, lacking, overrides = dict(args.data), {}, {}
     names = [name for name in args.tasks if name != "playbook"]
     if "playbook" in args.tasks:
-        lacking = announce(names, data)
+        lacking = announce(data)
         wanted = [task for task, _ in PLAYBOOK.values() if task]
         names += [name for name in wanted if name not in names]
         # a chat model reasons at length, and is asked without worked examples

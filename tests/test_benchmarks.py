@@ -1,8 +1,7 @@
 """eval/benchmarks.py: lm-eval's checkers against answers written by hand, its model against our own greedy answers.
 
-Breaks tried, each seen red: the chat template off, the adapter left off, think blocks kept, rows of a failed prompt
-dropped, the mean of lists for their sum, a checker that says True to all, a missing file asked of the hub, nltk_data
-left out, langdetect's seed left out (now and then), the playbook's lacking scores left unsaid.
+Breaks tried, each seen red: the chat template off, the adapter left off, choices shuffled anew between question and
+verdict, rows of another benchmark taken unchecked.
 """
 
 import json

@@ -1,6 +1,6 @@
 """eval/chat_eval.py against the published ChatCORE, its own arithmetic by hand, rigged models and scripted answers.
 
-Breaks tried, each seen red: chance 0.25 left out or given to all tasks, argmax over the whole vocabulary, the logits one
+Breaks tried, each seen red: chance 0.25 left out or given to all, argmax over the whole vocabulary, the logits one
 position early or at the batch's end, the last `####` for the first, commas kept, a failed answer left out of the total,
 imports of the prompt or the tests left out, the verdict on text with its think block, two modes in one file, the MOVER
 interval with its sides exchanged.
