@@ -3,6 +3,15 @@
 The oracles: the templates (a call that one renders is read back), BFCL's own answers (rendered as calls they are all
 right, each changed in one way they are wrong), BFCL's own checker (the long tests, on PyPI's bfcl-eval) and cases
 worked by hand. Models that always call, never call or answer by heart are scripted behind the real generation.
+
+Breaks tried, each seen here. Of the comparison: case, quotes or ^ kept; extra calls pass; a call answers twice;
+required, unknown, missing and answer-only parameters unchecked; a whole number is no float, a float an integer; types
+in lists unchecked or strict; variables standardised; the order of lists ignored; keys of objects unchecked; 1 is not
+1.0, the order of keys counts. Of the reading: JSON typed by the schema; XML untyped; malformed calls unseen; a think
+block that the prompt opens unseen; positional arguments reversed or too many. Of the command: irrelevance inverted or
+right where the answer failed; relevance always; the first call against all; excluded functions shown; a history
+without calls or without answers; one mode only; defaults that may not be said; types left in BFCL's words; prompts
+beyond the context asked.
 """
 
 import importlib
@@ -313,7 +322,8 @@ def verdict(allowed, **arguments):
         ({"city": ["Oslo"], "days": [3]}, {"city": "Oslo", "days": 3.0}, "wrong type"),
         ({"city": ["Oslo"], "days": [1]}, {"city": "Oslo", "days": True}, "wrong type"),
         ({"city": ["Oslo"], "days": [3]}, {"city": "Oslo", "days": None}, "wrong type"),
-        ({"city": ["Oslo"], "ratio": [3]}, {"city": "Oslo", "ratio": 3}, ""),  # a whole number is a float
+        ({"city": ["Oslo"], "ratio": [3.0]}, {"city": "Oslo", "ratio": 3}, ""),  # a whole number is a float
+        ({"city": ["Oslo"], "ratio": [3]}, {"city": "Oslo", "ratio": 3.0}, ""),
         ({"city": ["Oslo"], "ratio": [0.5]}, {"city": "Oslo", "ratio": 0.5}, ""),
         ({"city": ["Oslo"], "days": ["n"]}, {"city": "Oslo", "days": "n"}, ""),  # a variable
         ({"city": ["Oslo"], "days": ["n"]}, {"city": "Oslo", "days": "N"}, "wrong value"),  # compared as it stands
@@ -700,6 +710,15 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, data, monkeypatc
         assert not (tmp_path / "never").exists()
     with pytest.raises(SystemExit, match="2"):
         tool_calls.main([str(tmp_path)])
+
+
+def test_a_template_that_drops_the_list_of_tools_is_refused(tmp_path, data, monkeypatch, capsys):
+    tokenizer = scripted(monkeypatch, tool_calls, "chatml", lambda prompt: "No.")
+    source = tokenizer.chat_template
+    tokenizer.chat_template = source.replace("{%- if tools %}", "{%- if false %}")
+    assert tokenizer.chat_template != source
+    assert tool_calls.main([str(tmp_path), "--data", str(data[0])]) == 2
+    assert "shows no list of tools" in capsys.readouterr().err
 
 
 # -- BFCL's own code as an oracle ----------------------------------------------------------------------
