@@ -17,7 +17,10 @@ from metrics import final_text
 from models import BadInput, fill_of, generate, load_model, load_tokenizer, render
 from scores import rate
 
-BOUNDS = {  # (float32?, 4-bit base, --into): largest logit difference, least top-1 agreement
+# (float32?, 4-bit base, --into): largest logit difference, least top-1 agreement. Measured on the demo's QLoRA adapter,
+# 50 held-out prompts, float32: 1.5e-5 and 1.000 dequantized; 2.55 and 0.993 original (5.3 and 0.858 on the neutral
+# prompts, which that model of 0.87M parameters never saw the like of: it fails there, as it should)
+BOUNDS = {
     (True, False, "original"): (1e-3, 0.999),
     (False, False, "original"): (1.0, 0.97),
     (True, True, "dequantized"): (1e-3, 0.999),

@@ -2,11 +2,6 @@
 
 The models are test_compare.rigged and test_merge.speaker: a base that answers "ab", adapters that answer "cd" and "ef",
 one that never stops. What a model was asked is read from the rendered prompt (/raw, --out).
-
-Breaks tried, each seen red: answers printed at their end instead of streamed; Ctrl-C not caught in generate; /reset
-that keeps the conversation; /think TEXT that stays on; base that answers through the adapter; the second
-adapter never switched on; special tokens in the saved row; a template's refusal that leaves the question in; the seed
-set once for all prompts; temperature 0 that samples.
 """
 
 import json

@@ -5,9 +5,9 @@ Adapters that speak: on a base that answers "ab" (test_compare.rigged), one that
 weights on lm_head, so that a merge that does nothing, or half, says the wrong words.
 
 Breaks tried, each seen red: alpha / r without rsLoRA's root; alpha_pattern not read; DoRA's norm of the base weight;
-the cast before the sum; the transpose of embeddings left out; tied head not untied; 4-bit weights only where adapted;
-an offset into the file 8 bytes off; the generation config's eos left as the base has it; markers left in the template;
-a shard read whole and kept (memory); findings that look at text only; the part folder left behind after a refusal.
+a delta cast before the sum; the transpose of embeddings left out; a tied head not untied; 4-bit weights only where
+adapted; an offset into the file 8 bytes off; the base's eos kept; markers left in the template; findings without the
+logits, or that look at text only; the part folder left behind after a refusal.
 """
 
 import json
@@ -219,6 +219,8 @@ def test_dequantized_is_what_bitsandbytes_dequantizes(home, tmp_path):
     assert report_of(tmp_path / "out")["weights"] == {"merged": 4, "replaced": 0, "dequantized": 14, "untied": []}
 
 
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
 def test_memory_stays_within_two_shards(tmp_path):
     """A model of 400 MB in shards of 100: the peak is that of a merge of next to nothing, and two shards."""
     torch.manual_seed(0)
@@ -247,12 +249,13 @@ def test_memory_stays_within_two_shards(tmp_path):
     save_file(wide, tmp_path / "wide" / "adapter_model.safetensors")
 
     def peak(name, base):
-        code = "import sys, resource; sys.path.insert(0, sys.argv.pop(1)); import merge; assert merge.main() == 0; "
-        code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import merge; assert merge.main() == 0; "
+        # not getrusage, whose peak begins with that of this process
+        code += "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])"
         words = [tmp_path / name, "--base", base, "--out", tmp_path / f"{name} merged", *QUIET]
         command = [sys.executable, "-c", code, ROOT / "eval", *words]
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
-        return int(done.stdout.split()[-1]) * (1024 if sys.platform == "linux" else 1)
+        return int(done.stdout.split()[-1]) * 1024
 
     more = peak("wide", folder) - peak("lora", tmp_path / "little")
     assert more < 2e8, f"{more / 1e6:.0f} MB over a small merge"
