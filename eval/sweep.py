@@ -38,6 +38,7 @@ from unittest import mock
 
 from compare import read_log
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from models import BadInput
 from rich.console import Console
 from rich.table import Table
@@ -171,9 +172,16 @@ def plot(arms, series, options):
         for key, width in (("loss", 1), ("eval_loss", 2)):
             if key in found:
                 given = {"color": colour, "linewidth": width, "alpha": 0.5 if key == "loss" else 1.0}
-                given |= {"marker": "o", "markersize": 3} if key == "eval_loss" else {}
+                if key == "eval_loss" or len(found[key]) == 1:  # a line through one point cannot be seen
+                    given |= {"marker": "o", "markersize": 4}
                 given |= {"label": label} if key == ("loss" if "loss" in found else "eval_loss") else {}
                 left.plot([*found[key]], [*found[key].values()], **given)
+    ends = [value for arm in arms if arm["state"] == "finished" for key in ("loss", "eval_loss")
+            for value in series[arm["name"]].get(key, {}).values() if math.isfinite(value)]  # fmt: skip
+    if ends and max(ends) > min(ends):  # a diverged arm leaves the picture, it does not flatten the others
+        margin = 0.05 * (max(ends) - min(ends))
+        left.set_ylim(min(ends) - margin, max(ends) + margin)
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set_xlabel("optimizer step")
     left.set_ylabel("loss (nats per token); dots: validation")
     first, others = options[0], options[1:]
