@@ -1,5 +1,6 @@
 # make demo: the whole path on any machine, in minutes.  make test: the suite.  PYTHON=python3.12 chooses the interpreter.
 PYTHON ?= python3
+JOBS ?= 2
 RUN := .venv/bin/python
 LAUNCH := $(RUN) -m accelerate.commands.launch
 export HF_HUB_OFFLINE := 1
@@ -18,7 +19,7 @@ demo: .venv/installed
 	$(RUN) eval/compare.py --base runs/demo/base --tuned runs/demo/qlora --data runs/demo/rows/chat
 
 test: .venv/installed lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile
 
 test-long: .venv/installed lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not hub"

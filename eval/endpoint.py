@@ -35,7 +35,7 @@ from scores import command, parser_of, write_files
 
 START = 900  # seconds that a server may take to load a model
 ENGINES = {  # what an engine imports: how it is installed
-    "transformers": ("fastapi", "pip install fastapi uvicorn openai"),
+    "transformers": ("fastapi", "pip install -r requirements.txt"),
     "vllm": ("vllm", "pip install vllm in an environment of its own"),
     "llamacpp": ("llama_cpp", "pip install 'llama-cpp-python[server]'"),
 }

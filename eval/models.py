@@ -98,6 +98,8 @@ def load_model(name, tokenizer, dtype, device, load_in_4bit=False):
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise BadInput(f"the tuned tokenizer has {len(tokenizer)} tokens but {name} embeds {rows}: they do not match")
+    # bitsandbytes computes 4-bit layers in bfloat16 on a CPU with AVX-512-BF16, whatever was asked for
+    [vars(layer).update(support_avx512bf16_for_cpu=False) for layer in model.modules()]
     return model.eval()
 
 

@@ -80,8 +80,6 @@ def forced(model, prompt, answer):
 
 def ask_adapter(model, tokenizer, stops, asked, max_new_tokens, folder):
     """The adapter's Outputs; its logits go to a folder, a file a question."""
-    # as the recipes train: on some CPUs bitsandbytes else computes 4-bit layers in bfloat16, whatever was asked for
-    [vars(layer).update(support_avx512bf16_for_cpu=False) for layer in model.modules()]
     outputs = answers(model, tokenizer, stops, asked, max_new_tokens, "adapter")
     for number, (row, output) in enumerate(zip(asked, outputs, strict=True)):
         np.save(folder / f"{number}.npy", forced(model, row["prompt"], output.tokens))

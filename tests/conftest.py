@@ -86,6 +86,6 @@ def run_script(script, *args):
 
 def launch(recipe, *flags, config="cpu", cwd=REPO, **kwargs):
     """Runs `accelerate launch` as a user would; returns the completed process with text output."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
     command += [str(REPO / "accelerate_configs" / f"{config}.yaml"), str(recipe), *map(str, flags)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, **kwargs)
