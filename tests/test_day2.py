@@ -1,8 +1,8 @@
 """The 4080 tutorial's QLoRA: its values against a table, and its way from raw rows to a trained tiny Qwen3.
 
 Raw CMATH, MAWPS and emoji rows in their published shapes -> normalize -> mix -> qwen3_qlora.py with the shipped config,
-answers measured as it trains. Each of these turns the suite red (tried): a value of either config changed; the two
-configs swapped; train_turns left out of the mix; weights .5/.2/.3; eval/in_training.py left out of the config.
+answers measured as it trains. Each of these turns the suite red (tried): a value of either config changed; train_turns
+left out of the mix; another weight in it; eval/in_training.py left out of the config.
 """
 
 import json
