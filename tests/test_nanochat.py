@@ -4,9 +4,10 @@ Compared with what our code did not compute: render_conversation, TaskMixture's 
 the mean of passes written here anew from the published description, in float64 where numbers are, and published counts.
 
 Broken once, and seen red: BOS twice; notes of the calculator left as text; output of Python trained; TRL's own packing
-(short rows in the stream); labels over all tokens in SFT and masked ones in mid-training; shuffled rows; the mean over
-tokens instead of over passes; the momentum's warm-up left out; Muon's scale by the longer side; embedding and
-unembedding exchanged; optimizer state that a load leaves behind; clipping at 1.
+(short rows in the stream); labels over all tokens in SFT and masked ones in mid-training; shuffled rows; the short last
+step kept; the mean over tokens instead of over passes; decay over half of the steps; the momentum's warm-up left out;
+Muon's scale by the longer side; embedding and unembedding exchanged; optimizer state that a load leaves behind;
+clipping at 1.
 """
 
 import json

@@ -161,12 +161,14 @@ def test_an_arm_is_known_by_its_arguments(swept, recipe, tmp_path):
 
 def test_a_grid_of_two_options(swept):
     code, report, launches, out, _ = swept(
-        "--option", "mode", "--values", "a", "b/c", "--option", "rank", "--values", "1", "4", "--steps", "1"
+        "--option", "mode", "--values", "a", "b/c", "--option", "rank", "--values", "1", "4", "0", "--steps", "1"
     )
-    assert code == 0 and [line.split()[0] for line in launches] == [
-        "mode-a_rank-1", "mode-a_rank-4", "mode-b.c_rank-1", "mode-b.c_rank-4"]  # fmt: skip
+    names = [f"mode-{mode}_rank-{rank}" for mode in ("a", "b.c") for rank in (1, 4, 0)]
+    assert code == 1 and [line.split()[0] for line in launches] == names
+    assert [arm["state"] for arm in report["arms"]] == ["finished", "finished", "failed"] * 2
+    assert "exit code 1" in report["arms"][2]["why"] and "ZeroDivisionError" in report["arms"][2]["why"]
     assert report["options"] == ["mode", "rank"] and report["best"] == "mode-a_rank-4"
-    assert [arm["values"] for arm in report["arms"]][2] == {"mode": "b/c", "rank": "1"}
+    assert [arm["values"] for arm in report["arms"]][3] == {"mode": "b/c", "rank": "1"}
 
 
 @pytest.mark.parametrize(
@@ -221,6 +223,10 @@ def test_a_real_recipe_is_stopped_resumed_and_diverges(demo, tmp_path):
     assert f"{saved[0]}" in (out / "learning_rate-1e-2.log").read_text()  # it went on from there
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if '"loss"' in line]
     assert steps == [*range(1, 31)]
-    assert report["best"] == "learning_rate-1e-2"
+    lowest = {}
+    for arm in ("learning_rate-1e-2", "learning_rate-1e-3"):
+        logged = map(json.loads, (out / arm / "log.jsonl").read_text().splitlines())
+        lowest[arm] = [line["eval_loss"] for line in logged if "eval_loss" in line][-1]
+    assert report["best"] == min(lowest, key=lowest.get)
     if where := os.environ.get("SWEEP_PNG"):
         shutil.copy(out / "sweep.png", where)
