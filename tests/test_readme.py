@@ -5,6 +5,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ README = (REPO / "README.md").read_text()
 CONFIGS = sorted((REPO / "accelerate_configs").glob("*.yaml"))
 DATA = (REPO / "data_prep" / "README.md").read_text()
 MIXES = "\n".join(path.read_text().replace("#   ", "    ") for path in sorted((REPO / "data_prep" / "mixes").glob("*")))
-COMMANDS = sorted(set(re.findall(r"^    ((?:accelerate|python|make) .*?)(?:  #.*)?$", README + DATA + MIXES, re.M)))
+PAGES = "".join((REPO / name).read_text() for name in ("recipes/README.md", "eval/SERVING.md"))
+TEXTS = re.sub(r" \\\n *", " ", "\n".join((README, DATA, MIXES, PAGES)))
+COMMANDS = sorted(set(re.findall(r"^    ((?:accelerate|python|make) .*?)(?:  #.*)?$", TEXTS, re.M)))
 
 
 def check(command, monkeypatch, tmp_path):
@@ -33,10 +36,14 @@ def check(command, monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", [words[0], *flags])
         monkeypatch.chdir(REPO)
         runpy.run_path(str(REPO / words[0]))["parse_args"]()
-    else:
-        usage = subprocess.run([sys.executable, REPO / words[1], "--help"], capture_output=True, text=True, check=True)
+    elif not words[1].startswith("llama.cpp/"):  # a script of its own
         flags = [word for word in words[2:] if word.startswith("--")]
-        assert flags and all(flag in usage.stdout for flag in flags)
+        assert len(words) > 2 and all(re.search(rf"{flag}\b", usage(words[1])) for flag in flags)
+
+
+@cache
+def usage(script):
+    return subprocess.run([sys.executable, REPO / script, "--help"], capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -51,17 +58,16 @@ def test_it_found_the_commands():
 
 def test_tree_is_the_tree():
     tree = README.split("## What is where")[1].split("##")[0]
-    folder, seen = None, set()
+    folders, seen = {}, set()
     for depth, name in re.findall(r"^    ( *)(\S+) ", tree, re.M):
-        if name.endswith("/"):
-            folder = Path(name) if not depth else folder.parents[0] / folder.name / name
-        path = Path(name) if name.endswith("/") and not depth else folder / name if not name.endswith("/") else folder
+        path = folders.get(len(depth) - 2, Path()) / name
+        folders[len(depth)] = path
         assert list(REPO.glob(str(path))), path
         seen.add(str(path))
     rooms = ("recipes", "data_prep", "eval")
     ours = {str(path.relative_to(REPO)) for room in rooms for path in REPO.glob(f"{room}/*.py")}
-    helpers = {"eval/measure.py", "eval/metrics.py"}  # imported by compare.py only
-    assert ours - helpers <= seen
+    helpers = {f"eval/{name}" for name in re.findall(r"\w+\.py", re.search("(.*): what these share", tree)[1])}
+    assert len(helpers) > 3 and ours <= seen | helpers and all((REPO / name).is_file() for name in helpers)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
