@@ -27,8 +27,8 @@ BITS = [*BLANKS, " ", "\n", "\\", '"', "/", "n", "t", "u0041", "\\n", "\x00", "\
         "/think", "/no_think", "/no_thinking", "{", "}", "[", ",", ":", '","', '"}',
         "<start_of_turn>", "😀"]  # fmt: skip
 texts = st.lists(st.sampled_from(BITS), min_size=0, max_size=6).map("".join)
-sound_texts = st.lists(st.sampled_from(["a", "b c", "\n", " ", "中", '"', "\\"]), min_size=1, max_size=6)
-sound_texts = sound_texts.map("".join)
+SOUND = ["a", "b c", "\n", " ", "中", '"', "\\", "é", "/think", "<|x|>"]
+sound_texts = st.lists(st.sampled_from(SOUND), min_size=1, max_size=6).map("".join)
 
 
 @st.composite
@@ -70,6 +70,8 @@ def expanded():
 @example([row_of("a\n\u0338b", "c"), row_of("a \u0338b", "c")])  # n + U+0338 has no letter of its own, = has
 @example([row_of("\\n", "c"), row_of("\n.", "c"), row_of("\\", '"'), row_of("=\u0338", "≠")])
 @example([row_of("n\u0303", "a\n\u0303b"), row_of("ñ", "a \u0303b")])
+@example([row_of("a", "b") | {"messages": [{"role": role, "content": "a"} for role in ("user", "system")]}])
+@example([row_of("a /think", "b"), row_of("a", "b /think"), row_of("a /no_think b", "b")])
 def test_as_row_by_row(made):
     """Slices too: a batch of a pool begins anywhere in its file."""
     batch = packed([*made, *made]).data.slice(len(made) // 2, len(made))
