@@ -2,10 +2,10 @@
 
 The oracles are not ours: Qwen3's published format written out as Python, StepTron's mask by prefixes
 (steptronoss/data/chat_templates/text_template.py), its next-fit packs, its order of packs over ranks, and losses that
-transformers gives for single documents, averaged by hand. Breaks tried, each seen red: the newline left out, answers before the last
-user turn trained, flags not read, a row too long that does not close its pack, a shuffled loader, the loss over all
-tokens where means are asked for and the other way round, a missing optimizer that is passed over, another lowest rate,
-raw rows let through.
+transformers gives for single documents, averaged by hand. Breaks tried, each seen red: the newline left out,
+answers before the last user turn trained, flags not read, a row too long that does not close its pack, a shuffled
+loader, the loss over all tokens where means are asked for and the other way round, a missing optimizer that is passed
+over, another lowest rate, raw rows let through.
 """
 
 import json
