@@ -1,15 +1,17 @@
 """data_prep/batches.py against the functions for one row, on random rows that hold what JSON escapes, every blank of
 Unicode, composed and decomposed letters, control tokens and mojibake.
 
-Broken once, seen red: a blank left out of WIDE; NFC before the blanks; no stand-in for the escaped backslash; `\\\\u`
-allowed in PLAIN; the switch looked for in the user's turns left out; a system message allowed anywhere; ODD without the
-letters; the count of turns over all messages; a mark left out of ODD.
+Broken once, seen red: a blank left out of WIDE; blanks not made one; no NFC; no stand-in for the escaped backslash;
+other escapes allowed in PLAIN; switches not looked for; a system message allowed anywhere; ODD without the letters, or
+without a mark; turns counted over all messages; tools, other arguments, or a last turn of the user's let pass; a batch
+that begins within its file.
 """
 
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -101,6 +103,20 @@ def test_which_rows_are_plain(contents, plain):
     batch = packed([row_of(*contents)]).data
     assert batches.keys(batch)[0].tolist() == [plain]
     assert batches.sound(batch).tolist() == [plain and "ö" not in contents]
+
+
+@pytest.mark.parametrize("mark", ["<|x|>", "<｜x｜>", "<think>", "</tool_call>", "<tool_response>", "<end_of_turn>"])
+def test_every_mark_is_left_to_the_check(mark):
+    assert batches.sound(packed([row_of("a", f"b {mark} c"), row_of("a", "b")]).data).tolist() == [False, True]
+
+
+def test_arguments_that_another_writer_wrote():
+    """The same JSON with a blank: only what dumps() wrote has the same key as text."""
+    row = row_of("a", "b") | {"chat_template_kwargs": {"enable_thinking": True}}
+    batch = packed([row]).data
+    told = pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"enable_thinking": true}'], pa.string()))
+    assert batches.keys(batch)[0].tolist() == [True]
+    assert batches.keys(batch.set_column(3, batch.schema.field(3), told))[0].tolist() == [False]
 
 
 def test_equal_but_for_blanks_and_composition():
