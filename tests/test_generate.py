@@ -489,7 +489,7 @@ def test_follow_ups_are_read_strictly(run, endpoint, words):
     (lambda: (200, {}, b"[]"), "server: reply without an answer"),
     (lambda: (200, {}, b'{"choices": []}'), "server: reply without an answer"),
     (lambda: (200, {}, b'{"choices": [{"message": {"content": 5}}]}'), "server: reply without an answer"),
-], ids=str)  # fmt: skip
+], ids=lambda value: value if isinstance(value, str) else "fault")  # fmt: skip
 def test_failures_pass_or_refuse_the_row(run, endpoint, fault, reason):
     """Row 1 fails twice and is answered then, row 2 fails for ever: refused after --max_retries, the others stand."""
     tries = Counter()
