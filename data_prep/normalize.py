@@ -9,14 +9,15 @@
         --out data/own
     python data_prep/normalize.py spelling --rows 1000 --eval_rows 200 --out data/spelling
 
-INPUT is a file (JSON lines, one JSON array, parquet; .gz or .zst), a folder of them, a quoted glob, - for stdin, or a
-hub id owner/name:config@split. OUT ending in .jsonl becomes that file, with NAME.report.json and NAME.rejected.jsonl
-beside it; any other OUT becomes a dataset folder (for load_from_disk, with report.json, rejected.jsonl, card.md). A row
-that cannot be used is refused, listed in rejected.jsonl (line = row number in a JSON array or parquet file) and counted
-by reason. Text is stripped at both ends, because an answer that begins with a newline merges with the newline of the
-role header, and CRLF becomes LF; content in parts (text, reasoning, tool_call) becomes one string with its reasoning
-and calls beside it; nulls that Arrow filled into tool schemas and calls go; nothing else is rewritten. Where a JSON
-object names a key twice the last counts, as Python's json has it.
+INPUT is a file (JSON lines, one JSON array, parquet; .gz or .zst), a folder of them, a quoted glob, - for stdin, a hub
+id owner/name:config@split, or hf://datasets/owner/name/path, a repository's files as they lie there. OUT ending in
+.jsonl becomes that file, with NAME.report.json and NAME.rejected.jsonl beside it; any other OUT becomes a dataset
+folder (for load_from_disk, with report.json, rejected.jsonl, card.md). A row that cannot be used is refused, listed in
+rejected.jsonl (line = row number in a JSON array or parquet file) and counted by reason. Text is stripped at both ends,
+because an answer that begins with a newline merges with the newline of the role header, and CRLF becomes LF; content in
+parts (text, reasoning, tool_call) becomes one string with its reasoning and calls beside it; nulls that Arrow filled
+into tool schemas and calls go; nothing else is rewritten. Where a JSON object names a key twice the last counts, as
+Python's json has it.
 
 Reasoning (reasoning_content, or a <think> block that begins an answer) by --reasoning:
   keep    in reasoning_content: the template writes it, or refuses it

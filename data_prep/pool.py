@@ -147,11 +147,13 @@ def json_values(value):
 
 def find_inputs(patterns):
     """Paths of files, folders, globs and - (stdin), in the order given, a folder's in the order of their names. A
-    save_to_disk folder is one path. A name like owner/name that is no file is a hub id and comes back as it is. Raises
-    BadInput."""
+    save_to_disk folder is one path. A name like owner/name that is no file is a hub id and comes back as it is;
+    hf://datasets/owner/name/path is downloaded. Raises BadInput."""
     paths = []
     for pattern in map(str, patterns):
         path = Path(pattern)
+        if pattern.startswith("hf://"):
+            path = hub_files(pattern)
         if pattern == "-" or path.is_file() or is_saved(path):
             found = [path]
         elif path.is_dir():
@@ -187,8 +189,9 @@ def is_saved(path):
 def names_of(paths):
     """{path: name without the machine's folders}: the same input gives the same bytes wherever it lies."""
     local = [path for path in paths if isinstance(path, Path) and str(path) != "-"]
-    top = os.path.commonpath([path.resolve().parent for path in local]) if local else ""
-    names = {path: os.path.relpath(path.resolve(), top) for path in local}
+    # links are not followed: the hub's cache has the files' names only as links
+    top = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in local]) if local else ""
+    names = {path: os.path.relpath(path, top) for path in local}
     return {path: names.get(path, "stdin" if str(path) == "-" else str(path)) for path in paths}
 
 
@@ -376,6 +379,33 @@ def folder_blocks(path, inputs):
                 said = " ".join(str(error).split())
                 raise BadInput(f"{file}: cannot be read ({said}): make it anew (data_prep/normalize.py)") from None
         inputs[split] = digest.hexdigest()
+
+
+def hub_files(pattern):
+    """The folder (or file) hf://datasets/owner/name@revision/path as it lies in the repository, for sets whose own
+    files are to be read and not what datasets makes of them. What will be downloaded is said first. Raises BadInput."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    found = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?/(.+?)/*", pattern)
+    if not found:
+        raise BadInput(f"{pattern}: write hf://datasets/owner/name/path, path being a folder or file of the repository")
+    repo, revision, path = found.groups()
+    try:
+        info = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
+        files = [one for one in info.siblings if one.rfilename == path or one.rfilename.startswith(f"{path}/")]
+        size = sum(file.size or 0 for file in files) / 1e9
+        print(f"{repo}: {len(files)} files, {size:.2f} GB ({info.sha[:8]}), kept in the cache", file=sys.stderr)
+        names = [one.rfilename for one in files]
+        folder = snapshot_download(repo, repo_type="dataset", revision=info.sha, allow_patterns=names) if names else ""
+    except Exception as error:  # what hub clients raise: all mean the same here
+        said = " ".join(str(error).split())[:200].rstrip(".")
+        raise BadInput(
+            f"{pattern}: could not be loaded from the hub ({type(error).__name__}: {said}): pass a local folder, or "
+            "set HF_ENDPOINT to a mirror"
+        ) from None
+    if not names:
+        raise BadInput(f"{pattern}: {repo} has no such file or folder: see its page on the hub")
+    return Path(folder, path)
 
 
 def hub_blocks(name, inputs):

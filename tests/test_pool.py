@@ -259,6 +259,34 @@ def test_hub_ids(capsys):
     assert "owner/name: up to 0.00 GB to download (abcdef01)" in capsys.readouterr().err
 
 
+def test_files_of_a_repository(tmp_path, capsys):
+    """Its own files by their own names, in order, though the hub's cache holds them as links to blobs."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot" / "json").mkdir(parents=True)
+    for number in (10, 2):
+        (tmp_path / "blobs" / f"{number}f").write_text(json.dumps([{"a": number}]))
+        (tmp_path / "snapshot" / "json" / f"chunk_{number}.json").symlink_to(tmp_path / "blobs" / f"{number}f")
+    siblings = [mock.Mock(rfilename=name, size=2_000_000_000) for name in
+                ("README.md", "json/chunk_10.json", "json/chunk_2.json", "jsonl/x.json")]  # fmt: skip
+    api = mock.Mock(dataset_info=lambda repo, **_: mock.Mock(sha="0123456789", siblings=siblings))
+    asked = {}
+    fetch = lambda repo, **given: asked.update(given, repo=repo) or str(tmp_path / "snapshot")  # noqa: E731
+    with mock.patch("huggingface_hub.HfApi", lambda: api), mock.patch("huggingface_hub.snapshot_download", fetch):
+        paths = pool.find_inputs(["hf://datasets/owner/name/json/"])
+        with pytest.raises(BadInput, match="owner/name has no such file or folder"):
+            pool.find_inputs(["hf://datasets/owner/name/csv"])
+        with pytest.raises(BadInput, match="write hf://datasets/owner/name/path"):
+            pool.find_inputs(["hf://owner/name"])
+    blocks = [*pool.read_blocks(paths)]
+    assert [(block.file, [*block.rows()]) for block in blocks] == [
+        ("chunk_2.json", [(1, {"a": 2})]),
+        ("chunk_10.json", [(1, {"a": 10})]),
+    ]
+    assert asked["repo"] == "owner/name" and asked["allow_patterns"] == ["json/chunk_10.json", "json/chunk_2.json"]
+    assert asked["revision"] == "0123456789" and asked["repo_type"] == "dataset"
+    assert "owner/name: 2 files, 4.00 GB (01234567)" in capsys.readouterr().err
+
+
 def parquet_bytes():
     out = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist([{"question": "a" * n, "answer": "b"} for n in range(900)]), out)

@@ -492,3 +492,38 @@ def test_pairs_table(preflight, monkeypatch):
         preflight["check_pair"](args, model, [])
     args.packing = False
     preflight["check_pair"](args, model, [])
+
+
+def test_downloads_are_told_with_their_size(preflight, monkeypatch, tmp_path, capsys):
+    """Of a model what from_pretrained takes; what the cache has is not counted; a local path and a rank above 0 say
+    nothing; a hub that does not answer is left to the loader."""
+    files = {"model-1.safetensors": 7e9, "model-2.safetensors": 1e9, "config.json": 1e3, "pytorch_model.bin": 8e9,
+             "onnx/model.safetensors": 8e9}  # fmt: skip
+    known = {"owner/model": files, "owner/rows": {"a.parquet": 2.5e9}}
+
+    class Hub:
+        def repo_info(self, name, repo_type, revision, files_metadata):
+            assert files_metadata and repo_type == ("model" if "model" in name else "dataset")
+            siblings = [SimpleNamespace(rfilename=file, size=size) for file, size in known[name].items()]
+            return SimpleNamespace(sha="a1", siblings=siblings)
+
+    def cached(name, filename, repo_type, revision):
+        return "/cache" if filename == "model-2.safetensors" and revision == "a1" else None
+
+    say = preflight["say_downloads"]
+    monkeypatch.setitem(say.__globals__, "HfApi", Hub)
+    monkeypatch.setitem(say.__globals__, "try_to_load_from_cache", cached)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+    def told(model, rows, rank=0):
+        model = SimpleNamespace(model_name_or_path=model, model_revision="main")
+        say(SimpleNamespace(dataset_name=rows), SimpleNamespace(process_index=rank), model)
+        return capsys.readouterr().out.splitlines()
+
+    assert told("owner/model", "owner/rows") == [
+        "preflight: model owner/model: 7.00 GB to download",
+        "preflight: dataset owner/rows: up to 2.50 GB to download",
+    ]
+    assert told(str(tmp_path), "no/such") == [] == told("owner/model", "owner/rows", rank=1)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert told("owner/model", "owner/rows") == []

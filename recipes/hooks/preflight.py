@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import pyarrow.compute as pc
 import torch
 import transformers
 from accelerate import ParallelismConfig
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -48,6 +50,7 @@ NO_CLASS = {  # model type that transformers has as a config only: what else is 
 LEAK = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 PERSONAS = ("custom_instructions", "system_prompt", "model_identity")  # template arguments that say who speaks
 LENGTH, VOCABULARY, LARGEST = 20, 64, 5e8  # of the probe: tokens of a document, ids, parameters
+LOADED = re.compile(r"[^/]+\.(safetensors|json|jinja|txt|model)")  # what of a model's files is loaded
 RUN = {}  # what prepare() was given
 
 
@@ -422,6 +425,21 @@ def say(args, text):
         print(f"preflight: {text}")
 
 
+def say_downloads(script, args, model):
+    """One line for each hub id: what its download takes, before it starts."""
+    asked = ("model", model.model_name_or_path, model.model_revision), ("dataset", script.dataset_name, None)
+    for kind, name, revision in asked:
+        if args.process_index or constants.HF_HUB_OFFLINE or not name or Path(name).exists():
+            continue
+        with suppress(Exception):  # what is wrong with a name is said where it is loaded
+            info = HfApi().repo_info(name, repo_type=kind, revision=revision, files_metadata=True)
+            files = [file for file in info.siblings if kind == "dataset" or LOADED.fullmatch(file.rfilename)]
+            cached = partial(try_to_load_from_cache, name, repo_type=kind, revision=info.sha)
+            size = sum(file.size or 0 for file in files if not isinstance(cached(filename=file.rfilename), str))
+            if size:
+                say(args, f"{kind} {name}: {'up to ' * (kind == 'dataset')}{size / 1e9:.2f} GB to download")
+
+
 @contextmanager
 def together(args):
     """All ranks refuse alike, and at once: when one ends, the launcher kills the others, and rank 0 has to speak."""
@@ -438,6 +456,7 @@ def prepare(script, args, model):
         if unknown := [name for name in script.allow if name not in ALLOW]:
             known = "; ".join(f"{name} ({what})" for name, what in ALLOW.items())
             raise ValueError(f"--allow {' '.join(unknown)}: no such name, there are {known}")
+        say_downloads(script, args, model)
         check_class(args, model)
         check_pair(args, model, script.allow)
         check_compiled(script, args, model)
