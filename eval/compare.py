@@ -237,8 +237,7 @@ def read_log(run):
     return series
 
 
-def plot(series):
-    """PNG (bytes) of a run's losses and learning rate."""
+def plot(series, path):
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     top, bottom = figure.subplots(2, sharex=True, height_ratios=[3, 1])
     for axis, key, label, colour in (
@@ -262,9 +261,7 @@ def plot(series):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.align_ylabels()
-    data = io.BytesIO()
-    figure.savefig(data, format="png")
-    return data.getvalue()
+    figure.savefig(path, format="png")
 
 
 def dumps(value, **options):
@@ -532,8 +529,10 @@ def compare(args):
         "report.md": markdown(report, bool(one)),
         "report.html": html(report, lines, series, tokenizer),
         "answers.jsonl": "".join(dumps(line) + "\n" for line in lines),
-        **({"loss.png": plot(one)} if one else {}),
     }
+    if one:
+        plot(one, picture := io.BytesIO())
+        files["loss.png"] = picture.getvalue()
     write_files(out, files)
     print_table(report)
     for line in told(report):

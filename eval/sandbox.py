@@ -212,6 +212,8 @@ def inside(command):
     os.umask(0o022)
     mount(None, "/", flags=MS_REC | MS_PRIVATE)
     mount("tmpfs", root, "tmpfs", MS_NOSUID, "size=1m,mode=755")
+    Path(f"{root}/tmp").mkdir()  # first: this Python may lie in /tmp
+    mount("tmpfs", f"{root}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={2 * FILE_BYTES},mode=1777")
     for place in [one for one in visible_folders if one not in links] + list(DEVICES):
         target = Path(root + place)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -221,8 +223,6 @@ def inside(command):
             read_only(str(target), True)
     for place, text in links.items():
         os.symlink(text, root + place)
-    Path(f"{root}/tmp").mkdir(exist_ok=True)
-    mount("tmpfs", f"{root}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={2 * FILE_BYTES},mode=1777")
     read_only(root, False)
     os.chroot(root)  # no way back without the capability that exec drops; in it no new user namespace either
     os.chdir("/tmp")

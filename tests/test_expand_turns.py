@@ -372,7 +372,8 @@ def fitted(row, family):
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_every_family_on_random_conversations(family):
-    switches = [name for name in ("enable_thinking", "preserve_thinking") if name in family.arguments]
+    names = ("enable_thinking", "preserve_thinking", "keep_thinking")
+    switches = [name for name in names if name in family.arguments]
     compared = Counter()
 
     @settings(max_examples=25, deadline=None, derandomize=True, database=None)

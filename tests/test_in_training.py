@@ -110,7 +110,8 @@ def test_a_planted_model_has_its_figures_in_the_log(run_recipe, hook, tmp_path, 
     flags = ["--model_name_or_path", tmp_path / "model", "--dataset_name", tmp_path / "rows.jsonl", "--eval_rows", "8"]
     flags += ["--chat_template_path", REPO / "chat_templates" / "qwen3_instruct_2507.jinja", "--learning_rate", "0"]
     flags += ["--packing", "false", "--bf16", "false", "--max_steps", "1", *EVALUATED[:3], "1"]
-    [line] = measurements(run_recipe("qwen3_full", *flags, *watching(hook)))
+    # an end over and over is seen from 64 characters on
+    [line] = measurements(run_recipe("qwen3_full", *flags, *watching(hook, MAX_NEW_TOKENS=80)))
     assert tuple(line[f"eval_{name}"] for name in FIGURES[1:]) == expected
     assert 0 < line["eval_answers_time_share"] < 1
 
@@ -135,7 +136,7 @@ def test_a_reference_above_the_budget_asks_for_no_answer(run_recipe, hook, tmp_p
     flags = ["--model_name_or_path", tmp_path / "model", "--dataset_name", tmp_path / "rows.jsonl", "--eval_rows", "0"]
     flags += ["--chat_template_path", REPO / "chat_templates" / "qwen3_instruct_2507.jinja", "--learning_rate", "0"]
     flags += ["--packing", "false", "--bf16", "false", "--max_steps", "1"]
-    settings = {"EVERY": 1, "DATA": str(data), "MAX_NEW_TOKENS": 6}  # five characters and the stop token
+    settings = {"EVERY": 1, "DATA": str(data), "MAX_NEW_TOKENS": 6, "ROWS": 10}  # five characters and the stop token
     [line] = measurements(run_recipe("qwen3_full", *flags, *watching(hook, **settings)))
     assert "perplexity of 10 rows, answers to 2 (the others need more than 6 tokens)" in capsys.readouterr().out
     assert (line["eval_stop_rate"], line["eval_json_valid"]) == (1, 1)

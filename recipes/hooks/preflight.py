@@ -456,9 +456,9 @@ def prepare(script, args, model):
         if unknown := [name for name in script.allow if name not in ALLOW]:
             known = "; ".join(f"{name} ({what})" for name, what in ALLOW.items())
             raise ValueError(f"--allow {' '.join(unknown)}: no such name, there are {known}")
+        check_pair(args, model, script.allow)
         say_downloads(script, args, model)
         check_class(args, model)
-        check_pair(args, model, script.allow)
         check_compiled(script, args, model)
         if args.packing and args.packing_strategy == "wrapped":
             say(args, "wrapped packing: documents see those before them in their pack, as asked for")
