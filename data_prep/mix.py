@@ -463,7 +463,9 @@ def build(mix, args, flags, writer):
         files += map(str, found[source["split"]])
         digest, count = hashlib.sha256(), len(ids)
         work = partial(known, where=source["where"], recipe_flags=flags, kwargs=mix["chat_template_kwargs"])
-        for result in spread(work, pool_blocks(source, found[source["split"]], digest), args.num_proc, source["name"]):
+        # rows cost less to look at than to send: other processes are for counting tokens
+        num_proc = args.num_proc or (None if flags else 1)
+        for result in spread(work, pool_blocks(source, found[source["split"]], digest), num_proc, source["name"]):
             table, names, languages = result.more
             tables.append(table)
             ids += names

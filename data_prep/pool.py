@@ -25,6 +25,7 @@ import random
 import re
 import shutil
 import sys
+import time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -38,13 +39,14 @@ from pathlib import Path
 import numpy as np
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 from rows import COLUMNS, LONG_NUMBER, BadInput, Refused, dumped, loaded, schemas_of, unfilled, without_nulls
 from tqdm import tqdm
 
 BLOCK = 256 << 10  # bytes of text that one call of `work` gets: what it makes of them stays in a core's cache
 HEAD = 1 << 20  # bytes that tell what a file holds
 ROWS = 400  # and rows, where the input has no lines
-WORTH = 32  # blocks that take longer than the start of other processes
+WORTH = 3  # seconds of work after which the start of other processes pays
 BATCH = 4 << 20  # bytes of Arrow data that are written at once
 SHARD = 256 << 20  # bytes of Arrow data in a file of a folder
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
@@ -441,13 +443,20 @@ def cores():
 
 
 def spread(work, blocks, num_proc=None, name="rows"):
-    """Yield work(block) for every block, in order, on num_proc processes (all processors, where there are blocks enough
-    to be worth their start). Raises BadInput where a process dies."""
-    blocks, enough, num_proc = iter(blocks), 2 if num_proc else WORTH, num_proc or cores()
-    ahead = [*islice(blocks, enough)]
+    """Yield work(block) for every block, in order, on num_proc processes. Not given: on all processors, which start
+    once a few seconds of work have shown that there is enough of it. Raises BadInput where a process dies."""
+    blocks, begin = iter(blocks), time.monotonic()
     bar = tqdm(desc=name, unit=" blocks", disable=not sys.stderr.isatty())
     with bar:
-        if num_proc == 1 or len(ahead) < enough:
+        if not num_proc or num_proc == 1:
+            for block in blocks:
+                yield work(block)
+                bar.update()
+                if not num_proc and time.monotonic() - begin > WORTH:
+                    break
+            num_proc = num_proc or cores()
+        ahead = [*islice(blocks, 2)]
+        if num_proc == 1 or len(ahead) < 2:
             for block in (*ahead, *blocks):
                 yield work(block)
                 bar.update()
@@ -613,12 +622,20 @@ def offsets(lists, null=None):
 def bodies(batch):
     """The JSON of every row of a RecordBatch in SCHEMA without its id and first brace, in bytes: `"messages":[…],…}`,
     joined from what is JSON there already."""
-    out = []
-    for _, messages, tools, kwargs, source, tags, lang in zip(*plain_columns(batch), strict=True):
-        said = "" if tools is None else f'"tools":[{",".join(tools)}],'
-        body = f'"messages":[{",".join(messages)}],{said}"chat_template_kwargs":{kwargs},'.encode()
-        out.append(body + tail_of(source, tuple(tags), lang))
-    return out
+    messages, tools = (joined(batch.column(name)) for name in ("messages", "tools"))
+    said = pc.binary_join_element_wise(b'"tools":[', tools, b"],", b"").fill_null(b"")
+    kwargs = batch.column("chat_template_kwargs").storage.cast(pa.binary())
+    columns = zip(*(batch.column(name).to_pylist() for name in ("source", "tags", "lang")), strict=True)
+    ends = pa.array([tail_of(source, tuple(tags), lang) for source, tags, lang in columns], pa.binary())
+    parts = b'"messages":[', messages, b"],", said, b'"chat_template_kwargs":', kwargs, b",", ends
+    return pc.binary_join_element_wise(*parts, b"").to_pylist()
+
+
+def joined(column):
+    """(rows,) binary: the JSON texts of each list with commas between, null where there is no list."""
+    texts, offsets = column.flatten().storage.cast(pa.binary()), np.asarray(column.offsets)
+    lists = pa.ListArray.from_arrays(pa.array(offsets - offsets[0]), texts)
+    return pc.if_else(column.is_valid(), pc.binary_join(lists, b","), None)
 
 
 def json_lines(batch, told=None):
@@ -635,9 +652,11 @@ def packed_batch(batch, digests=None):
 
 def counts_of(batch):
     """Rows of a RecordBatch by (source, lang, mode)."""
-    modes = ["think" if any('"reasoning_content"' in turn for turn in turns) else "no_think"
-             for turns in batch.column(1).to_pylist()]  # fmt: skip
-    return Counter(zip(batch.column(4).to_pylist(), batch.column(6).to_pylist(), modes, strict=True))
+    column = batch.column("messages")
+    found, offsets = pc.match_substring(column.flatten().storage, '"reasoning_content"'), np.asarray(column.offsets)
+    seen = np.concatenate([[0], np.cumsum(np.asarray(found))])[offsets - offsets[0]]
+    modes = ["think" if think else "no_think" for think in seen[1:] > seen[:-1]]
+    return Counter(zip(batch.column("source").to_pylist(), batch.column("lang").to_pylist(), modes, strict=True))
 
 
 # -- folders and files out --------------------------------------------------------------------------------------------

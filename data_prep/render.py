@@ -182,9 +182,6 @@ def load_tokenizer(settings):
 def load_template(settings, tokenizer=None):
     """The text of the chat template: that of the recipe's file, else of the tokenizer; None where there is neither.
     Raises BadInput."""
-    from jinja2 import TemplateSyntaxError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     path = settings.chat_template_path
     template, where = getattr(tokenizer, "chat_template", None), f"the template of {settings.model_name_or_path}"
     if path is not None:
@@ -196,6 +193,9 @@ def load_template(settings, tokenizer=None):
         return None
     if not isinstance(template, str):
         raise BadInput(f"{where}: several templates by name: pass one .jinja file as --chat_template_path")
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     try:
         render_jinja_template([], chat_template=template)  # compiles it and renders nothing
     except TemplateSyntaxError as error:
