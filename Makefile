@@ -31,7 +31,7 @@ clean:
 	rm -rf .venv runs
 
 # .venv/installed is newer than every requirement and names the interpreter: then nothing is installed again
-.venv/installed: requirements.txt requirements-dev.txt .venv/python
+.venv/installed: requirements.txt requirements-dev.txt requirements-eval.txt .venv/python
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	touch .venv/installed
 
