@@ -104,14 +104,19 @@ def answers(url):
         return False
 
 
+class ServerError(BadInput):
+    """A request that the server could not answer (status 500 and above)."""
+
+
 def post(base_url, body, timeout=600):
-    """The JSON that a chat completion answers. Raises BadInput."""
+    """The JSON that a chat completion answers. Raises BadInput, of it ServerError where the server failed."""
     try:
         reply = httpx2.post(f"{base_url}/chat/completions", json=body, timeout=timeout)
     except httpx2.RequestError as error:
         raise BadInput(f"{base_url} does not answer ({first_line(error)}): look at the server") from None
     if reply.status_code != 200:
-        raise BadInput(f"{base_url} answers {reply.status_code} ({reply.text[:300]}): look at the server")
+        kind = ServerError if reply.status_code >= 500 else BadInput
+        raise kind(f"{base_url} answers {reply.status_code} ({reply.text[:300]}): look at the server")
     return reply.json()
 
 

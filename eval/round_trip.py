@@ -10,7 +10,7 @@ import subprocess
 
 import numpy as np
 import torch
-from endpoint import NEUTRAL, post, serving
+from endpoint import NEUTRAL, ServerError, post, serving
 from jinja2 import TemplateError
 from measure import clean_row, read_rows
 from metrics import final_text
@@ -127,7 +127,7 @@ def gguf(folder, args):
 
 def ask_served(out, asked, again, tokenizer, args):
     """How the server of a folder compares with the merged model's own Outputs."""
-    same, left_out = {"same_prompt": [], "same_text": [], "same_end": []}, 0
+    same, left_out, errors = {"same_prompt": [], "same_text": [], "same_end": []}, 0, []
     model = gguf(out, args) if args.engine == "llamacpp" else out
     with serving(args.engine, args.engine_python, model, args.device, args.dtype) as (url, name):
         for row, output in zip(asked, again, strict=True):
@@ -136,7 +136,13 @@ def ask_served(out, asked, again, tokenizer, args):
                 continue
             body = {"model": name, "messages": row["messages"], "temperature": 0, "max_tokens": args.max_new_tokens}
             body |= PLAIN[args.engine] | ({"tools": row["tools"]} if row["tools"] else {})
-            reply = post(url, body | ({"chat_template_kwargs": row["kwargs"]} if row["kwargs"] else {}))
+            try:
+                reply = post(url, body | ({"chat_template_kwargs": row["kwargs"]} if row["kwargs"] else {}))
+            except ServerError as error:  # transformers serve ends so where an answer's tool call does not parse
+                errors.append(row["id"])
+                if len(errors) > len(asked) // 10:
+                    raise BadInput(f"{error}; first at prompt {errors[0]}, {len(errors)} times") from None
+                continue
             choice, usage = reply["choices"][0], reply["usage"]
             said = choice["message"]
             same["same_prompt"].append(usage["prompt_tokens"] == len(row["prompt"]))
@@ -155,7 +161,10 @@ def ask_served(out, asked, again, tokenizer, args):
             same["same_text"].append(text)
             stopped = output.stopped and len(output.tokens) + 1 < args.max_new_tokens  # on the last token: "length"
             same["same_end"].append((choice["finish_reason"] != "length") == stopped)
-    return {"engine": args.engine, "left_out": left_out} | {key: rate(flags) for key, flags in same.items()}
+    if errors:
+        print(f"the server failed on {len(errors)} of {len(asked)} prompts, which are left out: {', '.join(errors)}")
+    counts = {"engine": args.engine, "left_out": left_out, "errors": errors}
+    return counts | {key: rate(flags) for key, flags in same.items()}
 
 
 def findings(merged, served, max_logit_diff, min_top1):

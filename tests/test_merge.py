@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import test_compare as small
@@ -29,6 +30,7 @@ sys.path.insert(0, str(ROOT / "eval"))
 import endpoint  # noqa: E402
 import merge  # noqa: E402
 import round_trip  # noqa: E402
+from models import Output  # noqa: E402
 
 QUIET = ["--prompts", "0"]
 ALL = "all-linear"
@@ -555,3 +557,37 @@ def test_the_endpoint_command_refuses_in_one_sentence(home, tmp_path, capsys):
 def test_what_merge_follows_are_fields_of_peft():
     """Else a field that PEFT renames would be refused, or followed in name only."""
     assert {*LoraConfig(r=1).to_dict()} >= (merge.FOLLOWED | {*merge.PLAIN}) - {"runtime_config"}
+
+
+@pytest.mark.parametrize(("failing", "proven"), [([], True), ([7], True), ([3, 7], True), ([1, 2, 3], False)])
+def test_a_server_that_fails_on_a_prompt_costs_that_prompt(monkeypatch, capsys, failing, proven):
+    """Up to a tenth of 20 prompts are left out by name; above it the server is at fault."""
+    tokenizer = make_tokenizer("qwen3_instruct_2507")
+    ids = tokenizer("ab")["input_ids"]
+    asked = [
+        {"id": f"row-{n}", "messages": [{"role": "user", "content": str(n)}], "tools": None, "kwargs": {},
+         "prompt": [1, 2, 3], "text": ""}
+        for n in range(20)
+    ]  # fmt: skip
+
+    @contextmanager
+    def serving(*_):
+        yield "http://here", "mine"
+
+    def post(url, body):
+        if int(body["messages"][0]["content"]) in failing:
+            raise endpoint.ServerError("http://here answers 500 (Internal Server Error): look at the server")
+        return {"choices": [{"finish_reason": "stop", "message": {"content": "ab"}}], "usage": {"prompt_tokens": 3}}
+
+    monkeypatch.setattr(round_trip, "serving", serving)
+    monkeypatch.setattr(round_trip, "post", post)
+    args = SimpleNamespace(engine="transformers", engine_python=None, device="cpu", dtype="float32", max_new_tokens=8)
+    outputs = [Output(ids, True)] * len(asked)
+    if not proven:
+        with pytest.raises(endpoint.BadInput, match="answers 500.*first at prompt row-1, 3 times"):
+            round_trip.ask_served("out", asked, outputs, tokenizer, args)
+        return
+    found = round_trip.ask_served("out", asked, outputs, tokenizer, args)
+    assert found["errors"] == [f"row-{n}" for n in failing]
+    assert found["same_text"]["count"] == found["same_text"]["total"] == 20 - len(failing)
+    assert (", ".join(found["errors"]) in capsys.readouterr().out) == bool(failing) or not failing
