@@ -106,7 +106,7 @@ def side(name, found, chips):
 
 
 def article(line, names, chips):
-    about = " · ".join(part for part in (line["source"], line["mode"], ", ".join(line["tags"])) if part)
+    about = " · ".join(dict.fromkeys(part for part in (line["source"], line["mode"], *line["tags"]) if part))
     sides = f'<div><h4>reference</h4><div class="text">{tokens(line["reference"], chips)}</div></div>'
     sides += "".join(side(name, line[name], chips) for name in names)
     return (

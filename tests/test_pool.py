@@ -11,6 +11,7 @@ place in a batch; kana not counted with han; the nulls of tool schemas left in p
 import gzip
 import io
 import json
+import os
 import random
 import subprocess
 import sys
@@ -285,6 +286,18 @@ def test_files_of_a_repository(tmp_path, capsys):
     assert asked["repo"] == "owner/name" and asked["allow_patterns"] == ["json/chunk_10.json", "json/chunk_2.json"]
     assert asked["revision"] == "0123456789" and asked["repo_type"] == "dataset"
     assert "owner/name: 2 files, 4.00 GB (01234567)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("worth", "num_proc"), [(-1, None), (1e9, None), (-1, 1), (1e9, 2)])
+def test_other_processes_start_when_there_is_work_enough(worth, num_proc):
+    """In order whoever works; the first block is always worked on here where nobody named a number."""
+    blocks = [f"({n}, __import__('os').getpid())" for n in range(9)]
+    with mock.patch("pool.WORTH", worth), mock.patch("pool.cores", lambda: 2):
+        found = [*pool.spread(eval, blocks, num_proc)]
+    assert [number for number, _ in found] == [*range(9)]
+    here = [process == os.getpid() for _, process in found]
+    alone = num_proc == 1 or num_proc is None and worth > 0
+    assert here == ([True] * 9 if alone else [num_proc is None] + [False] * 8)
 
 
 def parquet_bytes():
