@@ -9,8 +9,10 @@ that begins within its file.
 
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
+import orjson
 import pyarrow as pa
 import pytest
 from hypothesis import example, given, settings
@@ -20,8 +22,9 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "data_prep"))
 import batches  # noqa: E402
 import check  # noqa: E402
+import pool  # noqa: E402
 from pool import packed  # noqa: E402
-from rows import key_of, prompt_of  # noqa: E402
+from rows import Refused, key_of, prompt_of  # noqa: E402
 
 BLANKS = [c for c in map(chr, range(sys.maxunicode + 1)) if c.isspace()]
 BITS = [*BLANKS, " ", "\n", "\\", '"', "/", "n", "t", "u0041", "\\n", "\x00", "\x01", "\x1f", "\x7f", "a", "é",
@@ -105,9 +108,47 @@ def test_which_rows_are_plain(contents, plain):
     assert batches.sound(batch).tolist() == [plain and "ö" not in contents]
 
 
+@settings(max_examples=150, deadline=None)
+@given(st.lists(rows(), min_size=1, max_size=8))
+@example([row_of("a", "b") | {"tools": [{"type": "function", "function": {"name": name}} for name in "fg"]}])
+@example([row_of("a", "b"), row_of("a", "b") | {"messages": [{"role": "assistant", "content": "a",
+                                                              "reasoning_content": "b"}]}])  # fmt: skip
+def test_json_digests_and_counts_of_a_batch_are_those_of_its_rows(made):
+    """orjson on each row, and what packed() says of rows, of a slice that begins within its batch."""
+    made = [row | {"id": f"{number}\n"} for number, row in enumerate(made)]
+    batch = packed([*made, *made]).data.slice(len(made))
+    keys = ("messages", "tools", "chat_template_kwargs", "source", "tags", "lang")
+    whole = [{"id": row["id"]} | {key: row[key] for key in keys if key in row} for row in made]
+    bodies = [orjson.loads(b"{" + body) for body in pool.bodies(batch)]
+    assert bodies == [{key: value for key, value in row.items() if key != "id"} for row in whole]
+    lines = pool.json_lines(batch).split(b"\n")
+    assert lines.pop() == b"" and [orjson.loads(line) for line in lines] == whole
+    assert pool.counts_of(batch) == packed(made).counts
+    assert pool.packed_batch(batch).digests == packed(made).digests
+
+
 @pytest.mark.parametrize("mark", ["<|x|>", "<｜x｜>", "<think>", "</tool_call>", "<tool_response>", "<end_of_turn>"])
 def test_every_mark_is_left_to_the_check(mark):
     assert batches.sound(packed([row_of("a", f"b {mark} c"), row_of("a", "b")]).data).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("given", ["template", "tokenizer", "lang"])
+def test_what_needs_each_row_looks_at_each(given):
+    """A batch of rows that are sound by themselves, checked against something that refuses every row."""
+
+    class Against(check.against_of(None, None, None, None, (), told=False).__class__):
+        def control_in(self, value):
+            return "b" if self.tokenizer else None
+
+        def render(self, row, messages, prompt=False):
+            raise Refused("template refuses the row")
+
+    against = Against()
+    setattr(against, given, ("zh",) if given == "lang" else "any")
+    block = pool.Block("train", "train", 1, packed([row_of("a a", "b b")] * 3).data)
+    with mock.patch("check.against_of", lambda *_, **__: against):
+        result = check.work(block, (), "x")
+    assert result.total == 3 and len(result.rejected) == 3
 
 
 def test_arguments_that_another_writer_wrote():
