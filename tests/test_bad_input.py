@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -204,8 +205,8 @@ def test_make_refuses_an_old_python_and_one_without_venv(tmp_path):
     bare.write_text(f'#!/bin/sh\ncase "$2" in *ensurepip*) exit 1;; esac\nexec {real} "$@"\n')
     for path in (old, bare):
         path.chmod(0o755)
-    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
-        (tmp_path / name).write_text((REPO / name).read_text())
+    for path in (REPO / "Makefile", *REPO.glob("requirements*.txt")):
+        shutil.copy(path, tmp_path)
     for python, words in ((old, "3.11 or newer"), (bare, "python3-venv"), (Path("no_such_python"), "no_such_python")):
         done = subprocess.run(["make", "test", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode != 0 and words in done.stderr, done.stderr

@@ -141,11 +141,11 @@ def brute(texts, threshold):
     for start in range(len(texts)):
         if start not in seen:
             kept.append(start)
-            todo = [start]
-            while todo:
-                if (at := todo.pop()) not in seen:
+            open_ones = [start]
+            while open_ones:
+                if (at := open_ones.pop()) not in seen:
                     seen.add(at)
-                    todo += near[at]
+                    open_ones += near[at]
     return kept
 
 
