@@ -295,7 +295,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--mode", choices=["think", "no_think"], help="of hybrid models; default: no_think")
     parser.add_argument("--out", type=Path, help="default: the folder eval/ of the run")
-    add_model_arguments(parser, max_new_tokens=None)
+    add_model_arguments(parser, max_new_tokens=None, timeout=False)  # lm-eval asks, without a limit
     return command("benchmarks.py", evaluate, parser.parse_args(argv))
 
 

@@ -201,7 +201,7 @@ def run_task(task, problems, model, tokenizer, stops, args, kwargs):
         ]
     rendered = [render(tokenizer, problem["prompt"], **kwargs) for problem in problems]
     prompts = [ids for _, ids in rendered]
-    answers = ask(model, tokenizer, stops, prompts, args.batch_size, args.max_new_tokens, task)
+    answers = ask(model, tokenizer, stops, prompts, args.batch_size, args.max_new_tokens, task, args.timeout)
     lines = []
     for problem, (text, _), answer in zip(problems, rendered, answers, strict=True):
         opened = "<think>" if text.rstrip().endswith("<think>") else ""  # its end then stands alone in the answer

@@ -8,17 +8,17 @@ measured as it would be served: its prompt is the template on messages[:k] with 
 the template on messages[:k + 1] adds, up to and including the stop token. Perplexity takes all turns; text is
 generated greedily for the last answer of each row. metrics.py defines the numbers, each over all rows and by source,
 mode, tag and persona (whether a system message stands there). What cannot be scored is counted by reason; an answer
-that fails (out of memory, over ten minutes) counts against every rate.
+that fails (out of memory, over --timeout) counts against every rate.
 
 JSON: a row with the tag json, or a schema: in its column json_schema or in a <schema> block of its messages. Without a
 schema only validity and fields are measured. Where its reference is no JSON it is a negative example.
 
 Writes report.json, report.md, report.html, answers.jsonl and loss.png to --out. What was measured is kept in OUT/.cache
 by the hash of weights, tokens, settings and versions: run again with one more --tuned, or after a stop, and only what
-is missing is measured (failed answers are kept as well: remove the folder to try them again). The same input gives the
-same bytes on one machine. In float32 the batch size moves perplexities by rounding only (about 1e-6); in bfloat16 it
-can move their third digit and, where two tokens tie, a greedy answer: compare bfloat16 reports of one --batch_size
-only.
+is missing is measured; answers that failed are tried again, with their batch (a larger --timeout may help). The same
+input gives the same bytes on one machine. In float32 the batch size moves perplexities by rounding only (about 1e-6);
+in bfloat16 it can move their third digit and, where two tokens tie, a greedy answer: compare bfloat16 reports of one
+--batch_size only.
 """
 
 import base64
@@ -279,11 +279,13 @@ def writing(folder):
 
 
 class Kept(dict):
-    """{index: result} in a file too, a line for every batch. What a run left that was killed is read again."""
+    """{index: result} in a file too, a line for every batch. What a run left that was killed is read again.
 
-    def __init__(self, path, pack, unpack):
+    lasts: whether a result goes to the file; the next run tries the others again."""
+
+    def __init__(self, path, pack, unpack, lasts=lambda value: True):
         super().__init__()
-        self.path, self.pack = path, pack
+        self.path, self.pack, self.lasts = path, pack, lasts
         data = path.read_bytes() if path.is_file() else b""
         whole = data[: data.rfind(b"\n") + 1]  # a killed run was writing the rest
         try:
@@ -298,8 +300,9 @@ class Kept(dict):
     def update(self, found):
         found = dict(found)
         super().update(found)
+        lasting = [[index, self.pack(value)] for index, value in found.items() if self.lasts(value)]
         with writing(self.path.parent.parent), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([[index, self.pack(value)] for index, value in found.items()]) + "\n")
+            file.write(json.dumps(lasting) + "\n")
 
 
 def kept_losses(path):
@@ -311,7 +314,7 @@ def kept_losses(path):
 
 
 def kept_answers(path):
-    return Kept(path, list, lambda found: models.Output(*found))
+    return Kept(path, list, lambda found: models.Output(*found), lambda output: not output.failed)
 
 
 def content(name):
@@ -471,7 +474,10 @@ def records_of(args, names, adapters, model, loading, rows, tokenizer, stops, ou
                 running = load_model(args.base if adapter else str(folder), tokenizer, *loading)
             if adapter:
                 running, model = add_adapter(running or model, folder), None
-        steps = {"losses": partial(models.token_losses, kept=losses), "answers": partial(models.generate, kept=answers)}
+        steps = {
+            "losses": partial(models.token_losses, kept=losses),
+            "answers": partial(models.generate, timeout=args.timeout, kept=answers),
+        }
         records[name] = measure(running, rows, tokenizer, stops, args.batch_size, args.max_new_tokens, name, **steps)
     return records
 

@@ -22,7 +22,7 @@ from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 LOGIT_ROWS = 2048  # padded tokens a forward pass: 2,048 x 151,936 x 4 bytes = 1.2 GB of float32 logits for Qwen3
-TIMEOUT = 600  # seconds that the answers of one batch may take
+TIMEOUT = 600  # seconds that the answers of one batch may take, unless --timeout says otherwise
 
 
 class BadInput(Exception):
@@ -147,13 +147,21 @@ def open_model(name, base=None, dtype="auto", load_in_4bit=False):
     return model, tokenizer, stops
 
 
-def add_model_arguments(parser, max_new_tokens=256, batched=True):
-    """The flags that every command of this room has which runs a model, batched: many sequences at a time."""
+def add_model_arguments(parser, max_new_tokens=256, batched=True, timeout=True):
+    """The flags that every command of this room has which runs a model, batched: many sequences at a time; timeout:
+    their answers by generate() below, which has a limit."""
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bf16 on CUDA")
     parser.add_argument("--load_in_4bit", action="store_true", help="nf4 with double quantisation, as in QLoRA")
     if batched:
         parser.add_argument("--batch_size", type=positive, default=16, help="sequences at a time")
     parser.add_argument("--max_new_tokens", type=positive, default=max_new_tokens, help="budget of each answer")
+    if batched and timeout:
+        parser.add_argument(
+            "--timeout",
+            type=positive,
+            default=TIMEOUT,
+            help=f"seconds for the answers of a batch (default: {TIMEOUT}); more for answers of many thousand tokens",
+        )
 
 
 def positive(text):

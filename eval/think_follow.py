@@ -143,7 +143,7 @@ def talk(model, tokenizer, stops, conversations, place, args):
             with suppress(*[BadInput] if turn else []):  # an earlier answer may hold what the template refuses
                 prompts[i] = prompt_of(tokenizer, conversations[i], said[i], modes[i], place)
         ids, label = [ids for _, ids in prompts.values()], f"turn {turn + 1}"
-        answers = ask(model, tokenizer, stops, ids, args.batch_size, args.max_new_tokens, label)
+        answers = ask(model, tokenizer, stops, ids, args.batch_size, args.max_new_tokens, label, args.timeout)
         answers = dict(zip(prompts, answers, strict=True))
         for i in here:
             prompt, answer = prompts.get(i, [""])[0], answers.get(i, Answer("", 0, False, "refused by the template"))

@@ -452,7 +452,8 @@ def measure_calls(args):
         for task in tasks:
             tools = [tool_of(function) for function in task["functions"]]
             asked.append((task, mode, tools, *prompt_of(tokenizer, task, tools, kwargs)))
-    answers = ask(model, tokenizer, stops, [one[-1] for one in asked], args.batch_size, args.max_new_tokens)
+    prompts, most = [one[-1] for one in asked], args.max_new_tokens
+    answers = ask(model, tokenizer, stops, prompts, args.batch_size, most, timeout=args.timeout)
     lines = []
     for (task, mode, tools, prompt, _), answer in zip(asked, answers, strict=True):
         lines.append(line_of(task, mode, answer, *read_calls(tokenizer, kind, prompt, answer.text, tools)))

@@ -8,6 +8,7 @@ without a task type that answered with the library's generation settings (20 tok
 
 import errno
 import gc
+import importlib
 import json
 import math
 import os
@@ -539,7 +540,7 @@ def test_a_schema_that_the_data_contradicts_is_counted(home):
 
 
 def test_a_prompt_that_hangs_and_one_that_takes_all_memory_cost_themselves(home, monkeypatch):
-    real, limited = Qwen3ForCausalLM.forward, compare.models.limited
+    real = Qwen3ForCausalLM.forward
     slow, huge = (torch.tensor(make_tokenizer("chatml")(word)["input_ids"]) for word in ("SLOW", "HUGE"))
 
     def forward(self, input_ids=None, **kwargs):
@@ -553,9 +554,8 @@ def test_a_prompt_that_hangs_and_one_that_takes_all_memory_cost_themselves(home,
     rows = [row_of(word, "Ada.", n) for n, word in enumerate(("a", "b", "I am SLOW", "c", "so HUGE a thing", "d"))]
     plain, _ = planted(home, "Ad.", rows, "--batch_size", 2)
     monkeypatch.setattr(Qwen3ForCausalLM, "forward", forward)
-    monkeypatch.setattr(compare.models, "limited", lambda seconds: limited(1))
     shutil.rmtree(home / "planted out")
-    counts, report = planted(home, "Ad.", rows, "--batch_size", 2)
+    counts, report = planted(home, "Ad.", rows, "--batch_size", 2, "--timeout", 1)
     for name in ("base", "tuned"):
         failed = {"timeout": {"count": 1, "first": "r2"}, "out of memory": {"count": 1, "first": "r4"}}
         assert report["failed"][name] == failed
@@ -567,6 +567,38 @@ def test_a_prompt_that_hangs_and_one_that_takes_all_memory_cost_themselves(home,
     for name in ("report.md", "report.html"):
         text = (home / "planted out" / name).read_text(encoding="utf-8")
         assert "tuned: 1 answers failed: timeout (first: r2)" in text
+    # what failed is not kept: without the cause, the same command has all answers, by one batch of each model
+    count = Counter(monkeypatch)
+    monkeypatch.setattr(Qwen3ForCausalLM, "forward", real)
+    again, report = planted(home, "Ad.", rows, "--batch_size", 2, "--timeout", 1)
+    assert count() == {"load_model": 2, "add_adapter": 0, "answered": 2} and again == plain
+    assert report["failed"] == {"base": {}, "tuned": {}}
+    again, _ = planted(home, "Ad.", rows, "--batch_size", 2, "--timeout", 2)  # the limit is no setting of what was said
+    assert count()["answered"] == 0 and again == plain
+
+
+@pytest.mark.parametrize("name", ["chat_eval", "think_follow", "tool_calls"])
+def test_the_time_limit_reaches_every_command(home, tmp_path, monkeypatch, name):
+    """--timeout is what generation is limited to; without the flag, ten minutes."""
+    question = {"role": "user", "content": "A?"}
+    files = {
+        "gsm8k.jsonl": [{"question": "A?", "answer": "#### 1"}],
+        "questions.jsonl": [{"question_id": 1, "turns": ["A?"]}],
+        "BFCL_v4_irrelevance.json": [{"id": "irrelevance_0", "question": [[question]], "function": [
+            {"name": "f", "description": "x", "parameters": {"type": "dict", "properties": {}, "required": []}}]}],
+    }  # fmt: skip
+    data = dict(zip(["chat_eval", "think_follow", "tool_calls"],
+                    [write_rows(tmp_path / file, rows) for file, rows in files.items()], strict=True))  # fmt: skip
+    words = ["--task", f"gsm8k={data[name]}"] if name == "chat_eval" else ["--data", data[name]]
+    seen, limited = [], compare.models.limited
+    monkeypatch.setattr(compare.models, "limited", lambda seconds: seen.append(seconds) or limited(seconds))
+    save(tmp_path / "hybrid", make_model(0), "qwen3")
+    module = importlib.import_module(name)
+    for flags, seconds in ((["--timeout", 7], 7), ([], 600)):
+        command = [tmp_path / "hybrid", *words, "--max_new_tokens", 2, "--out", tmp_path / "out", *flags]
+        assert module.main([str(word) for word in command]) == 0
+        assert set(seen) == {seconds}
+        seen.clear()
 
 
 # -- many models, and what is kept ---------------------------------------------------------------------
