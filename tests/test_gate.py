@@ -64,6 +64,15 @@ def write_run(folder, tuned, stopped=True, failed="", loss=0.5):
     (folder / "report.json").write_text(json.dumps({"results": compare.results(ROWS, records, 42)}))
     lines = [compare.dumps(line) + "\n" for line in compare.answer_lines(ROWS, records)]
     (folder / "answers.jsonl").write_text("".join(lines))
+    return write_calls(folder, [False] * 20)
+
+
+def write_calls(folder, malformed):
+    """eval/tool_calls.json of a model whose calls do not parse where malformed says so."""
+    lines = [{"id": f"simple_{n}", "answer": '{"name": "f"' if flag else "{}", "malformed": flag, "stopped": True}
+             for n, flag in enumerate(malformed)]  # fmt: skip
+    metrics_ = scores.rates(lines, {"malformed": "malformed", "stop_rate": "stopped"})
+    scores.write_scores(folder / "eval", "tool_calls", {}, metrics_, lines=lines)
     return folder
 
 
@@ -133,6 +142,20 @@ def test_a_planted_bad_model_fails_by_its_rules_and_no_other(tmp_path, capsys, n
         assert [row["answer"] for row in worst] == [ENGLISH] * 3 and [row["base"] for row in worst] == [CHINESE] * 3
     if name == "breaks JSON":  # those that the base got right come first
         assert all(row["base"] == '{"k": 1}' for row in found["json_valid", "all"]["worst"])
+
+
+def test_calls_that_do_not_parse_fail_where_calls_were_measured(tmp_path, capsys):
+    rule = "tool_calls malformed: max 0.02 [all]"
+    code, out, _ = run(capsys, write_calls(write_run(tmp_path, good), [n < 1 for n in range(50)]))
+    assert code == 0 and f"ok   {rule} is 0.02 (" in out
+    code, out, _ = run(capsys, write_calls(tmp_path, [n < 2 for n in range(50)]))
+    assert code == 1 and f"FAIL {rule} is 0.04 (" in out and ", 2 of 50: above 0.02" in out
+    [finding] = failed(tmp_path).values()
+    assert {row["id"] for row in finding["worst"]} == {"simple_0", "simple_1"}
+    assert {row["answer"] for row in finding["worst"]} == {'{"name": "f"'}
+    (tmp_path / "eval" / "tool_calls.json").unlink()  # a run that was not asked for calls is not refused
+    code, out, _ = run(capsys, tmp_path)
+    assert code == 0 and "malformed was not measured" in out and ", 0 failed, 1 not measured" in out
 
 
 def test_a_lost_source_does_not_hide_in_the_mean(tmp_path, capsys):
