@@ -90,6 +90,12 @@ def test_packed_equals_unpacked_in_any_accumulation(first_step, recipe):
     packs = first_step(recipe, "packs", *PACKED)
     assert packs[2] < 16, "nothing was packed"
     assert max(difference(rows, packs)) <= 1e-5
+    smaller = [*PACKED, "--max_length", 300, "--per_device_train_batch_size"]
+    count = first_step(recipe, "smaller", *smaller, 1)[2]
+    assert count > 2
+    for size, flags in ((15, UNPACKED), (count - 1, smaller)):  # a full pass, and a last one of a single row or pack
+        short = first_step(recipe, f"short{size}", *flags, size, "--global_batch_size", 2 * size)
+        assert max(difference(rows, short)) <= 1e-5, (size, flags)
     leaking = first_step(recipe, "wrapped", *PACKED, "--packing_strategy", "wrapped")
     assert leaking[2] < 16
     assert difference(rows, leaking)[1] > 1e-3, "wrapped packing leaks between documents, and this test did not see it"

@@ -34,8 +34,8 @@ def autocast_only(trainer):
 def mask_repeats(trainer, batches):
     """Takes the labels from rows that only fill the last pass; their gradient is then zero."""
     state, args = trainer.accelerator.gradient_state, trainer.args
-    if not batches or not state.end_of_dataloader or state.remainder <= 0:
-        return
+    if args.world_size == 1 or not batches or not state.end_of_dataloader or state.remainder <= 0:
+        return  # one process has a short pass, and fills none
     rows = args.per_device_train_batch_size
     mine = min(max(state.remainder - args.process_index * rows, 0), rows)  # rows of the last pass that are new
     if mine == rows:
