@@ -51,6 +51,7 @@ READ = {
     "shuffle_dataset": False, "dataset_num_proc": None, "dataset_train_split": "train", "dataset_test_split": "test",
     "eval_rows": 0, "skip_bad_rows": False, "seed": 42,
     "global_batch_size": 16, "per_device_train_batch_size": 8, "num_train_epochs": 3.0, "max_steps": -1,
+    "one_stream": False, "whole_steps": False,  # of the nanochat recipes alone
 }  # fmt: skip
 CHOICES = {"packing_strategy": ("bfd", "bfd_split", "wrapped"), "truncation_mode": ("keep_start", "keep_end")}
 AT_LEAST = {"max_length": 1, "global_batch_size": 1, "per_device_train_batch_size": 1, "eval_rows": 0, "seed": 0}
@@ -684,19 +685,20 @@ def common(ids, other_ids):
 
 
 # -- packs ------------------------------------------------------------------------------------------------------------
-def pack(lengths, max_length, strategy="bfd", num_proc=None):
+def pack(lengths, max_length, strategy="bfd", num_proc=None, one_stream=False):
     """The packs that TRL's pack_dataset makes of rows of these lengths (in tokens): a list of packs, each a list of
     pieces (row, start, end), [start, end) the tokens of the row.
 
     TRL packs within the batches of 1,000 rows that datasets' map hands it, each process its own stretch of rows, so the
-    packs of a set are those of its batches, one after the other."""
-    shares = min(num_proc or 1, len(lengths)) or 1
+    packs of a set are those of its batches, one after the other. one_stream: all rows are one batch."""
+    shares = 1 if one_stream else min(num_proc or 1, len(lengths)) or 1
     size, rest = divmod(len(lengths), shares)
+    batch_size = (one_stream and len(lengths)) or MAP_BATCH
     packs, start = [], 0
     for share in range(shares):
         stop = start + size + (share < rest)
-        for first in range(start, stop, MAP_BATCH):
-            batch = range(first, min(first + MAP_BATCH, stop))
+        for first in range(start, stop, batch_size):
+            batch = range(first, min(first + batch_size, stop))
             packs += (wrapped if strategy == "wrapped" else best_fit)(lengths, batch, max_length, strategy)
         start = stop
     return packs
