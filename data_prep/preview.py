@@ -156,17 +156,21 @@ def figures(marks, trained, order, settings, compiled):
         units = [[(row, 0, marks[row]["tokens"])] for row in order]
     elif settings.packing:
         sizes = [marks[row]["tokens"] for row in order]
-        packs = pack(sizes, limit, settings.packing_strategy, settings.dataset_num_proc)
+        packs = pack(sizes, limit, settings.packing_strategy, settings.dataset_num_proc, settings.one_stream)
         units = [[(order[row], start, end) for row, start, end in one] for one in packs]
     else:  # TRL drops rows that the cut leaves without a trained token
         whole = settings.max_length is None
         units = [[(row, *marks[row]["kept"])] for row in order if whole or not marks[row]["empty"]]
+    made = len(units)
+    if settings.one_stream:  # as nanochat_midtrain.py: the last pack, which may be short, never
+        units = units[: whole_steps(made - 1, settings) or made]
     sizes = [sum(end - start for _, start, end in one) for one in units]
     learnt = [sum(within(trained[row], start, end) for row, start, end in one) for one in units]
     epoch, run = steps(len(units), settings)
     return found | {
         "training_rows": len(order),
         "packs": len(units) if settings.packing or compiled else None,
+        "left_out": made - len(units),
         "fill": sum(sizes) / (len(units) * limit) if units and (settings.packing or compiled) else None,
         "longest": lengths[-1],
         "masked_packs": learnt.count(0),
@@ -178,6 +182,11 @@ def figures(marks, trained, order, settings, compiled):
         "tokens_per_step": sum(sizes) / epoch,
         "trained_per_step": sum(learnt) / epoch,
     }
+
+
+def whole_steps(count, settings):
+    """How many of `count` rows or packs fill optimizer steps."""
+    return count // settings.global_batch_size * settings.global_batch_size
 
 
 def histogram(lengths, limit):
@@ -271,6 +280,7 @@ def table(found, settings, compiled):
     ]
     if found["packs"] is not None:
         kind = f"{'as compiled' if compiled else settings.packing_strategy}, {settings.pack_length or 0:,} tokens"
+        kind += ", of all rows in one stream" if settings.one_stream and not compiled else ""
         lines += [
             ("packs", f"{found['packs']:,}", kind),
             ("fill rate", f"{found['fill']:.1%}" if found["fill"] is not None else "-", ""),
@@ -282,6 +292,7 @@ def table(found, settings, compiled):
     epochs = f"{found['steps_per_epoch']:,} an epoch, {epochs}"
     epochs = "max_steps" if settings.max_steps > 0 else epochs
     unit = "packs" if found["packs"] is not None else "rows"
+    epochs += f", {found['left_out']:,} that fill no step left out" if found["left_out"] else ""
     lines += [
         ("optimizer steps", f"{found['steps']:,}", f"{epochs}, {settings.global_batch_size} {unit} a step"),
         ("tokens a step", f"{found['tokens_per_step']:,.0f}", f"{found['trained_per_step']:,.0f} of them trained"),
@@ -559,6 +570,8 @@ def preview(args):
         raise BadInput(f"--max_cut {args.max_cut}: must be a share between 0 and 1")
     settings = read_settings(args.recipe, args.config, {name: getattr(args, name) for name in FLAGS})
     rows, order, note = load_rows(args.data, settings)
+    if settings.whole_steps:  # as nanochat_sft.py
+        order = order[: whole_steps(len(order), settings) or len(order)]
     against = load_against(settings)
     compiled = "input_ids" in rows.column_names
     settings.pack_length = settings.max_length

@@ -29,7 +29,7 @@ DEFAULTS = dict(  # nanochat's values; which are ours: recipes/README.md
     model_name_or_path="nanochat-students/base-d20", dtype="float32", eos_token="<|assistant_end|>",  # fp32 masters
     dataset_name="data/nanochat_mid", dataset_test_split="validation", save_total_limit=2,  # the mix of this name
     chat_template_path=str(TEMPLATES / "nanochat.jinja"), assistant_only_loss=False, packing=True, max_length=2048,
-    packing_strategy="wrapped", train_sampling_strategy="sequential", global_batch_size=256,  # 524,288 tokens a step
+    packing_strategy="wrapped", one_stream=True, train_sampling_strategy="sequential", global_batch_size=256,
     optimizer=str(HERE.parent / "optimizers/nanochat.py"), learning_rate=1.0, optim_args="momentum_warmup_steps=300",
     lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": 0.2, "decay_type": "linear"},
     weight_decay=0.0, max_grad_norm=0.0, num_train_epochs=1, per_device_train_batch_size=8, logging_steps=1,
@@ -129,26 +129,26 @@ def begin(trainer, script):
 @dataclass
 class NanochatArguments(RecipeArguments):
     optimizer: str = field(default="", metadata={"help": "Python file whose build(model, args) makes the optimizer"})
-RecipeArguments = NanochatArguments  # for parse_args
-
+    one_stream: bool = field(default=False, metadata={"help": "pack all rows as one, no short step"})
+RecipeArguments = NanochatArguments  # fmt: skip
 
 def main():
     hooks = {path: runpy.run_path(path) for path in DEFAULTS["hooks"] if Path(path).is_file()}
     script, args, model = parse_args()
     if not Path(script.optimizer).is_file():
         sys.exit(f"{HERE.name}: --optimizer {script.optimizer}: no such file: pass the path of optimizers/nanochat.py")
-    new = [path for path in (script.optimizer, *script.hooks) if path not in hooks and Path(path).is_file()]
-    hooks |= {path: runpy.run_path(path) for path in new}
+    hooks |= {p: runpy.run_path(p) for p in (script.optimizer, *script.hooks) if p not in hooks and Path(p).is_file()}
     if missing := [path for path in script.hooks if path not in hooks]:
         print(f"{HERE.name}: runs on without its hooks, which are not there: {' '.join(missing)}")
     [hook["prepare"](script, args, model) for hook in hooks.values() if "prepare" in hook]
     tokenizer, script.rows, held_out = load_data(script, args, model)
-    sys.modules[SFTTrainer.__module__].pack_dataset = lambda *a: pack_dataset(*a[:3], {"batch_size": None})  # 1 stream
+    sys.modules[SFTTrainer.__module__].pack_dataset = pack_dataset if not script.one_stream else (
+        lambda *a: pack_dataset(*a[:3], {"batch_size": None}))  # TRL packs each 1,000 rows by themselves
     trainer = SFTTrainer(
         model.model_name_or_path, args, train_dataset=script.rows, eval_dataset=held_out, processing_class=tokenizer,
         optimizer_cls_and_kwargs=(lambda: hooks[script.optimizer]["build"], {"args": args}))
     whole = (len(trainer.train_dataset) - 1) // script.global_batch_size * script.global_batch_size  # the last is short
-    trainer.train_dataset = trainer.train_dataset.select(range(whole or len(trainer.train_dataset)))
+    trainer.train_dataset = trainer.train_dataset.select(range(script.one_stream * whole or len(trainer.train_dataset)))
     [trainer.add_callback(hook["callback"](trainer)) for hook in hooks.values() if "callback" in hook]
     begin(trainer, script)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

@@ -30,7 +30,7 @@ DEFAULTS = dict(  # nanochat's values; which are ours: recipes/README.md
     dataset_name="data/nanochat_sft", dataset_test_split="validation", save_total_limit=2,  # the mix of this name
     chat_template_path=str(TEMPLATES / "nanochat.jinja"), assistant_only_loss=True, packing=False, max_length=2048,
     train_sampling_strategy="sequential", global_batch_size=32, per_device_train_batch_size=4, micro_batch_mean=True,
-    optimizer=str(HERE.parent / "optimizers/nanochat.py"), learning_rate=0.02,  # times its three rates
+    optimizer=str(HERE.parent / "optimizers/nanochat.py"), learning_rate=0.02, whole_steps=True,  # times its 3 rates
     lr_scheduler_type="linear", weight_decay=0.0, max_grad_norm=0.0, num_train_epochs=1, logging_steps=1,  # no clipping
     output_dir=f"runs/{HERE.stem}", activation_checkpointing=True, save_steps=100, logging_nan_inf_filter=False,
     hooks=[str(HOOKS / f"{name}.py") for name in (  # safer and nicer, not needed
@@ -129,22 +129,21 @@ def begin(trainer, script):
 class NanochatArguments(RecipeArguments):
     optimizer: str = field(default="", metadata={"help": "Python file whose build(model, args) makes the optimizer"})
     micro_batch_mean: bool = field(default=False, metadata={"help": "every pass weighs alike, however few its tokens"})
-RecipeArguments = NanochatArguments  # for parse_args
-
+    whole_steps: bool = field(default=False, metadata={"help": "leave out the rows that fill no step"})
+RecipeArguments = NanochatArguments  # fmt: skip
 
 def main():
     hooks = {path: runpy.run_path(path) for path in DEFAULTS["hooks"] if Path(path).is_file()}
     script, args, model = parse_args()
     if not Path(script.optimizer).is_file():
         sys.exit(f"{HERE.name}: --optimizer {script.optimizer}: no such file: pass the path of optimizers/nanochat.py")
-    new = [path for path in (script.optimizer, *script.hooks) if path not in hooks and Path(path).is_file()]
-    hooks |= {path: runpy.run_path(path) for path in new}
+    hooks |= {p: runpy.run_path(p) for p in (script.optimizer, *script.hooks) if p not in hooks and Path(p).is_file()}
     if missing := [path for path in script.hooks if path not in hooks]:
         print(f"{HERE.name}: runs on without its hooks, which are not there: {' '.join(missing)}")
     [hook["prepare"](script, args, model) for hook in hooks.values() if "prepare" in hook]
     tokenizer, script.rows, held_out = load_data(script, args, model)
-    whole = len(script.rows) // script.global_batch_size * script.global_batch_size  # no short last step in nanochat
-    script.rows = script.rows.select(range(whole or len(script.rows)))
+    whole = len(script.rows) // script.global_batch_size * script.global_batch_size  # nanochat has no short last step
+    script.rows = script.rows.select(range(script.whole_steps * whole or len(script.rows)))
     trainer = SFTTrainer(
         model.model_name_or_path, args, train_dataset=script.rows, eval_dataset=held_out, processing_class=tokenizer,
         optimizer_cls_and_kwargs=(lambda: hooks[script.optimizer]["build"], {"args": args}))

@@ -24,6 +24,10 @@ import torch
 import yaml
 from conftest import REPO, SHARED, launch, run_script
 from datasets import Dataset, DatasetDict, load_from_disk
+from engines import ENGINES, curve, gap, ranks
+from engines import PROBE as LOOK
+from engines import run as run_command
+from trl.trainer import sft_trainer
 
 sys.path[:0] = [str(REPO / "data_prep"), str(REPO / "eval")]
 SPECIAL = ("bos", "user_start", "user_end", "assistant_start", "assistant_end", "python_start", "python_end",
@@ -158,8 +162,9 @@ def callback(trainer):
 
 
 @pytest.fixture
-def train(nano, run_recipe, hook, tmp_path):
+def train(nano, run_recipe, hook, tmp_path, monkeypatch):
     """train(recipe, *flags) runs nanochat_RECIPE on the tiny model and returns what the probe saw, and the folder."""
+    monkeypatch.setattr(sft_trainer, "pack_dataset", sft_trainer.pack_dataset)  # which the recipe replaces
 
     def run(recipe, *flags, out="run", data=None):
         given = ["--model_name_or_path", nano / "base", "--dataset_name", data or nano / "data" / f"nanochat_{recipe}"]
@@ -293,6 +298,19 @@ def test_ids_mask_order_and_the_mean_of_passes(train, nano, tmp_path):
     assert abs(torch.cat(parts).mean() - sum(means) / 2) > 1e-3, "both means are the same here: choose other rows"
 
 
+def test_preview_counts_the_steps_of_sft(train, nano, tmp_path):
+    """22 rows of which 20 fill steps of 4; TRL then drops the one whose answer lies behind the cut."""
+    rows = [{"messages": row["messages"][-2:]} for row in chats(22)]
+    rows[3]["messages"] = [{"role": "user", "content": "tea " * 99}, rows[3]["messages"][1]]
+    DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(tmp_path / "rows")
+    flags = ["--global_batch_size", 4, "--per_device_train_batch_size", 2, "--max_length", 64]
+    for whole, count in ((True, 19), (False, 21)):
+        more = ["--whole_steps", whole, "--allow", "cut_answers"]
+        found, _ = train("sft", *flags, *more, data=tmp_path / "rows", out=str(whole))
+        assert len(found["rows"]) == count
+        previewed(nano, tmp_path, "sft", found, *flags, whole_steps=whole)
+
+
 @needs_data
 def test_ids_and_mask_on_a_thousand_real_rows(train, nano, tmp_path):
     *_, python, cut = equal_to_nanochat(train, nano, tmp_path, real_rows())
@@ -324,6 +342,28 @@ def test_stream_and_schedules_of_mid_training(train, nano, tmp_path):
         frac = min(step / 300, 1)
         assert told["momentum"] == pytest.approx((1 - frac) * 0.85 + frac * 0.95, rel=1e-12)
     assert found["steps"][-1]["rates"][0] < 0.02 / 2
+    previewed(nano, tmp_path, "midtrain", found, *flags)
+    assert "of all rows in one stream" in previewed.said and "that fill no step left out" in previewed.said
+    # TRL's own packs, with their short rows, where the switch says so
+    found, _ = train("mid", *flags, "--one_stream", "false", data=tmp_path / "rows", out="plain")
+    assert {len(ids) for ids, _ in found["rows"]} > {64} and len(found["rows"]) > steps * 16
+    previewed(nano, tmp_path, "midtrain", found, *flags, one_stream=False)
+
+
+def previewed(nano, tmp_path, recipe, found, *flags, **names):
+    """preview.py, asked before a run, tells what the run then trained."""
+    import preview
+
+    (tmp_path / "names.yaml").write_text(yaml.safe_dump(names))
+    flags = [*flags, "--config", tmp_path / "names.yaml", "--report", tmp_path / "preview.json"]
+    done = run_script(preview, tmp_path / "rows", "--recipe", REPO / "recipes" / f"nanochat_{recipe}.py",
+                      "--model_name_or_path", nano / "base", "--max_cut", 1, *flags)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    told, previewed.said = json.loads((tmp_path / "preview.json").read_text())["totals"], " ".join(done.stdout.split())
+    assert told["units"] == len(found["rows"])
+    assert told["kept_tokens"] == sum(len(ids) for ids, _ in found["rows"])
+    assert told["kept_trained"] == sum(label != -100 for _, labels in found["rows"] for label in labels)
+    assert told["steps"] == len(found["steps"])
 
 
 def test_published_values_of_both_recipes(monkeypatch, tmp_path):
@@ -461,7 +501,7 @@ def test_state_of_the_optimizer_resumes_bitwise(nano, tmp_path):
 # -- refusals ---------------------------------------------------------------------------------------------------------
 def test_refusals(nano, run_recipe, tmp_path):
     module = runpy.run_path(str(OPTIMIZER))
-    with pytest.raises(ValueError, match="whole matrices.*ddp_8gpu.yaml"):
+    with pytest.raises(ValueError, match="whole matrices.*ddp_8gpu.yaml or fsdp2_8gpu.yaml"):
         module["prepare"](None, SimpleNamespace(optim_args=None, deepspeed_plugin=object()), None)
     for options in ("momentum=3", "momentum_warmup_steps=x"):
         with pytest.raises(ValueError, match="knows momentum_warmup_steps=NUMBER only"):
@@ -566,3 +606,60 @@ def test_resumed_equals_uninterrupted(train, nano):
     train("mid", *short, "--resume_from_checkpoint", "true")
     again = load_file(folder / "model.safetensors")
     assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+# -- any engine gives the same ----------------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def launched(nano, tmp_path_factory):
+    """launched(recipe, engine, *flags) returns the run folder of nanochat_RECIPE; the same call is run once a session.
+    Torch's Muon multiplies in bf16, where every engine rounds in its own places: in fp32 here, to tell them apart."""
+    folder, done = tmp_path_factory.mktemp("launched"), {}
+    exact = "\ntorch.Tensor.bfloat16 = torch.Tensor.float\n"
+    (folder / "probe.py").write_text(LOOK.replace("state1", "momentum_buffer") + exact)
+
+    def run(recipe, engine, *flags):
+        key = (recipe, engine, *map(str, flags))
+        if key not in done:
+            out, data = folder / f"run{len(done)}", nano / "data" / f"nanochat_{recipe[:3]}"
+            given = ["--model_name_or_path", nano / "base", "--dataset_name", data, "--output_dir", out, *CPU[2:]]
+            given += ["--global_batch_size", 8, "--per_device_train_batch_size", 2, "--max_length", 320]
+            given += ["--max_steps", 6, "--hooks", folder / "probe.py", *flags]
+            run_command(ENGINES[engine].command(f"nanochat_{recipe}", *given))
+            done[key] = out
+        return done[key]
+
+    return run
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("recipe", "engine"), [(a, b) for a in ("midtrain", "sft") for b in ("ddp", "fsdp2", "hsdp")])
+def test_engines_give_what_one_process_gives(launched, recipe, engine):
+    """Six steps: losses to 1e-5 and the trained model's logits to 1e-4 of their size, of weights and momenta that each
+    rank of FSDP2 holds its share of."""
+    one, other = launched(recipe, "one"), launched(recipe, engine)
+    found, wanted = ranks(other), ENGINES[engine]
+    assert [rank["world"] for rank in found] == [wanted.processes] * wanted.processes
+    assert all(wanted.engine in rank["engine"] for rank in found)
+    for name in ("weights", "states"):
+        here, whole = [rank[name][0] for rank in found], found[0][name][1]
+        assert max(here) < 0.6 * whole if wanted.sharded else here == [whole] * wanted.processes
+    assert len(curve(one, "loss")) == 6 and curve(one, "loss")[0] - min(curve(one, "loss")) > 0.5
+    assert gap(one, other, "loss") <= 1e-5 and gap(one, other, "grad_norm") <= 3e-4
+    single, several = (torch.load(folder / "logits0.pt") for folder in (one, other))
+    assert (single - several).abs().max() <= 1e-4 * single.abs().max()
+
+
+@pytest.mark.long
+def test_fsdp2_resumes_bitwise(launched):
+    """Momenta, and where in its warm-up the momentum is: one step more or less moves every matrix."""
+    from safetensors.torch import load_file
+
+    flags = ["--save_strategy", "steps", "--save_steps", 3, "--save_total_limit", 5]
+    folder = launched("midtrain", "fsdp2", *flags)
+    whole = load_file(folder / "model.safetensors")
+    shutil.rmtree(folder / "checkpoint-6")
+    (folder / "model.safetensors").unlink()
+    launched("midtrain", "fsdp2", *flags, "--output_dir", folder, "--resume_from_checkpoint", "true")
+    again = load_file(folder / "model.safetensors")
+    assert (folder / "checkpoint-6").is_dir() and whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)

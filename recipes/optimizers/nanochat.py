@@ -3,7 +3,8 @@
 A recipe names this file as `optimizer`. learning_rate multiplies the three rates, as nanochat's init_lr_frac does;
 --optim_args momentum_warmup_steps=300 moves Muon's momentum from 0.85 to 0.95 over so many steps; num_decay_steps of
 warmup_stable_decay may be a share, 0.2 is the last fifth of the steps. Muon is torch's: with adjust_lr_fn="original" an
-update is scaled by sqrt(max(1, rows / columns)), as in nanochat/muon.py; the two differ by how bf16 rounds.
+update is scaled by sqrt(max(1, rows / columns)), as in nanochat/muon.py; the two differ by how bf16 rounds. Under FSDP2
+its products are of DTensors, which gather what they need: the same update as of whole matrices.
 """
 
 import torch
@@ -50,7 +51,7 @@ def prepare(script, args, model):
     if args.deepspeed_plugin is not None:
         raise ValueError(
             "nanochat.py: DeepSpeed's ZeRO cuts weights into flat pieces, and Muon needs whole matrices: launch with "
-            "accelerate_configs/ddp_8gpu.yaml"
+            "accelerate_configs/ddp_8gpu.yaml or fsdp2_8gpu.yaml"
         )
 
 
