@@ -54,7 +54,17 @@ from pool import (
     write_text,
 )
 from render import control_tokens, load_against, lost_personas, read_settings
-from rows import BadInput, Refused, check_messages, completed, language, refuse_unkept, tools_of, well_formed
+from rows import (
+    BadInput,
+    Refused,
+    check_messages,
+    completed,
+    language,
+    refuse_unkept,
+    spoken_text,
+    tools_of,
+    well_formed,
+)
 
 NEWLINE = re.compile(r"\s*[\r\n]")  # blanks before the newline are no help: one token takes them all
 
@@ -170,9 +180,9 @@ def leading_newline(row, against):
 def wrong_language(row, against):
     if not against.lang:
         return
-    told = row.get("lang") or language([{**turn, "content": turn.get("content") or ""} for turn in row["messages"]])
+    told = row.get("lang") or language(spoken_text(row["messages"]))
     answers = [turn for turn in row["messages"] if turn["role"] == "assistant" and turn.get("content")]
-    spoken = language(answers) if answers else told
+    spoken = language(spoken_text(answers)) if answers else told
     for what, found in (("row", told), ("answers", spoken)):
         if found not in against.lang and found != "und":
             yield "another language", f"the {what}: {found}"

@@ -53,6 +53,8 @@ from pool import (
     Result,
     Writer,
     add_num_proc,
+    arrow_blocks,
+    batches_of,
     bodies,
     command,
     counts_of,
@@ -381,7 +383,7 @@ class Shards:
     def __init__(self, files):
         self.batches = []
         for file in files:
-            self.batches += [*pa.ipc.open_stream(pa.memory_map(file))]
+            self.batches += batches_of(file)
         self.starts = np.cumsum([0, *map(len, self.batches)])
 
     def take(self, rows):
@@ -408,7 +410,7 @@ def gathered(block, files, kwargs=None):
     rows, passes = block.data
     batch = shards(files).take(rows)
     if kwargs:
-        told = [dumped({**kwargs, **loaded(own.encode())}).decode() for own in plain_columns(batch)[3]]
+        told = [dumped({**kwargs, **loaded(own.encode())}) for own in plain_columns(batch)[3]]
         batch = batch.set_column(3, SCHEMA.field(3), json_array(told))
     if passes.any():
         ids = [f"{name}@{number + 1}" if number else name
@@ -463,9 +465,8 @@ def build(mix, args, flags, writer):
         files += map(str, found[source["split"]])
         digest, count = hashlib.sha256(), len(ids)
         work = partial(known, where=source["where"], recipe_flags=flags, kwargs=mix["chat_template_kwargs"])
-        # rows cost less to look at than to send: other processes are for counting tokens
-        num_proc = args.num_proc or (None if flags else 1)
-        for result in spread(work, pool_blocks(source, found[source["split"]], digest), num_proc, source["name"]):
+        blocks = pool_blocks(source, found[source["split"]], digest)
+        for result in spread(work, blocks, args.num_proc, source["name"]):
             table, names, languages = result.more
             tables.append(table)
             ids += names
@@ -521,19 +522,10 @@ def build(mix, args, flags, writer):
 
 def pool_blocks(source, files, digest):
     """Blocks of one split of a pool; digest gets its files. Raises BadInput."""
-    for number, file in enumerate(files):
-        try:
-            with pa.memory_map(str(file)) as opened:
-                for batch in pa.ipc.open_stream(opened):
-                    if not batch.schema.equals(SCHEMA):
-                        raise BadInput(f"{file}: not a pool of this room: data_prep/normalize.py messages makes one")
-                    for start in range(0, len(batch), ROWS):
-                        yield Block(source["name"], source["split"], number, batch.slice(start, ROWS))
-            with open(file, "rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-        except (OSError, pa.ArrowInvalid) as error:
-            said = " ".join(str(error).split())
-            raise BadInput(f"{file}: cannot be read ({said}): make the pool anew") from None
+    for block in arrow_blocks(files, source["name"], source["split"], digest):
+        if not block.own():
+            raise BadInput(f"{block.place[0]}: not a pool of this room: data_prep/normalize.py messages makes one")
+        yield block
 
 
 def chosen_rows(mix, table, owner, reasons):

@@ -35,7 +35,7 @@ import inspect
 import re
 import sys
 import textwrap
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 
@@ -45,28 +45,31 @@ from pool import (
     Result,
     Writer,
     add_num_proc,
+    bundled,
     command,
+    encoded,
     find_inputs,
-    packed,
     parser_of,
     read_blocks,
     spread,
     summary,
 )
 from rows import (
+    MARKS,
     BadInput,
     Refused,
     check_messages,
     columns,
     control_token,
+    dumped,
     language,
-    refuse_half_pairs,
     refuse_unkept,
     schemas_of,
+    spoken_text,
     unfilled,
     without_nulls,
 )
-from sources import MADE, MAPPED, SOURCES
+from sources import MADE, MAPPED, SOURCES, messages, smoltalk
 
 
 # -- one row ----------------------------------------------------------------------------------------------------------
@@ -103,7 +106,7 @@ def to_row(raw, source, row_id, reasoning="keep", **flags):
         "chat_template_kwargs": kwargs,
         "source": str(found.get("source") or source),
         "tags": tags,
-        "lang": str(found.get("lang") or lang or language(turns)),
+        "lang": str(found.get("lang") or lang or language(spoken_text(turns))),
     }
     refuse_unkept(row)
     return row
@@ -132,42 +135,73 @@ def stem_of(file):
     return re.sub(r"(\.(jsonl?|ndjson|parquet|gz|zst))+$", "", Path(file).name)
 
 
+QUICK = {"id", "messages", "source"}
+HEADS = {role: b'{"role":"%b","content":' % role.encode() for role in ("system", "user", "assistant")}
+
+
+def quick(raw, source, row_id):
+    """encoded(to_row(…)) of a row of messages that are text and nothing else, as most are, in a third of the time. None
+    where it is another row, or one that to_row may refuse."""
+    if not isinstance(raw, dict) or not raw.keys() <= QUICK or not isinstance(raw.get("messages"), list):
+        return None
+    where = str(raw.get("source") or source)
+    if not row_id.isascii() or not where.isascii():
+        return None
+    told, roles, said = [], [], []
+    for turn in raw["messages"]:
+        if not isinstance(turn, dict) or len(turn) != 2:
+            return None
+        role, content = turn.get("role"), turn.get("content")
+        if not isinstance(role, str) or not isinstance(content, str) or role not in HEADS or "\r\n" in content:
+            return None
+        content = content.strip()
+        if not content or "<" in content and any([mark in content for mark in MARKS]):
+            return None
+        told.append(HEADS[role] + dumped(content) + b"}")
+        roles.append(role)
+        if role != "system":
+            said.append(content)
+    if not alternate(tuple(roles)):
+        return None
+    lang = SOURCES[source][1] or language("".join(said))
+    return row_id, told, None, b"{}", where, [], lang, False
+
+
+@lru_cache(maxsize=1000)
+def alternate(roles):
+    """Whether check_messages takes messages of these roles."""
+    try:
+        check_messages([{"role": role, "content": "a"} for role in roles])
+        return True
+    except Refused:
+        return False
+
+
 def work(block, source, lines=False, reasoning="keep", flags=None):
     """Result of a Block of raw rows."""
-    rows, refused, stem, total = [], [], stem_of(block.file), 0
+    rows, rejected, stem = [], [], stem_of(block.file)
+    chats = SOURCES[source][0] in (messages, smoltalk)
     for line, raw in block.rows():
-        total += 1
         row_id = str(raw["id"]) if isinstance(raw, dict) and raw.get("id") is not None else ""
         row_id = row_id or f"{stem}-{line}"
         try:
             if isinstance(raw, Refused):
                 raise raw
-            rows.append((line, to_row(raw, source, row_id, reasoning, **(flags or {}))))
-        except Refused as refusal:
-            refused.append((line, row_id, refusal))
+            if not (one := chats and quick(raw, source, row_id)):
+                row = to_row(raw, source, row_id, reasoning, **(flags or {}))
+                row_id = row["id"]
+                one = encoded(row)
+            rows.append(one)
+            continue
+        except Refused as error:
+            refusal = error
         except RecursionError:
-            refused.append((line, row_id, Refused("row nested too deep")))
-    try:
-        data = packed([row for _, row in rows], lines)
-    except (ValueError, TypeError, RecursionError):  # some row that no file can hold: looked for where one is
-        faults = [(line, row, unwritable(row)) for line, row in rows]
-        refused += [(line, row["id"], fault) for line, row, fault in faults if fault]
-        data = packed([row for _, row, fault in faults if not fault], lines)
-    rejected = [
-        {"file": block.file, "line": line, "id": row_id, "reason": refusal.reason, "detail": str(refusal)}
-        for line, row_id, refusal in sorted(refused, key=lambda entry: entry[0])
-    ]
-    return Result({block.split: data}, rejected, total)
-
-
-def unwritable(row):
-    """Why no file can hold a row, or None."""
-    try:
-        return refuse_half_pairs(row)
-    except Refused as refusal:
-        return refusal
-    except TypeError as error:
-        return Refused("value that is not JSON", str(error))
+            refusal = Refused("row nested too deep")
+        except TypeError as error:
+            refusal = Refused("value that is not JSON", str(error))
+        told = {"reason": refusal.reason, "detail": str(refusal)}
+        rejected.append({"file": block.file, "line": line, "id": row_id, **told})
+    return Result({block.split: bundled(rows, lines)}, rejected, len(rows) + len(rejected))
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------

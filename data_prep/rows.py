@@ -10,7 +10,9 @@ shapes of transformers' chat API. No script: normalize.py brings raw rows here, 
 import json
 import re
 import unicodedata
+from functools import cache
 
+import numpy as np
 import orjson
 import xxhash
 
@@ -227,18 +229,32 @@ SCRIPTS = {
 }
 
 
-def language(turns):
+def spoken_text(turns):
+    """What user, assistant and tools say, by which a row's language is told."""
+    return "".join([turn.get("content") or "" for turn in turns if turn["role"] != "system"])
+
+
+@cache
+def scripts():
+    """(65536,): the place in SCRIPTS, from 1, of every character below U+10000; 5 for other letters, else 0."""
+    chars = "".join(map(chr, range(1 << 16)))
+    found = np.array([len(SCRIPTS) + 1 if char.isalpha() else 0 for char in chars], np.uint8)
+    for number, pattern in enumerate(SCRIPTS.values(), 1):
+        for run in pattern.finditer(chars):
+            found[run.start() : run.end()] = number
+    return found
+
+
+def language(value):
     """zh, ja or ko by script, en for text in Latin letters (a guess: no language is told apart there), else und."""
-    rest = "".join([turn["content"] for turn in turns if turn["role"] != "system"])
-    if rest.isascii():
-        return "en" if re.search(r"[A-Za-z]", rest) else "und"
-    letters = {}
-    for name, pattern in SCRIPTS.items():
-        before, rest = len(rest), pattern.sub("", rest)
-        letters[name] = before - len(rest)
+    if value.isascii():
+        return "en" if re.search(r"[A-Za-z]", value) else "und"
+    codes = np.frombuffer(value.encode("utf-32-le", "surrogatepass"), "<u4")
+    counts = np.bincount(scripts()[np.minimum(codes, 0xFFFF)], minlength=len(SCRIPTS) + 2).tolist()
+    letters = dict(zip([*SCRIPTS, "und"], counts[1:], strict=True))
+    letters["und"] += sum(chr(code).isalpha() for code in codes[codes > 0xFFFF].tolist())
     if letters["ja"] > letters["zh"] / 10:
         letters["ja"] += letters.pop("zh")
-    letters["und"] = sum(map(str.isalpha, rest))
     return max(letters, key=letters.get) if any(letters.values()) else "und"
 
 
@@ -300,7 +316,7 @@ def completed(row, name, line):
         row["tools"] = []
     filled = {"id": f"{name}-{line}", "chat_template_kwargs": {}, "source": name, "tags": []}
     if "lang" not in row:
-        filled["lang"] = language([{**turn, "content": turn.get("content") or ""} for turn in row["messages"]])
+        filled["lang"] = language(spoken_text(row["messages"]))
     row |= {key: value for key, value in filled.items() if key not in row}
     row |= {"tools": tools_of(row)} if isinstance(row.get("tools"), str) else {}
     return row | {key: str(row[key]) for key in ("id", "source", "lang")}

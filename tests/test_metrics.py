@@ -175,7 +175,7 @@ def test_languages_are_those_of_the_data():
         found = metrics.language(text)
         if found:
             seen.add(found)
-            told = rows.language([{"role": "user", "content": text}])
+            told = rows.language(text)
             assert found == {"en": "Latin"}.get(told, told), text
     assert seen == {"zh", "ja", "ko", "Latin"}
 

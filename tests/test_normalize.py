@@ -28,7 +28,7 @@ import pyarrow.parquet  # noqa: F401
 import pytest
 from conftest import run_script
 from datasets import Dataset, load_from_disk
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -434,17 +434,75 @@ def test_no_value_crashes_it(data):
         inner[data.draw(st.sampled_from([*inner, "tool_calls", "reasoning_content", "name"]))] = data.draw(PIECES)
     else:
         raw[field] = data.draw(PIECES)
-    try:
-        row = normalize.to_row(raw, source, "a", **GIVEN.get(source, {}))
-    except rows.Refused:
+    done = normalize.work(pool.Block("a.jsonl", "train", 1, [raw]), source, flags=GIVEN.get(source, {}))
+    batch = done.packed["train"].data
+    assert len(batch) + len(done.rejected) == done.total == 1
+    if done.rejected:
         return
-    try:
-        batch = pool.packed([row]).data
-    except ValueError:  # half a surrogate pair: work() finds the row
-        assert normalize.unwritable(row)
-        return
+    row = normalize.to_row(raw, source, "a-1", **GIVEN.get(source, {}))
     (stored,) = Dataset(pa.Table.from_batches([batch])).to_list()
     assert {key: value for key, value in stored.items() if value is not None} == row
+
+
+SAID = ["a", " ", "\n", "\r\n", "\r", "\u3000", "\x1f", "中", "é", '"', "\\", "<", "<|x|>", "<think>", "</think>", "я",
+        "\x00", "\u2028", "\ud800"]  # fmt: skip
+TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+ODD = st.one_of(PIECES, st.sampled_from(["", "é", "s", "\ud800", 3]))
+
+
+@st.composite
+def chats(draw):
+    """Messages that alternate more often than not."""
+    roles = ["system"] * draw(st.integers(0, 1)) + ["user", "assistant"] * draw(st.integers(1, 2))
+    roles[draw(st.integers(0, len(roles) - 1))] = draw(st.sampled_from([roles[0]] * 3 + ["user", "tool", None]))
+    content = st.lists(st.sampled_from(SAID), min_size=draw(st.integers(0, 1)), max_size=3).map("".join)
+    turns = [{"role": role, "content": draw(content)} for role in roles]
+    turns[-1] |= draw(st.sampled_from([{}] * 5 + [{"name": "x"}]))
+    return turns
+
+
+@settings(max_examples=1500, deadline=None)
+@given(
+    chats(),
+    st.dictionaries(
+        st.sampled_from(["source", "tags", "lang", "tools", "chat_template_kwargs", "id"]), ODD, max_size=1
+    ),
+    st.sampled_from(["keep", "drop", "inline"]),
+    st.booleans(),
+)
+@example(TALK, {"id": "\ud800"}, "keep", False)
+@example(TALK, {"source": "\ud800"}, "keep", False)
+@example([TALK[0], {"role": "assistant", "content": "a\r\nb"}], {}, "keep", False)
+def test_a_plain_row_is_told_as_any_row(turns, more, reasoning, lines):
+    """work() takes what quick() makes of a row; to_row(), packed by itself, is what it must be."""
+    raw = {"messages": turns, **more}
+    done = normalize.work(pool.Block("a.jsonl", "train", 1, [raw]), "messages", lines, reasoning)
+    try:
+        row_id = str(raw["id"]) if raw.get("id") is not None else ""
+        wanted = pool.packed(
+            [normalize.to_row(json.loads(json.dumps(raw)), "messages", row_id or "a-1", reasoning)], lines
+        )
+    except (rows.Refused, TypeError):
+        assert len(done.rejected) == 1 and not done.packed["train"].ids
+        return
+    assert done.packed["train"] == wanted
+
+
+@pytest.mark.parametrize(
+    ("turns", "plain"),
+    [
+        ([("user", "a"), ("assistant", "b")], True),
+        ([("system", " é"), ("user", "a < b"), ("assistant", "中")], True),
+        ([("user", "a"), ("assistant", "<think>b")], False),
+        ([("user", "a"), ("assistant", " ")], False),
+        ([("user", "a")], False),
+    ],
+)
+def test_which_rows_are_plain(turns, plain):
+    """One that is never taken would pass above."""
+    raw = {"messages": [{"role": role, "content": text} for role, text in turns], "id": "1", "source": "s"}
+    assert bool(normalize.quick(raw, "messages", "1")) is plain
+    assert not normalize.quick(raw | {"tags": ["x"]}, "messages", "1")
 
 
 ARGUMENTS = [
