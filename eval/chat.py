@@ -85,6 +85,7 @@ class Talker:
     def __init__(self, args):
         self.args, first = args, args.models[0]
         self.model, tokenizer, stops = open_model(first, args.base, args.dtype, args.load_in_4bit)
+        self.model.generation_config.max_length = None  # else each turn says that max_new_tokens goes before it
         self.names = {}  # name: (PEFT's name, tokenizer, stops)
         for number, folder in enumerate(args.models):
             if number:
@@ -130,11 +131,13 @@ class Talker:
         except (TemplateError, TypeError, ValueError) as error:
             raise BadInput(f"the chat template refuses this ({first_line(error)})") from None
         config = copy.deepcopy(self.model.generation_config)
-        config.update(max_new_tokens=self.args.max_new_tokens, max_length=None, eos_token_id=sorted(self.stops))
+        config.update(max_new_tokens=self.args.max_new_tokens, eos_token_id=sorted(self.stops))
         config.update(pad_token_id=fill_of(self.tokenizer, self.stops))
         if self.args.temperature is not None or self.args.top_p is not None:
             greedy = self.args.temperature == 0
-            config.update(do_sample=not greedy, temperature=1.0 if greedy else self.args.temperature or 1.0)
+            config.update(
+                do_sample=not greedy, temperature=1.0 if greedy else self.args.temperature or config.temperature
+            )
             config.update(top_p=1.0 if greedy else self.args.top_p or config.top_p)
         screen, failed = Screen(self.tokenizer, raw), ""
         prefix = "<think>\n" if prompt.rstrip().endswith("<think>") else ""  # the template opened it

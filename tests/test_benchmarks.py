@@ -4,23 +4,29 @@ Breaks tried, each seen red: the chat template off, the adapter left off, choice
 verdict, rows of another benchmark taken unchecked.
 """
 
+import ast
 import json
 import os
 import re
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the hub is never asked
 
 import pytest
 import torch
 from conftest import SHARED
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
-from test_compare import SPECIAL, make_model, rigged, save, write_rows
+from test_compare import SPECIAL, make_model, make_tokenizer, rigged, save, write_rows
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -r requirements-eval.txt")
+import lm_eval.models  # noqa: E402
 from lm_eval.api.model import LM  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "eval"))
@@ -128,9 +134,10 @@ class Scripted(LM):
 
     def __init__(self, answer):
         super().__init__()
-        self.answer, self.asked = answer, []
+        self.answer, self.asked, self.histories = answer, [], []
 
     def apply_chat_template(self, history, add_generation_prompt=True):
+        self.histories.append(history)
         return history[-1]["content"]
 
     def chat_template(self, name=True):
@@ -314,6 +321,147 @@ def test_a_metric_that_is_no_share_of_rows_has_lm_evals_own_error():
     assert benchmarks.metrics_of(lines, {"acc,none": 0.25, "acc_stderr,none": "N/A"}) == {
         "acc": {"value": 0.25, "total": 2}
     }
+
+
+# -- what a flag does --------------------------------------------------------------------------------------------------
+
+
+def test_stop_tokens_of_the_generation_config_count(home, tmp_path):
+    """A model that says "abbb…", whose generation_config names b beside the tokenizer's stop token."""
+    model = rigged("ab", stops=False)
+    model.generation_config.eos_token_id = make_tokenizer("chatml")("b")["input_ids"]
+    save(tmp_path / "stops at b", model)
+    command = ["--tasks", "gsm8k_chat", "--data", f"gsm8k_chat={home / 'gsm8k.jsonl'}", "--max_new_tokens", 12]
+    _, lines = run(tmp_path, "stops at b", *command)
+    assert {line["answer"] for line in lines} == {"ab"}  # lm-eval leaves a stop token in that is not a special one
+
+
+def test_the_model_is_opened_as_the_flags_say(home, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(home / "adapter", moved)
+    config = json.loads((moved / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "gone")}))
+    _, tokenizer, stops = models.open_model(home / "base")
+    wanted = {"run": str(moved), "base": str(home / "base"), "backend": "hf", "dtype": "bfloat16", "batch_size": 3}
+    found = benchmarks.model_of(SimpleNamespace(**wanted, load_in_4bit=False), tokenizer, stops, True)
+    assert found.model.dtype == torch.bfloat16 and found.batch_size == 3 and found.model.peft_config
+    assert (found.enable_thinking, found.think_end_token) == (True, "</think>")
+    four = wanted | {"run": str(home / "base"), "base": None, "load_in_4bit": True}
+    found = benchmarks.model_of(SimpleNamespace(**four), tokenizer, stops, None)
+    assert found.model.is_loaded_in_4bit and found.enable_thinking is None
+    with pytest.raises(models.BadInput, match="gone is neither a folder"):
+        benchmarks.model_of(SimpleNamespace(**wanted | {"base": None}, load_in_4bit=False), tokenizer, stops, None)
+
+
+def test_vllm_gets_the_adapter_beside_its_base(home, tmp_path, monkeypatch):
+    """What lm-eval's class for vLLM is given, whose arguments are those of its signature."""
+    seen, source = [], Path(lm_eval.models.__path__[0], "vllm_causallms.py").read_text(encoding="utf-8")
+    begin = next(node for node in ast.walk(ast.parse(source)) if getattr(node, "name", "") == "__init__")
+    stub = SimpleNamespace(VLLM=lambda **options: seen.append(options))  # its module imports vLLM
+    monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", stub)
+    monkeypatch.setattr(benchmarks, "find_spec", lambda name: True)
+    adapter = tmp_path / "rank 32"
+    shutil.copytree(home / "adapter", adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"r": 32}))
+    args = SimpleNamespace(run=str(adapter), base=None, backend="vllm", dtype="auto", batch_size=4, seed=7)
+    benchmarks.model_of(args, None, {1}, True)
+    args.base = "another/base"
+    benchmarks.model_of(args, None, {1}, True)
+    args.run = str(home / "base")
+    benchmarks.model_of(args, None, {1}, None)
+    lora, told, whole = seen
+    assert (lora["pretrained"], lora["lora_local_path"], lora["tokenizer"]) == (
+        str(home / "base"), str(adapter), str(adapter))  # fmt: skip
+    assert lora["max_lora_rank"] >= 32 and told["pretrained"] == "another/base"  # vLLM's own default is 16
+    assert (lora["enable_thinking"], lora["think_end_token"], lora["seed"]) == (True, "</think>", 7)
+    assert whole["pretrained"] == whole["tokenizer"] == str(home / "base") and "lora_local_path" not in whole
+    assert set(lora) <= {argument.arg for argument in begin.args.args}
+
+
+def test_rows_splits_and_hashes(home, tmp_path, monkeypatch):
+    scripted(monkeypatch, lambda prompt: "#### 7")
+    command = ["--tasks", "gsm8k_chat", "--data"]
+    report, lines = run(home, "base", *command, f"gsm8k_chat={home / 'gsm8k.jsonl'}", "--rows", 2)
+    assert len(lines) == report["metrics"]["exact_match/strict-match"]["total"] == 2
+    DatasetDict({"a": Dataset.from_list(GSM8K[:1]), "b": Dataset.from_list(GSM8K[2:])}).save_to_disk(tmp_path / "set")
+    last, _ = run(home, "base", *command, f"gsm8k_chat={tmp_path / 'set'}", "--split", "b")
+    assert last["metrics"]["exact_match/strict-match"]["count"] == 1
+    hashes = set()
+    for rows in (GSM8K, GSM8K[::-1], GSM8K[:2], [*GSM8K[:2], GSM8K[2] | {"answer": "#### 8"}]):
+        path = write_rows(tmp_path / "rows.jsonl", rows)
+        hashes.add(run(home, "base", *command, f"gsm8k_chat={path}")[0]["data_sha256"])
+    assert len(hashes) == 4 and report["data_sha256"] in hashes  # of all rows, however many were asked
+
+
+def test_the_choices_are_shuffled_by_the_seed(home, monkeypatch):
+    task = "gpqa_diamond_cot_zeroshot"
+    command = ["--tasks", task, "--data", f"{task}={home / task}.jsonl", "--seed"]
+    asked = []
+    for seed in (1, 1, 2):
+        model = scripted(monkeypatch, lambda prompt: "(A)")
+        run(home, "base", *command, seed)
+        asked.append([prompt for prompt, _ in model.asked])
+    assert asked[0] == asked[1] != asked[2] and len(set(asked[0])) > 1
+
+
+def test_examples_are_turns_before_the_question(home, tmp_path, monkeypatch):
+    """A task of the user's own with worked examples, drawn by the seed."""
+    train = [{"question": f"Example {n}?", "answer": f"#### {n}"} for n in range(20)]
+    files = {"train": write_rows(tmp_path / "train.jsonl", train), "test": home / "gsm8k.jsonl"}
+    task = (ROOT / "eval" / "tasks" / "gsm8k_chat.yaml").read_text()
+    for old, new in (
+        ("task: gsm8k_chat", "task: shots"),
+        ("dataset_path: openai/gsm8k", "dataset_path: json\nfewshot_split: train"),
+        ("dataset_name: main", f"dataset_kwargs: {json.dumps({'data_files': {k: str(v) for k, v in files.items()}})}"),
+        ("num_fewshot: 0", "num_fewshot: 2"),
+    ):
+        assert old in task
+        task = task.replace(old, new)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "shots.yaml").write_text(task)
+    (tmp_path / "tasks" / "unsaid.yaml").write_text(
+        task.replace("task: shots", "task: unsaid").replace("num_fewshot: 2\n", ""))  # fmt: skip
+    alone = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+    monkeypatch.setattr(benchmarks, "lm_eval_or_refuse", lambda: alone)
+    asked = []
+    for seed in (1, 1, 2):
+        model = scripted(monkeypatch, lambda prompt: "#### 7")
+        report, _ = run(home, "base", "--tasks", "shots", "--seed", seed)
+        assert report["settings"]["num_fewshot"] == 2 and report["metrics"]["exact_match/strict-match"]["count"] == 1
+        asked.append([[turn["content"] for turn in history] for history in model.histories])
+        for history, row in zip(model.histories, GSM8K, strict=True):
+            assert [turn["role"] for turn in history] == ["user", "assistant"] * 2 + ["user"]
+            assert history[-1]["content"] == row["question"] and history[0]["content"].startswith("Example")
+    assert asked[0] == asked[1] != asked[2]
+    model = scripted(monkeypatch, lambda prompt: "#### 7")
+    report, _ = run(home, "base", "--tasks", "unsaid")  # lm-eval's default where a task says nothing
+    assert report["settings"]["num_fewshot"] == 0 and {len(history) for history in model.histories} == {1}
+
+
+def test_an_answer_must_fit_the_positions(home, capsys):
+    """The tiny models have 1,024."""
+    gsm8k = ["--tasks", "gsm8k_chat", "--data", f"gsm8k_chat={home / 'gsm8k.jsonl'}", "--rows", 1]
+    for room in (1024, 2000):
+        error = refused(capsys, home / "base", *gsm8k, "--out", home / "never", "--max_new_tokens", room)
+        assert f"gsm8k_chat wants answers of {room:,} tokens, but the model's positions end at 1,024" in error
+    assert not (home / "never").exists()
+
+
+def test_the_list_and_the_folder_of_the_run(home, tmp_path, capsys, monkeypatch):
+    assert benchmarks.main(["--list"]) == 0
+    listed = capsys.readouterr().out.split("\n")
+    assert {"gsm8k_chat", "ifeval", "aime25", "humaneval"} <= set(listed) and "mmlu" not in listed  # a group
+    save(tmp_path / "run", make_model(0))
+    scripted(monkeypatch, lambda prompt: "none")
+    words = [str(tmp_path / "run"), "--tasks", "ifeval", "--data", f"ifeval={home / 'one.jsonl'}"]
+    assert benchmarks.main(words) == 0
+    assert {path.name for path in (tmp_path / "run" / "eval").iterdir()} == {"ifeval.json", "ifeval.jsonl"}
+    report = json.loads((tmp_path / "run" / "eval" / "ifeval.json").read_text())
+    assert report["settings"]["mode"] is None and "mode" not in report["groups"]
+    monkeypatch.setattr(benchmarks, "metrics_of", lambda *_: {})
+    assert "ifeval gave no metric" in refused(capsys, *words, "--out", home / "never")
+    assert not (home / "never").exists()
 
 
 # -- the playbook ------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import test_compare as small
 import torch
 from test_compare import ROOT, make_tokenizer, rigged, write_rows
 from test_merge import speaker
+from transformers.generation import utils as generation
 
 sys.path.insert(0, str(ROOT / "eval"))
 import chat  # noqa: E402
@@ -71,7 +72,11 @@ def test_a_conversation_and_its_commands(home, tmp_path, capsys):
         {"id": "chat with rigged", "messages": turn + again}]  # fmt: skip
     assert said(it, capsys, "/system Be brief.", "Hello")[0] == "system prompt: Be brief.; a new conversation"
     assert it.last.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>")
-    assert said(it, capsys, "/reset", "Hello", "/system", "Hello") and "Be brief" not in it.last
+    assert said(it, capsys, "Again", "/reset", "Anew")[1:] == ["a new conversation", "ab"]  # the system prompt stays
+    assert it.last == "<|im_start|>system\nBe brief.<|im_end|>\n" + user.format("Anew") + assistant
+    assert said(it, capsys, f"/save {path}") == [f"added 3 messages to {path}"]  # below what is there
+    assert [len(json.loads(line)["messages"]) for line in path.read_text().splitlines()] == [4, 3]
+    assert said(it, capsys, "/system", "Hello") and "Be brief" not in it.last
     assert said(it, capsys, "/thinks") == ["unknown command /thinks: /help lists them"]
     assert "cannot write /" in said(it, capsys, "/save /")[0]
     listed = said(it, capsys, "/help")[0]
@@ -101,7 +106,7 @@ def test_thinking_goes_through_the_template(home, tmp_path, capsys):
     assert plain.talker.switched([{"role": "user", "content": "x"}], False, None) == (
         [{"role": "system", "content": "/no_think"}, {"role": "user", "content": "x"}], {})  # fmt: skip
     told = [{"role": "system", "content": "S"}, {"role": "user", "content": "x"}]
-    assert plain.talker.switched(told, True, None)[0][0]["content"] == "S /think"
+    assert plain.talker.switched(told, True, None) == ([{"role": "system", "content": "S /think"}, told[1]], {})
 
 
 def test_reasoning_is_kept_apart():
@@ -119,6 +124,57 @@ def test_adapters_switch_on_one_base(home, capsys):
     assert said(it, capsys, "/adapter")[0] == "answers with cd (of cd, ef, base)"
 
 
+def altered(folder, out, **values):
+    """A copy of an adapter's folder with other values in its files: {file: {key: value}}."""
+    shutil.copytree(folder, out)
+    for name, more in values.items():
+        path = out / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    return out
+
+
+def test_each_adapter_has_its_own_template_and_name(home, tmp_path, capsys):
+    other = altered(home / "ef", tmp_path / "cd")  # a second folder of that name
+    (other / "chat_template.jinja").write_text("OTHER {{ messages[-1].content ~ '\\n' }}")
+    it = opened(home / "cd", other)
+    assert said(it, capsys, "x", "/adapter")[1] == f"answers with cd (of cd, {other}, base)"
+    assert it.last.startswith("<|im_start|>user")
+    it.reset()
+    assert said(it, capsys, f"/adapter {other}", "x")[1] == "ef" and it.last == "OTHER x\nef<|im_end|>"
+    it.reset()
+    assert said(it, capsys, "/adapter cd", "x")[1] == "cd" and it.last.startswith("<|im_start|>user")
+
+
+def test_the_base_may_be_told(home, tmp_path, capsys):
+    moved = altered(home / "cd", tmp_path / "moved", adapter_config={"base_model_name_or_path": str(tmp_path / "gone")})
+    it = opened(moved, home / "ef", "--base", home / "rigged", "--dtype", "bfloat16")
+    assert said(it, capsys, "x", "/adapter ef", "x")[::2] == ["cd", "ef"] and it.talker.model.dtype == torch.bfloat16
+    assert opened(home / "rigged").talker.model.dtype == torch.float32
+    assert opened(home / "rigged", "--load_in_4bit").talker.model.is_loaded_in_4bit
+    with pytest.raises(chat.BadInput, match="name different bases: pass --base"):
+        opened(home / "cd", moved)
+    tokenizer = json.loads((home / "ef" / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["e"], vocabulary["f"] = vocabulary["f"], vocabulary["e"]
+    swapped = altered(home / "ef", tmp_path / "swapped", tokenizer=tokenizer)
+    with pytest.raises(chat.BadInput, match="2 tokens have another id"):
+        opened(home / "cd", swapped)
+
+
+def test_stop_tokens_of_the_generation_config_count(home, tmp_path, capsys):
+    model = rigged("ab")
+    model.generation_config.eos_token_id = make_tokenizer("chatml")("b")["input_ids"]
+    it = opened(small.save(tmp_path / "stops at b", model))
+    assert said(it, capsys, "x") == ["ab"]  # the screen shows what came
+    assert it.messages[-1]["content"] == "a" and it.last.endswith("assistant\nab")
+
+
+def test_a_think_block_that_the_prompt_opens_is_shown_and_kept_apart(tmp_path, capsys):
+    it = opened(small.save(tmp_path / "thinks", rigged("a</think>b"), "qwen3_thinking_2507"))
+    assert said(it, capsys, "x") == ["<think>\na</think>b"] and it.last.count("<think>") == 1
+    assert it.messages[-1] == {"role": "assistant", "content": "b", "reasoning_content": "a"}
+
+
 def test_an_answer_that_does_not_end_says_so(home, capsys):
     it = opened(home / "endless")
     assert said(it, capsys, "x") == ["a" + "b " * 7 + "b\n[not ended by itself: 16 tokens, --max_new_tokens]"]
@@ -133,7 +189,7 @@ def test_a_template_that_refuses_takes_the_turn_back(home, capsys):
 
 def test_out_of_memory_and_ctrl_c_cost_the_answer_only(home, capsys, monkeypatch):
     it = opened(home / "rigged")
-    real = it.talker.model.generate
+    real, held = it.talker.model.generate, it.talker.tokenizer.decode([66])
     for error, words in ((MemoryError(), "out of memory"), (RuntimeError("out of memory"), "out of memory"),
                          (KeyboardInterrupt(), "stopped")):  # fmt: skip
 
@@ -143,17 +199,57 @@ def test_out_of_memory_and_ctrl_c_cost_the_answer_only(home, capsys, monkeypatch
             raise error
 
         monkeypatch.setattr(it.talker.model, "generate", fails)
-        assert said(it, capsys, "x")[0].endswith(f"[{words} after 1 tokens]")
+        assert said(it, capsys, "x") == [
+            f"{held}\n[{words} after 1 tokens]"
+        ]  # what was held back until a word is whole
+
+    def wrong(**_):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(it.talker.model, "generate", wrong)
+    with pytest.raises(RuntimeError, match="shapes differ"):  # a defect is no lack of memory
+        it.line("x")
+    it.reset()
     monkeypatch.setattr(it.talker.model, "generate", real)
     assert said(it, capsys, "x") == ["ab"]
 
 
-def flat(home, folder):
+def test_ctrl_c_ends_the_prepared_prompts_and_keeps_what_was_said(home, tmp_path, monkeypatch):
+    path = tmp_path / "three.yaml"
+    path.write_text(json.dumps([{"name": name, "turns": ["x", "y"]} for name in "pqr"]))
+    talker = chat.Talker(args := chat.parse_args([str(home / "rigged"), "--prompts", str(path)]))
+    real, calls = talker.model.generate, []
+
+    def generate(**named):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(**named)
+
+    monkeypatch.setattr(talker.model, "generate", generate)
+    lines = chat.run_prompts(talker, args)
+    assert [(line["name"], line["turn"], line["answer"], line["failed"]) for line in lines] == [
+        ("p", 1, "ab", ""), ("p", 2, "ab", ""), ("q", 1, "ab", ""), ("q", 2, "", "stopped")]  # fmt: skip
+
+
+def flat(home, folder, **sampling):
     """The rigged model with every next token about as likely as any other, so that sampling shows."""
     model = rigged("ab")
+    model.generation_config.update(**sampling)
     with torch.no_grad():
         model.lm_head.weight.mul_(0.05)
     return small.save(home / folder, model)
+
+
+def test_the_models_own_max_length_says_nothing(home, tmp_path, monkeypatch, capsys):
+    seen = []
+    for name in ("warning", "warning_once"):
+        monkeypatch.setattr(generation.logger, name, lambda text, *_: seen.append(text))
+    model = rigged("ab")
+    model.generation_config.max_length = 20
+    assert said(opened(small.save(tmp_path / "short", model)), capsys, "x" * 40) == ["ab"]
+    moved = altered(home / "cd", tmp_path / "cd", adapter_config={"base_model_name_or_path": str(tmp_path / "short")})
+    assert said(opened(moved), capsys, "x" * 40) == ["cd"] and seen == []
 
 
 def test_sampling_is_by_seed_and_temperature_0_is_greedy(home, tmp_path, capsys):
@@ -171,6 +267,9 @@ def test_sampling_is_by_seed_and_temperature_0_is_greedy(home, tmp_path, capsys)
     assert one[0] == one[1]  # each prompt starts anew
     assert answers("--temperature", 0, "--seed", 1) == answers() == ["ab<|im_end|>"] * 2  # the model's own: greedy
     assert answers("--temperature", 1, "--top_p", 1e-6) == ["ab<|im_end|>"] * 2
+    folder = flat(tmp_path, "cold", do_sample=True, temperature=1e-3)
+    assert answers() == answers("--top_p", 1) == ["ab<|im_end|>"] * 2  # one flag leaves the other setting as it is
+    assert answers("--temperature", 1) != answers()
 
 
 def test_prepared_prompts(home, tmp_path, capsys):
@@ -201,6 +300,16 @@ def test_prepared_prompts(home, tmp_path, capsys):
     assert {line["name"] for line in lines if "knows no thinking" in line["failed"]} == {"think", "no_think"}
 
 
+def test_a_system_prompt_of_the_command_holds_where_a_prompt_has_none(home, tmp_path):
+    path = tmp_path / "two.yaml"
+    path.write_text(json.dumps([{"turns": ["x"]}, {"turns": ["x"], "system": "Own."}]))
+    words = [home / "rigged", "--prompts", path, "--system", "Given.", "--out", tmp_path / "o.jsonl"]
+    assert chat.main([str(word) for word in words]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert [line["prompt"].partition("<|im_end|>")[0] for line in lines] == [
+        "<|im_start|>system\nGiven.", "<|im_start|>system\nOwn."]  # fmt: skip
+
+
 def test_bad_input_is_one_sentence(home, tmp_path, capsys):
     (tmp_path / "a.yaml").write_text("- {name: x, turn: [y]}")
     (tmp_path / "b.yaml").write_text("- [")
@@ -211,6 +320,7 @@ def test_bad_input_is_one_sentence(home, tmp_path, capsys):
         ([home / "cd", good], "rigged is not an adapter"),
         ([good, "--prompts", tmp_path / "a.yaml"], "a.yaml, prompt 1 is not"),
         ([good, "--prompts", tmp_path / "b.yaml"], "b.yaml is not a readable YAML"),
+        ([tmp_path / "gone", "--prompts", tmp_path / "b.yaml"], "b.yaml is not"),  # before a model is loaded
         ([good, "--prompts", tmp_path / "c.yaml"], "c.yaml is not a readable YAML"),
         ([good, "--out", "x.md"], "--out goes with --prompts"),
     ):

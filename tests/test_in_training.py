@@ -7,12 +7,13 @@ that clears the trainer's should_log, after which the steps' own losses are miss
 import json
 import random
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import EXACT, REPO
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 from engines import ENGINES, PROBE, ranks, run
 from safetensors.torch import load_file
 from transformers import GenerationConfig
@@ -22,7 +23,7 @@ sys.path.insert(0, str(REPO / "eval"))
 import compare
 import in_training
 import models
-from test_compare import chat, make_model, rigged, save, write_rows
+from test_compare import STOP, chat, make_model, make_tokenizer, rigged, save, write_rows
 
 EVALUATED = ["--eval_strategy", "steps", "--eval_steps", "2"]
 SETTINGS = {"EVERY": 0, "ROWS": 8, "DATA": None, "SPLIT": "validation", "MAX_NEW_TOKENS": 64, "BATCH_SIZE": 3}
@@ -78,7 +79,8 @@ FIGURES = ("assistant_perplexity", "usability", "stop_rate", "loop_rate", "json_
 
 
 def test_its_last_figures_are_those_of_compare_on_the_saved_model(run_recipe, hook, demo, tmp_path):
-    flags = ["--packing", "false", *EXACT, "--bf16", "false", "--learning_rate", "3e-2"]
+    flags = ["--packing", "false", *EXACT, "--bf16", "false", "--learning_rate", "3e-2", "--save_strategy", "best"]
+    flags += ["--metric_for_best_model", "eval_assistant_perplexity", "--greater_is_better", "false"]
     out = run_recipe("qwen3_full", *EVALUATED, *flags, *watching(hook))
     held_out = load_from_disk(str(demo / "rows" / "chat"))["validation"]
     chosen = held_out.select(sorted(random.Random(42).sample(range(len(held_out)), 8)))
@@ -92,6 +94,8 @@ def test_its_last_figures_are_those_of_compare_on_the_saved_model(run_recipe, ho
     assert last["eval_assistant_perplexity"] < measurements(out)[0]["eval_assistant_perplexity"] / 1.2
     for name in FIGURES[1:]:
         assert last[f"eval_{name}"] == report[name]["value"], name
+    state = json.loads((out / "checkpoint-4" / "trainer_state.json").read_text())  # the trainer chose by the figure
+    assert state["best_metric"] == pytest.approx(last["eval_assistant_perplexity"])
 
 
 CHATS = [chat(f"Question {n}?", "[1,2]", id=str(n), source="json", tags=["json"]) for n in range(16)]
@@ -140,6 +144,141 @@ def test_a_reference_above_the_budget_asks_for_no_answer(run_recipe, hook, tmp_p
     [line] = measurements(run_recipe("qwen3_full", *flags, *watching(hook, **settings)))
     assert "perplexity of 10 rows, answers to 2 (the others need more than 6 tokens)" in capsys.readouterr().out
     assert (line["eval_stop_rate"], line["eval_json_valid"]) == (1, 1)
+
+
+# -- when, and of which rows -------------------------------------------------------------------------------------------
+class Wrapped:
+    """What the trainer wraps around a model whose weights are sharded: counts the passes, all of the fused head."""
+
+    def __init__(self, model):
+        self.model, self.device, self.passes = model, model.device, 0
+
+    def __call__(self, **named):
+        assert named["fused_lm_head"] and not self.model.training
+        self.passes += 1
+        return self.model(**named)
+
+
+def hooked(monkeypatch, rows, model=None, sizes=(1, 1, 1), max_length=None, sharded=False, **settings):
+    """(the hook on a trainer that does nothing else, that trainer, what it logs) after the run began."""
+    for key, value in (SETTINGS | settings).items():
+        monkeypatch.setattr(in_training, key, value)
+    model = model or rigged("[1,2]")
+    add_fused_lm_head(model)
+    log = []
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(seed=42, max_length=max_length, world_size=1, process_index=0),
+        model=model.train(), model_wrapped=Wrapped(model), processing_class=make_tokenizer("qwen3"), log=log.append,
+        state=SimpleNamespace(global_step=0), is_in_train=True, is_fsdp_enabled=sharded,
+        is_world_process_zero=lambda: True,
+        **{f"get_{kind}_size": lambda size=size: size for kind, size in zip(("sp", "cp", "tp"), sizes, strict=True)},
+    )  # fmt: skip
+    monkeypatch.setitem(in_training.RUN, "rows", Dataset.from_list(rows))
+    hook = in_training.callback(trainer)
+    hook.on_train_begin(trainer.args, trainer.state, None)
+    return hook, trainer, log
+
+
+def step(hook, trainer, number, evaluations=0):
+    """The dicts of the evaluations after the number-th step, as a trainer calls its hooks."""
+    control, found = SimpleNamespace(should_log=True), [{"eval_loss": 1.0} for _ in range(evaluations)]
+    trainer.state.global_step = number
+    hook.on_step_end(trainer.args, trainer.state, control)
+    assert control.should_log
+    for metrics in found:
+        hook.on_evaluate(trainer.args, trainer.state, control, metrics=metrics)
+    return found
+
+
+def test_it_measures_with_each_evaluation_or_every_so_many_steps(monkeypatch):
+    hook, trainer, log = hooked(monkeypatch, CHATS[:2])
+    assert step(hook, trainer, 1) == [] and not log
+    for number in (2, 4):  # two sets are evaluated: measured once, known to both
+        for metrics in step(hook, trainer, number, evaluations=2):
+            assert metrics["eval_stop_rate"] == metrics["eval_json_valid"] == metrics["eval_loss"] == 1
+    assert len(log) == 2 and "eval_answers_time_share" in log[0] and trainer.model.training
+    trainer.is_in_train = False  # evaluate() after the run
+    assert step(hook, trainer, 5, evaluations=1) == [{"eval_loss": 1.0}] and len(log) == 2
+    hook, trainer, log = hooked(monkeypatch, CHATS[:2], EVERY=3)
+    seen = []
+    for number in range(1, 8):
+        assert step(hook, trainer, number, evaluations=number == 4) in ([], [{"eval_loss": 1.0}])
+        seen.append(len(log))
+    assert seen == [0, 0, 1, 1, 1, 2, 2]
+
+
+def test_its_share_of_the_time(monkeypatch, capsys):
+    clock = iter([100.0, 110.0, 113.0, 120.0, 125.0, 160.0])  # began; twice since and now; the end
+    monkeypatch.setattr(in_training, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    hook, trainer, log = hooked(monkeypatch, CHATS[:1])
+    step(hook, trainer, 2, 1), step(hook, trainer, 4, 1)
+    assert [line["eval_answers_time_share"] for line in log] == [round(3 / 13, 4), 8 / 25]
+    hook.on_train_end(trainer.args, trainer.state, None)
+    assert "measuring took 8.0 s, 13.3% of the run" in capsys.readouterr().out
+
+
+def test_the_rows_are_what_the_recipe_was_given(monkeypatch, capsys):
+    """Without what Arrow fills in, with their template's arguments; what cannot be scored is told and left out."""
+
+    def call(**arguments):
+        return {"role": "assistant", "content": "", "tool_calls": [
+            {"type": "function", "function": {"name": "f", "arguments": arguments}}]}  # fmt: skip
+
+    rows = [
+        chat("A?", "7", id="a", chat_template_kwargs={"enable_thinking": False}),
+        {"id": "b", "messages": [{"role": "user", "content": "B?"}, call(city="Oslo")]},
+        {"id": "c", "messages": [{"role": "user", "content": "C?"}, call(days=2)]},
+        chat("D?", "word " * 60, id="d"),
+        chat("E?", "7", id="e") | {"messages": [{"role": "user", "content": "E?"}]},
+    ]
+    hook, trainer, _ = hooked(monkeypatch, rows, max_length=150)
+    assert [row["id"] for row in hook.rows] == ["a", "b", "c"]
+    assert [row["messages"] for row in hook.rows] == [row["messages"] for row in rows[:3]]
+    assert [row["kwargs"] for row in hook.rows] == [{"enable_thinking": False}, {}, {}]
+    tail = "; 2 turns are not scored (first: conversation longer than the limit)"
+    assert f"perplexity of 3 rows, answers to 3{tail}" in capsys.readouterr().out
+    hook, *_ = hooked(monkeypatch, rows)  # without --max_length, what the model has room for
+    assert [row["id"] for row in hook.rows] == ["a", "b", "c", "d"]
+
+
+def test_stop_tokens_of_the_generation_config_count(monkeypatch):
+    model, [b] = rigged("ab", stops=False), make_tokenizer("qwen3")("b")["input_ids"]
+    for eos in (b, [b]):
+        model.generation_config.eos_token_id = eos
+        hook, trainer, _ = hooked(monkeypatch, [chat("A?", "a", id="a")], model)
+        assert step(hook, trainer, 2, 1)[0]["eval_stop_rate"] == 1 and hook.stops == {STOP, b}
+        model.generation_config.eos_token_id = None
+        hook, trainer, _ = hooked(monkeypatch, [chat("A?", "a", id="a")], model)
+        assert step(hook, trainer, 2, 1)[0]["eval_stop_rate"] == 0  # "abbb…"
+
+
+def test_sharded_weights_are_asked_for_no_answers(monkeypatch, capsys):
+    hook, trainer, _ = hooked(monkeypatch, CHATS[:5], sharded=True, BATCH_SIZE=2)
+    trainer.args.world_size, trainer.args.process_index = 2, 1  # gathered weights: every process passes all rows
+    monkeypatch.setattr(in_training, "gather_object", lambda found: found * 2)
+    assert "perplexity of 5 rows, answers to 0 (the weights are sharded)" in capsys.readouterr().out
+    [metrics] = step(hook, trainer, 2, 1)
+    assert set(metrics) == {"eval_loss", "eval_assistant_perplexity"} and trainer.model_wrapped.passes == 3
+
+
+@pytest.mark.parametrize(("sizes", "kind"), [((2, 1, 1), "sequence"), ((1, 2, 1), "context"), ((1, 1, 2), "tensor")])
+def test_parallelism_within_a_row_is_refused(monkeypatch, sizes, kind):
+    with pytest.raises(ValueError, match=f"does not measure under {kind} parallelism: run without it"):
+        hooked(monkeypatch, CHATS, sizes=sizes)
+
+
+def test_the_trainer_itself_stays_as_it_is(monkeypatch):
+    begun = []
+
+    def begin(self, *rest, **named):
+        begun.append((self, rest, named))
+
+    monkeypatch.setattr(in_training.SFTTrainer, "__init__", begin)
+    monkeypatch.setattr(in_training, "RUN", {})
+    in_training.prepare(None, SimpleNamespace(eval_strategy="steps"), None)
+    trainer = in_training.SFTTrainer("model", eval_dataset=CHATS)
+    assert begun == [(trainer, ("model",), {"eval_dataset": CHATS})] and in_training.RUN == {"rows": CHATS}
+    assert in_training.SFTTrainer.__init__ is begin
 
 
 # -- nothing is left behind --------------------------------------------------------------------------------------------
