@@ -470,6 +470,7 @@ def chats(draw):
     st.sampled_from(["keep", "drop", "inline"]),
     st.booleans(),
 )
+@example([TALK[0], TALK[1] | {"name": "x"}], {}, "keep", False)
 @example(TALK, {"id": "\ud800"}, "keep", False)
 @example(TALK, {"source": "\ud800"}, "keep", False)
 @example([TALK[0], {"role": "assistant", "content": "a\r\nb"}], {}, "keep", False)
