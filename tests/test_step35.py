@@ -5,7 +5,7 @@ The oracles are not ours: Qwen3's published format written out as Python, StepTr
 transformers gives for single documents, averaged by hand. Breaks tried, each seen red: the newline left out,
 answers before the last user turn trained, flags not read, a row too long that does not close its pack, a shuffled
 loader, the loss over all tokens where means are asked for and the other way round, a missing optimizer that is passed
-over, another lowest rate, raw rows let through.
+over, another lowest rate, raw rows let through, passes that only fill the last step counted.
 """
 
 import json
@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import EXACT, REPO, SHARED, run_script
-from datasets import load_from_disk
-from engines import ENGINES, run
+from datasets import DatasetDict, load_from_disk
+from engines import ENGINES, Engine, run
 from safetensors.torch import load_file
 from test_optimizers import EXPERTS, SIZES
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -359,6 +359,37 @@ def test_the_loss_is_the_mean_of_means_and_the_switch_leaves_it(demo, tmp_path, 
         run_recipe("step35_sft", *flags, "--max_steps", 1, "--micro_batch_mean", switch, defaults=False)
         line = json.loads((tmp_path / switch / "log.jsonl").read_text().splitlines()[0])
         assert abs(line["loss"] - wanted) <= 1e-5
+
+
+UNEVEN = [(7, 2), pytest.param(5, 2, marks=pytest.mark.long), pytest.param(11, 8, marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize(("count", "processes"), UNEVEN)
+def test_an_uneven_last_step_is_the_mean_of_its_own_packs(demo, tmp_path, run_recipe, count, processes):
+    """With steps of 4 or 8 packs the second has 3, or one, too few for a rank each; nothing is learnt, so that by hand
+    is of the random model. Gradients are those of one process."""
+    turns = [(flagged(one, n), None) for n, (one, tools) in enumerate(demo_turns(demo)) if not tools][:150]
+    packs, _, _ = again(turns, AutoTokenizer.from_pretrained(demo / "init"), 300)
+    folder, size = prepare(tmp_path, turns, demo / "init", 300), max(4, processes)
+    few = DatasetDict({"train": load_from_disk(folder)["train"].select(range(count))})
+    few.save_to_disk(tmp_path / "few")
+    shutil.copy(folder / "report.json", tmp_path / "few")
+    given = ["--global_batch_size", size, "--learning_rate", 0, "--num_train_epochs", 1, "--logging_steps", 1]
+    found = []
+    for world in (1, processes):
+        flags = flags_for(demo, tmp_path / "few", tmp_path / f"run{world}", *given, "--use_cpu", "true")
+        if world == 1:
+            run_recipe("step35_sft", *flags, defaults=False)
+        else:
+            run(Engine("cpu_2proc", world).command("step35_sft", *flags))
+        lines = map(json.loads, (tmp_path / f"run{world}" / "log.jsonl").read_text().splitlines())
+        found.append([(line["loss"], line["grad_norm"]) for line in lines if "loss" in line])
+    assert [len(one) for one in found] == [2, 2]
+    for step, own in enumerate((packs[:size], packs[size:count])):
+        wanted, _ = by_hand(demo, own)
+        for loss, norm in (one[step] for one in found):
+            assert abs(loss - wanted) <= 1e-5, (step, loss, wanted)
+            assert norm == pytest.approx(found[0][step][1], rel=3e-4)
 
 
 # -- values and refusals ----------------------------------------------------------------------------------------------

@@ -2,10 +2,13 @@
 
 Three things break that, measured with accelerate 1.15, transformers 5.23 and DeepSpeed 0.19.8 against one process.
 Where the rows of an epoch do not divide by the processes, accelerate fills its last pass with rows from the start,
-which are trained twice (loss of that step 0.17 off). Under sequence parallelism the loss of a step is the mean of the
+which are trained twice (loss of that step 0.17 off; where it is a mean of passes, those that only fill it lower it
+to 3/4 and less). Under sequence parallelism the loss of a step is the mean of the
 rows' means, so that short answers weigh more (0.42 off). And with bf16, ZeRO and FSDP2 turn whole models into bf16,
 also what autocast keeps in fp32: norms, embeddings, the residual stream (7e-2 and 1.4e-2 off; so 1.3e-3 and 1e-3).
 """
+
+import math
 
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -32,14 +35,16 @@ def autocast_only(trainer):
 
 
 def mask_repeats(trainer, batches):
-    """Takes the labels from rows that only fill the last pass; their gradient is then zero."""
+    """Takes the labels from rows that only fill the last pass; their gradient is then zero. Returns which share of the
+    passes of the step, over all processes, has rows of its own."""
     state, args = trainer.accelerator.gradient_state, trainer.args
     if args.world_size == 1 or not batches or not state.end_of_dataloader or state.remainder <= 0:
-        return  # one process has a short pass, and fills none
+        return 1  # one process has a short pass, and fills none
     rows = args.per_device_train_batch_size
     mine = min(max(state.remainder - args.process_index * rows, 0), rows)  # rows of the last pass that are new
+    share = 1 - (args.world_size - math.ceil(state.remainder / rows)) / (args.world_size * len(batches))
     if mine == rows:
-        return
+        return share
     batch = batches[-1]
     if rows > 1 and len(batch["input_ids"]) == 1 and mine:  # packs of one pass lie in one row
         raise ValueError(f"--per_device_train_batch_size {rows}: packing on several processes needs 1")
@@ -47,6 +52,18 @@ def mask_repeats(trainer, batches):
         if name in batch:
             batch[name] = batch[name].clone()
             batch[name][mine:] = -100
+    return share
+
+
+def weigh_passes(trainer, step):
+    """Where the loss of a step is the mean of its passes' means (micro_batch_mean): of those with rows of their own."""
+    plain_loss = trainer.compute_loss
+
+    def compute_loss(model, *rest, **kwargs):
+        loss = plain_loss(model, *rest, **kwargs)
+        return loss / step["share"] if trainer.model.training else loss
+
+    trainer.compute_loss = compute_loss
 
 
 def weigh_tokens(trainer):
@@ -82,11 +99,13 @@ def callback(trainer):
         weigh_tokens(trainer)
     if trainer.args.bf16:
         autocast_only(trainer)
-    plain_count = trainer._get_num_items_in_batch
+    plain_count, step = trainer._get_num_items_in_batch, {"share": 1}
+    if not trainer.model_accepts_loss_kwargs and not parallel:
+        weigh_passes(trainer, step)
 
     def count(batches, device):
         if not parallel:
-            mask_repeats(trainer, batches)
+            step["share"] = mask_repeats(trainer, batches)
         return plain_count(batches, device)
 
     trainer._get_num_items_in_batch = count
