@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import EXACT, REPO
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_from_disk
 from engines import ENGINES, PROBE, ranks, run
 from safetensors.torch import load_file
 from transformers import GenerationConfig
@@ -165,11 +165,17 @@ def hooked(monkeypatch, rows, model=None, sizes=(1, 1, 1), max_length=None, shar
         monkeypatch.setattr(in_training, key, value)
     model = model or rigged("[1,2]")
     add_fused_lm_head(model)
-    log = []
+    log, control = [], SimpleNamespace(should_log=True)
+
+    def written(line):
+        assert not model.training  # else TRL would log, and forget, its means of the training steps
+        log.append(line)
+        control.should_log = False  # as the trainer's own log() leaves it
+
     trainer = SimpleNamespace(
         args=SimpleNamespace(seed=42, max_length=max_length, world_size=1, process_index=0),
-        model=model.train(), model_wrapped=Wrapped(model), processing_class=make_tokenizer("qwen3"), log=log.append,
-        state=SimpleNamespace(global_step=0), is_in_train=True, is_fsdp_enabled=sharded,
+        model=model.train(), model_wrapped=Wrapped(model), processing_class=make_tokenizer("qwen3"),
+        log=written, control=control, state=SimpleNamespace(global_step=0), is_in_train=True, is_fsdp_enabled=sharded,
         is_world_process_zero=lambda: True,
         **{f"get_{kind}_size": lambda size=size: size for kind, size in zip(("sp", "cp", "tp"), sizes, strict=True)},
     )  # fmt: skip
@@ -181,8 +187,8 @@ def hooked(monkeypatch, rows, model=None, sizes=(1, 1, 1), max_length=None, shar
 
 def step(hook, trainer, number, evaluations=0):
     """The dicts of the evaluations after the number-th step, as a trainer calls its hooks."""
-    control, found = SimpleNamespace(should_log=True), [{"eval_loss": 1.0} for _ in range(evaluations)]
-    trainer.state.global_step = number
+    control, found = trainer.control, [{"eval_loss": 1.0} for _ in range(evaluations)]
+    trainer.state.global_step, control.should_log = number, True
     hook.on_step_end(trainer.args, trainer.state, control)
     assert control.should_log
     for metrics in found:
@@ -205,6 +211,38 @@ def test_it_measures_with_each_evaluation_or_every_so_many_steps(monkeypatch):
         assert step(hook, trainer, number, evaluations=number == 4) in ([], [{"eval_loss": 1.0}])
         seen.append(len(log))
     assert seen == [0, 0, 1, 1, 1, 2, 2]
+    monkeypatch.setattr(in_training.SFTTrainer, "__init__", in_training.SFTTrainer.__init__)  # put back afterwards
+    in_training.prepare(None, SimpleNamespace(eval_strategy="no"), None)  # needs no evaluations
+    monkeypatch.setattr(in_training, "EVERY", 0)
+    with pytest.raises(ValueError, match="measures with evaluations"):
+        in_training.prepare(None, SimpleNamespace(eval_strategy="no"), None)
+
+
+def test_a_failed_measurement_gives_no_figures_of_another_step(monkeypatch, capsys):
+    hook, trainer, log = hooked(monkeypatch, CHATS[:2])
+    assert all("eval_stop_rate" in metrics for metrics in step(hook, trainer, 2, 2))
+    with torch.no_grad():
+        trainer.model.lm_head.weight[0, 0] = float("nan")
+    assert step(hook, trainer, 4, 2) == [{"eval_loss": 1.0}] * 2 and len(log) == 1
+    assert "in_training.py: not measured: the model model's loss on row 0 is not a number" in capsys.readouterr().out
+
+
+def test_answers_have_a_budget_and_rows_a_seed(monkeypatch, tmp_path):
+    """The rigged model never stops: what it says is as long as the budget."""
+    said, judge = [], in_training.measure
+    monkeypatch.setattr(in_training, "measure", lambda *a, **k: said.append(judge(*a, **k)) or said[-1])
+    rows = [
+        chat("A?", "abcd", id="fits"),
+        chat("B?", "abcde", id="long"),
+    ]  # an empty think block before, four tokens, and a stop token
+    hook, trainer, _ = hooked(monkeypatch, rows, rigged("xy", stops=False), MAX_NEW_TOKENS=9)
+    step(hook, trainer, 2, 1)
+    assert [record["answer_tokens"] for record in said[0]] == [9, None] and said[0][0]["answer"] == "xyyyyyyyy"
+    hook, *_ = hooked(monkeypatch, CHATS, ROWS=4)
+    assert [int(row["id"]) for row in hook.rows] == sorted(random.Random(42).sample(range(16), 4))
+    DatasetDict({"test": Dataset.from_list(CHATS), "other": Dataset.from_list(rows)}).save_to_disk(tmp_path / "set")
+    hook, *_ = hooked(monkeypatch, CHATS, DATA=str(tmp_path / "set"), SPLIT="other")
+    assert [row["id"] for row in hook.rows] == ["fits", "long"]
 
 
 def test_its_share_of_the_time(monkeypatch, capsys):
