@@ -4,7 +4,9 @@ Unicode, composed and decomposed letters, control tokens and mojibake.
 Broken once, seen red: a blank left out of WIDE; blanks not made one; no NFC; no stand-in for the escaped backslash;
 other escapes allowed in PLAIN; switches not looked for; a system message allowed anywhere; ODD without the letters, or
 without a mark; turns counted over all messages; tools, other arguments, or a last turn of the user's let pass; a batch
-that begins within its file.
+that begins within its file; modes by the wrong comparison; no null for tools, no comma between turns
+or no bracket before them in what is hashed; each of template, tokenizer, languages and --fix left out of what looks at
+every row; sound rows not counted.
 """
 
 import sys
@@ -149,6 +151,15 @@ def test_what_needs_each_row_looks_at_each(given):
     with mock.patch("check.against_of", lambda *_, **__: against):
         result = check.work(block, (), "x")
     assert result.total == 3 and len(result.rejected) == 3
+
+
+def test_rows_that_nobody_looks_at_count_and_stay():
+    """Sound rows are told by their batch alone; --fix writes them all the same."""
+    block = pool.Block("train", "train", 1, packed([row_of("a", "b"), row_of("a", "b <|x|>"), row_of("c", "d")]).data)
+    for fix in (False, True):
+        result = check.work(block, (None, None, None, None, ()), "x", fix, Path("out"))
+        assert result.total == 3 and [entry["line"] for entry in result.rejected] == [2]
+        assert {split: len(rows.ids) for split, rows in result.packed.items()} == ({"train": 2} if fix else {})
 
 
 def test_arguments_that_another_writer_wrote():

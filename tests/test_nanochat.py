@@ -594,6 +594,20 @@ def test_two_steps_on_two_processes(nano, tmp_path, recipe):
 
 
 @pytest.mark.long
+def test_a_short_last_step_on_two_processes(nano, tmp_path):
+    """13 rows, 8 a step in passes of 2: the second step has passes of 2, 2 and 1, and one that only repeats rows."""
+    rows, found = [{"messages": row["messages"][-2:]} for row in chats(13)], []
+    DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(tmp_path / "rows")
+    for config in ("cpu", "cpu_2proc"):
+        flags = [*CPU, "--model_name_or_path", nano / "base", "--dataset_name", tmp_path / "rows", "--whole_steps"]
+        flags += ["false", "--global_batch_size", 8, "--per_device_train_batch_size", 2]
+        done = launch(REPO / "recipes" / "nanochat_sft.py", *flags, "--output_dir", tmp_path / config, config=config)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(losses(tmp_path / config))
+    assert len(found[0]) == 2 and found[1] == pytest.approx(found[0], abs=1e-4)
+
+
+@pytest.mark.long
 def test_resumed_equals_uninterrupted(train, nano):
     from safetensors.torch import load_file
 

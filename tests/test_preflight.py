@@ -495,20 +495,23 @@ def test_pairs_table(preflight, monkeypatch):
 
 
 def test_downloads_are_told_with_their_size(preflight, monkeypatch, tmp_path, capsys):
-    """Of a model what from_pretrained takes; what the cache has is not counted; a local path and a rank above 0 say
-    nothing; a hub that does not answer is left to the loader."""
+    """Of a model what from_pretrained takes, of its own revision; what the cache has is not counted, nor a file whose
+    size the hub does not tell; a local path, a rank above 0 and what is all there say nothing; a hub that does not
+    answer is left to the loader. Each condition was left out once, and so was the call in prepare()."""
     files = {"model-1.safetensors": 7e9, "model-2.safetensors": 1e9, "config.json": 1e3, "pytorch_model.bin": 8e9,
              "onnx/model.safetensors": 8e9}  # fmt: skip
-    known = {"owner/model": files, "owner/rows": {"a.parquet": 2.5e9}}
+    known = {"owner/model": files, "owner/rows": {"a.parquet": 2.5e9, "README.md": None}}
+    known["owner/model-2"] = {"model-2.safetensors": 1e9}
 
     class Hub:
         def repo_info(self, name, repo_type, revision, files_metadata):
             assert files_metadata and repo_type == ("model" if "model" in name else "dataset")
+            assert revision == ("v2" if repo_type == "model" else None)
             siblings = [SimpleNamespace(rfilename=file, size=size) for file, size in known[name].items()]
             return SimpleNamespace(sha="a1", siblings=siblings)
 
     def cached(name, filename, repo_type, revision):
-        return "/cache" if filename == "model-2.safetensors" and revision == "a1" else None
+        return "/cache" if (repo_type, filename, revision) == ("model", "model-2.safetensors", "a1") else None
 
     say = preflight["say_downloads"]
     monkeypatch.setitem(say.__globals__, "HfApi", Hub)
@@ -516,7 +519,7 @@ def test_downloads_are_told_with_their_size(preflight, monkeypatch, tmp_path, ca
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 
     def told(model, rows, rank=0):
-        model = SimpleNamespace(model_name_or_path=model, model_revision="main")
+        model = SimpleNamespace(model_name_or_path=model, model_revision="v2")
         say(SimpleNamespace(dataset_name=rows), SimpleNamespace(process_index=rank), model)
         return capsys.readouterr().out.splitlines()
 
@@ -525,5 +528,18 @@ def test_downloads_are_told_with_their_size(preflight, monkeypatch, tmp_path, ca
         "preflight: dataset owner/rows: up to 2.50 GB to download",
     ]
     assert told(str(tmp_path), "no/such") == [] == told("owner/model", "owner/rows", rank=1)
+    assert told("owner/model-2", None) == []
+
+    def stop(*_):
+        raise ValueError("here")
+
+    monkeypatch.setitem(say.__globals__, "check_pair", lambda *_: None)
+    monkeypatch.setitem(say.__globals__, "check_class", stop)
+    state = SimpleNamespace(wait_for_everyone=lambda: None)
+    model = SimpleNamespace(model_name_or_path=str(tmp_path), model_revision="v2")
+    with pytest.raises(ValueError, match="here"):
+        script = SimpleNamespace(allow=[], dataset_name="owner/rows")
+        preflight["prepare"](script, SimpleNamespace(process_index=0, distributed_state=state), model)
+    assert capsys.readouterr().out == "preflight: dataset owner/rows: up to 2.50 GB to download\n"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert told("owner/model", "owner/rows") == []
