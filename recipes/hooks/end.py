@@ -29,6 +29,7 @@ def read_log(run):
             series[key] = dict(sorted(values.items()))
     return series
 
+
 def plot(series, path):
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     top, bottom = figure.subplots(2, sharex=True, height_ratios=[3, 1])
@@ -54,6 +55,7 @@ def plot(series, path):
         axis.spines[["top", "right"]].set_visible(False)
     figure.align_ylabels()
     figure.savefig(path, format="png")
+
 
 def draw(run):
     """Draws loss.png; returns why not, or None. A run is not to fail over its picture."""
@@ -82,23 +84,23 @@ def quoted(path):
 
 
 def commands(out):
-    """{what for: the command} for this run."""
-    script, found, compare = RUN["script"], {}, REPO / "eval" / "compare.py"
+    """{what for: the command} for this run; measuring and merging are eval/'s."""
+    script, found, room = RUN["script"], {}, REPO / "eval"
     data, adapter = Path(script.dataset_name), (out / "adapter_config.json").is_file()
-    if compare.is_file() and "messages" in (getattr(script.rows, "column_names", None) or ()):
-        split = next((name for name in ("test", script.dataset_test_split) if (data / name).is_dir()), None)
-        held_out = f"{quoted(data)} --split {split}" if split else "HELD_OUT.jsonl"
+    chats = "messages" in (getattr(script.rows, "column_names", None) or ())
+    split = next((name for name in ("test", script.dataset_test_split) if (data / name).is_dir()), None)
+    held_out = f"--data {quoted(data)} --split {split}" if split else "--data HELD_OUT.jsonl"
+    if chats and (room / "compare.py").is_file():
         base = quoted(RUN["model"].model_name_or_path)
-        found["measure"] = f"python {quoted(compare)} --base {base} --tuned {quoted(out)} --data {held_out}"
-    serve = out
-    if adapter:  # into the 16-bit base, which loses less than into 4 bits
-        serve = out / "merged"
-        code = f"A.from_pretrained({near(out)!r}, dtype='auto').merge_and_unload().save_pretrained({near(serve)!r})"
-        code = f"from peft import AutoPeftModelForCausalLM as A; {code}"
-        code = shlex.quote(code) if re.search(r'["$`\\!]', code) else f'"{code}"'
-        names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-        found["merge"] = f"python -c {code} && cp {' '.join(quoted(out / name) for name in names)} {quoted(serve)}"
-    return found | {"serve": f"transformers serve {quoted(serve)}"}
+        found["measure"] = f"python {quoted(room / 'compare.py')} --base {base} --tuned {quoted(out)} {held_out}"
+    if adapter and (room / "merge.py").is_file():
+        merged = quoted(out / "merged")
+        found["merge"] = f"python {quoted(room / 'merge.py')} {quoted(out)} --out {merged}"
+        found["merge"] += f" {held_out}" if chats and split else ""
+        found["serve"] = f"transformers serve {merged}"
+    elif not adapter:
+        found["serve"] = f"transformers serve {quoted(out)}"
+    return found
 
 
 def lines(trainer, no_plot):
