@@ -2,7 +2,8 @@
 
 Breaks tried, each seen red: NEWNET left out, read_only() and os.chroot() doing nothing (as nobody), env of the caller,
 RLIMIT_NPROC left out, RLIMIT_AS at 4 GB, the verdict without its key, the verdict of forked children counted, an exit
-code of 0 counted as passed, output kept whole.
+code of 0 counted as passed, output kept whole, no /tmp of its own, one without a bound, one over a Python that lies
+in /tmp, and of bubblewrap's options no /tmp, a /tmp behind the folders, no --chdir, folders bound to be written.
 """
 
 import os
@@ -10,7 +11,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import venv
 from pathlib import Path
 
 import pytest
@@ -142,7 +145,10 @@ assert "/tmp" in written
     assert kept.read_text() == "as it was"
 
 
-def test_what_it_writes_is_bounded(run):
+def test_what_it_writes_is_bounded(run, request):
+    if request.node.callspec.params["run"] == "namespaces":  # all files together; of bubblewrap's only each
+        several = f"for name in 'abc': open(f'/tmp/{{name}}', 'wb').write(bytes({sandbox.FILE_BYTES - 1}))"
+        assert run(several.replace("abc", "a")).ok and run(several).reason == "failed: OSError"
     assert run("open('/tmp/a', 'w').write('x' * (64 << 20))").reason == "failed: OSError"
     assert run("print('x' * 10_000_000)").ok and len(run("print('x' * 10_000_000)").output) == sandbox.OUTPUT
     flood = run("while True: print('flood' * 1000)", 1)
@@ -235,6 +241,33 @@ def test_a_plain_user_has_the_sandbox_too(tmp_path):
     if "passed" not in done.stdout:
         pytest.skip("this machine gives plain users no namespaces")
     assert done.stdout.split("\n") == ["passed", "failed: OSError", "exited early", ""], done
+
+
+def test_a_python_that_lies_in_tmp(run, request):
+    """Its folder is in the /tmp of the program, and nothing else of the /tmp outside."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        venv.create(Path(folder, "venv"), symlinks=True)
+        Path(folder, "secret").touch()
+        program = f"import os; assert os.listdir({folder!r}) == ['venv'] and os.listdir('/tmp') == [{folder[5:]!r}]"
+        way = request.node.callspec.params["run"]
+        source = f"import sandbox; print(sandbox.run_by({way!r}, {program!r}, 5, 256))"
+        command = [Path(folder, "venv", "bin", "python"), "-c", source]
+        done = subprocess.run(command, cwd=ROOT / "eval", capture_output=True, text=True)
+    assert done.stdout.startswith("Result(ok=True"), done
+
+
+def test_what_bubblewrap_is_asked_for(monkeypatch):
+    """By its manual, where no machine has it: options take effect in their order, so that a /tmp of its own comes
+    before a Python that lies in /tmp; nothing is writable beside it."""
+    monkeypatch.setattr(sandbox, "visible", lambda: ["/usr", "/tmp/venv"])
+    command = sandbox.command_of("bubblewrap", ["python3", "-c", "pass"])[1:]
+    assert command[-5:] == ["--chdir", "/tmp", "python3", "-c", "pass"]
+    assert {"--unshare-all", "--die-with-parent", "--new-session"} <= {*command}
+    assert [word for word in command if word.startswith("--")].count("--ro-bind") == 2
+    assert not {"--bind", "--dev-bind", "--share-net", "--proc"} & {*command}
+    places = {command[n + 1]: n for n, word in enumerate(command) if word in ("--tmpfs", "--dev", "--ro-bind")}
+    assert sorted(places, key=places.get) == ["/tmp", "/dev", "/usr", "/tmp/venv"]
+    assert command[places["/tmp"]] == "--tmpfs"
 
 
 def test_there_is_a_way_where_the_kernel_gives_namespaces():
