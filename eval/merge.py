@@ -23,7 +23,9 @@ and compares
     top-1          positions where both have the same most likely token
     same stop      the adapter's answers that end by themselves, where merged would end with the same token there
     same text      answers that merged generates as the adapter does, token by token
-    served         prompts of the same length in tokens, the same text, and an end for the same reason, against merged
+    served         prompts of the same length in tokens, the same text, and an end for the same reason, against merged;
+                   where the texts are the same and the server tells them (vLLM, llama.cpp), the largest difference of
+                   the log-probabilities of their tokens
 It fails beyond --max_logit_diff or below --min_top1 (top-1, same stop, all of served). Defaults: adapters beside 4-bit
 weights differ from what --into original makes of them, hence wider bounds; round_trip.py has them.
 
@@ -334,21 +336,23 @@ def parse_args(argv):
     parser.add_argument("--min_top1", type=float, help="bound (default by dtype, 4 bits and --into)")
     parser.add_argument("--no_serve", action="store_true", help="leave out the server")
     parser.add_argument("--engine", choices=ENGINES, default="transformers", help="what serves")
-    parser.add_argument("--engine_python", default=sys.executable, help="the Python whose environment has the engine")
+    parser.add_argument("--engine_python", default=sys.executable, help="the Python that has the engine (converter)")
     parser.add_argument("--converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py, for llamacpp")
+    parser.add_argument("--llama_server", default="llama-server", help="llama.cpp's program, for llamacpp")
     return parser.parse_args(argv)
 
 
 def settle(args):
     """Fill in what depends on the run: base, device, dtype, 4 bits, bounds. Raises BadInput."""
-    if not args.adapter.is_dir() or not adapter_base(args.adapter):
+    if not (args.adapter / "adapter_config.json").is_file():
         raise BadInput(f"{args.adapter} is no adapter: pass a run folder with adapter_config.json")
     if args.out.exists():
         raise BadInput(f"{args.out} exists: pass another --out, or remove it")
     if args.engine == "llamacpp" and not args.no_serve and not (args.converter and args.converter.is_file()):
         raise BadInput("llamacpp serves GGUF files: pass --converter with llama.cpp's convert_hf_to_gguf.py")
     if args.prompts and not args.no_serve:
-        check_engine(args.engine, args.engine_python)  # before minutes of merging
+        # before minutes of merging
+        check_engine(args.engine, args.llama_server if args.engine == "llamacpp" else args.engine_python)
     args.base = args.base or adapter_base(args.adapter)
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     path = args.adapter / "config.yaml"
@@ -393,8 +397,8 @@ def merge(args):
             eos, pad = write_rest(base, tokenizer, part, written["untied"])
             merged = served = None
             if asked:
-                merged, again = ask_merged(part, asked, outputs, stops, Path(folder), args)
-                served = None if args.no_serve else ask_served(part, asked, again, tokenizer, args)
+                merged, again, chosen = ask_merged(part, asked, outputs, stops, Path(folder), args)
+                served = None if args.no_serve else ask_served(part, asked, again, chosen, tokenizer, args)
         found = findings(merged, served, args.max_logit_diff, args.min_top1)
         keys = ("into", "load_in_4bit", "dtype", "device", "max_new_tokens", "max_logit_diff", "min_top1")
         report = {

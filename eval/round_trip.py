@@ -6,6 +6,7 @@ No command of its own; merge.py's docstring defines what is compared. One model 
 logits wait on the disk (positions x vocabulary x 4 bytes; 50 answers of 32 tokens, 151,936 entries of Qwen3: 1 GB).
 """
 
+import json
 import subprocess
 
 import numpy as np
@@ -28,7 +29,13 @@ BOUNDS = {
     (True, True, "original"): (5.0, 0.9),
     (False, True, "original"): (5.0, 0.9),
 }
-PLAIN = {"transformers": {"frequency_penalty": 0}, "vllm": {"repetition_penalty": 1.0}, "llamacpp": {}}  # no penalty
+# what an engine is asked besides: no penalty; the log-probability of each token, which transformers serve does not
+# give; calls and thoughts left in the text as the model wrote them (of vLLM they are, without its parsers)
+PLAIN = {
+    "transformers": {"frequency_penalty": 0},
+    "vllm": {"repetition_penalty": 1.0, "logprobs": True, "tool_choice": "none"},
+    "llamacpp": {"repeat_penalty": 1.0, "logprobs": True, "tool_choice": "none", "reasoning_format": "none"},
+}
 
 
 def rendered(tokenizer, row):
@@ -87,14 +94,15 @@ def ask_adapter(model, tokenizer, stops, asked, max_new_tokens, folder):
 
 
 def ask_merged(out, asked, outputs, stops, folder, args):
-    """(what merged - adapter is, merged's Outputs): of the model in a folder, loaded anew."""
+    """(what merged - adapter is, merged's Outputs, the log-probability of each of their tokens): of the model in a
+    folder, loaded anew."""
     tokenizer, own_stops = load_tokenizer(out)
     if other := [row["id"] for row in asked if rendered(tokenizer, row)[1] != row["prompt"]]:
         raise BadInput(f"the template in {out} renders {other[0]} otherwise than the adapter's: save the adapter again")
     model = load_model(str(out), tokenizer, getattr(torch, args.dtype), args.device)
     again = answers(model, tokenizer, own_stops, asked, args.max_new_tokens, "merged")
-    largest, total, values, same, ends = 0.0, 0.0, 0, [], []
-    for number, (row, output) in enumerate(zip(asked, outputs, strict=True)):
+    largest, total, values, same, ends, chosen = 0.0, 0.0, 0, [], [], []
+    for number, (row, output, own) in enumerate(zip(asked, outputs, again, strict=True)):
         first, second = np.load(folder / f"{number}.npy"), forced(model, row["prompt"], output.tokens)
         gap = np.abs(first - second)
         # a NaN would be lost in max()
@@ -103,9 +111,12 @@ def ask_merged(out, asked, outputs, stops, folder, args):
         likely = first.argmax(1), second.argmax(1)
         same += (likely[0] == likely[1]).tolist()
         ends.append(bool(likely[0][-1] == likely[1][-1]) if int(likely[0][-1]) in stops else None)
+        logits = second if own.tokens == output.tokens else forced(model, row["prompt"], own.tokens)
+        said = torch.tensor(logits[: len(own.tokens)]).log_softmax(1)
+        chosen.append(said.gather(1, torch.tensor(own.tokens, dtype=torch.long)[:, None])[:, 0].tolist())
     texts = [one.tokens == two.tokens and one.stopped == two.stopped for one, two in zip(outputs, again, strict=True)]
     found = {"max_logit_diff": largest, "mean_logit_diff": total / values}
-    return found | {"top1": rate(same), "same_stop": rate(ends), "same_text": rate(texts)}, again
+    return found | {"top1": rate(same), "same_stop": rate(ends), "same_text": rate(texts)}, again, chosen
 
 
 def split(text):
@@ -125,17 +136,36 @@ def gguf(folder, args):
     return path
 
 
-def ask_served(out, asked, again, tokenizer, args):
-    """How the server of a folder compares with the merged model's own Outputs."""
-    same, left_out, errors = {"same_prompt": [], "same_text": [], "same_end": []}, 0, []
-    model = gguf(out, args) if args.engine == "llamacpp" else out
-    with serving(args.engine, args.engine_python, model, args.device, args.dtype) as (url, name):
-        for row, output in zip(asked, again, strict=True):
-            if any(message.get("reasoning_content") or message.get("tool_calls") for message in row["messages"]):
-                left_out += 1  # transformers serve drops reasoning, and text beside calls, from the history
+def sent(messages):
+    """Messages as OpenAI's form has them: a call's arguments are a string of JSON, and calls and replies have ids."""
+    messages, open_calls, count = json.loads(json.dumps(messages)), [], 0
+    for message in messages:
+        for call in message.get("tool_calls") or []:
+            call |= {"type": "function", "id": call.get("id") or f"call{count:05}"}  # nine letters, as Mistral has them
+            if not isinstance(call["function"]["arguments"], str):
+                call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+            open_calls, count = [*open_calls, call["id"]], count + 1
+        if message["role"] == "tool" and open_calls:
+            message["tool_call_id"] = message.get("tool_call_id") or open_calls[0]
+            open_calls.pop(0)
+    return messages
+
+
+def ask_served(out, asked, again, chosen, tokenizer, args):
+    """How the server of a folder compares with the merged model's own Outputs and their log-probabilities."""
+    same, left_out, errors, gaps = {"same_prompt": [], "same_text": [], "same_end": []}, 0, [], []
+    llama = args.engine == "llamacpp"
+    model, program = (gguf(out, args), args.llama_server) if llama else (out, args.engine_python)
+    with serving(args.engine, program, model, args.device, args.dtype) as (url, name):
+        for row, output, logprobs in zip(asked, again, chosen, strict=True):
+            history = any(message.get("reasoning_content") or message.get("tool_calls") for message in row["messages"])
+            if history and args.engine == "transformers":  # which drops reasoning, and text beside calls
+                left_out += 1
                 continue
-            body = {"model": name, "messages": row["messages"], "temperature": 0, "max_tokens": args.max_new_tokens}
-            body |= PLAIN[args.engine] | ({"tools": row["tools"]} if row["tools"] else {})
+            body = {"model": name, "messages": sent(row["messages"]), "temperature": 0}
+            body |= {"max_tokens": args.max_new_tokens} | PLAIN[args.engine]
+            if row["tools"]:
+                body["tools"] = row["tools"]
             try:
                 reply = post(url, body | ({"chat_template_kwargs": row["kwargs"]} if row["kwargs"] else {}))
             except ServerError as error:  # transformers serve ends so where an answer's tool call does not parse
@@ -149,22 +179,30 @@ def ask_served(out, asked, again, tokenizer, args):
             if said.get("tool_calls"):  # taken apart by the server: their length is left to compare
                 text = usage["completion_tokens"] == len(output.tokens) + output.stopped
             else:
-                whole = tokenizer.decode(output.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                whole = "<think>" * row["text"].rstrip().endswith("<think>") + whole
-                reasoning = said.get("reasoning_content") or ""
-                for (
-                    token
-                ) in tokenizer.all_special_tokens:  # transformers serve leaves the stop in an unclosed think block
-                    reasoning = reasoning.replace(token, "")
-                given = reasoning.strip(), (said.get("content") or "").strip()
-                text = given in (split(whole), ("", whole.strip()))  # the second: a server without a reasoning parser
+                text = same_words(said, row, output, tokenizer)
             same["same_text"].append(text)
+            if text:  # else the tokens are others
+                theirs = [token["logprob"] for token in (choice.get("logprobs") or {}).get("content") or []]
+                gaps += [abs(one - two) for one, two in zip(theirs, logprobs, strict=False)]  # the stop may be there
             stopped = output.stopped and len(output.tokens) + 1 < args.max_new_tokens  # on the last token: "length"
             same["same_end"].append((choice["finish_reason"] != "length") == stopped)
     if errors:
         print(f"the server failed on {len(errors)} of {len(asked)} prompts, which are left out: {', '.join(errors)}")
-    counts = {"engine": args.engine, "left_out": left_out, "errors": errors}
-    return counts | {key: rate(flags) for key, flags in same.items()}
+    figures = {"engine": args.engine, "left_out": left_out, "errors": errors}
+    figures |= {key: rate(flags) for key, flags in same.items()}
+    return figures | ({"max_logprob_diff": float(np.max(gaps)), "logprobs": len(gaps)} if gaps else {})
+
+
+def same_words(said, row, output, tokenizer):
+    """Whether a message of the server is the text of an Output, its thoughts apart or not."""
+    plain = tokenizer.decode(output.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    whole = "<think>" * row["text"].rstrip().endswith("<think>") + plain
+    reasoning = said.get("reasoning_content") or ""
+    for token in tokenizer.all_special_tokens:  # transformers serve leaves the stop in an unclosed think block
+        reasoning = reasoning.replace(token, "")
+    given = reasoning.strip(), (said.get("content") or "").strip()
+    # the last two: a server without a reasoning parser, which may take a <think> of the prompt for the answer's own
+    return given in (split(whole), ("", whole.strip()), ("", plain.strip()))
 
 
 def findings(merged, served, max_logit_diff, min_top1):
@@ -173,6 +211,9 @@ def findings(merged, served, max_logit_diff, min_top1):
     if merged and not merged["max_logit_diff"] <= max_logit_diff:  # a NaN is not
         found.append(f"logits of merged and adapter differ by {merged['max_logit_diff']:.3g}, more than "
                      f"--max_logit_diff {max_logit_diff:g}")  # fmt: skip
+    gap = (served or {}).get("max_logprob_diff")
+    if gap is not None and not gap <= max_logit_diff:
+        found.append(f"served: log-probabilities differ by {gap:.3g}, more than --max_logit_diff {max_logit_diff:g}")
     keys = [("merged", merged, "top1"), ("merged", merged, "same_stop")]
     keys += [("served", served, key) for key in ("same_prompt", "same_text", "same_end")]
     for name, figures, key in keys:

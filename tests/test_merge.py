@@ -11,16 +11,19 @@ logits, or that look at text only; the part folder left behind after a refusal.
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import test_compare as small
 import torch
+from conftest import SHARED
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_compare import ROOT, make_model, make_tokenizer, rigged, write_rows
@@ -368,6 +371,66 @@ def test_a_server_that_answers_otherwise_is_found(wrong, key, home, tmp_path, mo
     assert f"FAILED served: {key}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("told, gap", [([0.0, 0.0, 0.0], 0.0), ([0.0, -0.5, 0.0], 0.5), ([float("nan")] * 2, None)])
+def test_log_probabilities_that_differ_are_found(told, gap, home, tmp_path, monkeypatch):
+    """Those of "c" and "d" are 0 by hand, to 1e-6: each token's logit is 2 sqrt(264) = 32, the next one's half of it.
+    The third of a server is the stop's, which is not compared."""
+
+    def reply(body):
+        found = answer(body)
+        found["choices"][0]["logprobs"] = {"content": [{"token": "?", "logprob": value} for value in told]}
+        return found
+
+    monkeypatch.setattr(merge, "check_engine", lambda *_: None)
+    flags = ["--max_new_tokens", 8, "--prompts", 3, "--engine", "vllm"]
+    with replying(monkeypatch, reply):
+        assert run(home / "cd", "--out", tmp_path / "out", *flags) == (gap != 0.0)
+    report = report_of(tmp_path / "out")
+    served = report["served_against_merged"]
+    assert served["logprobs"] == 6
+    if gap is not None:
+        assert served["max_logprob_diff"] == pytest.approx(gap, abs=1e-6)
+    said = [f"served: log-probabilities differ by {gap or float('nan'):.3g}, more than --max_logit_diff 0.001"]
+    assert report["findings"] == (said if gap != 0.0 else [])
+
+
+def test_a_history_with_calls_and_thoughts_is_asked_of_a_server_that_takes_it(monkeypatch):
+    """In OpenAI's form, written out here; transformers serve, which drops them, is not asked."""
+    call = {"function": {"name": "add", "arguments": {"a": "é"}}}
+    messages = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [call, call | {"id": "mine"}]},
+        {"role": "tool", "content": "1"},
+        {"role": "tool", "content": "2"},
+    ]
+    kept, bodies, tokenizer = json.dumps(messages), [], make_tokenizer("qwen3_instruct_2507")
+    row = {"id": "a", "messages": messages, "tools": small.TOOLS, "kwargs": {}, "prompt": [1, 2], "text": ""}
+    args = SimpleNamespace(engine_python=None, device="cpu", dtype="float32", max_new_tokens=8)
+    output = [Output(tokenizer("ab")["input_ids"], True)]
+
+    def reply(body):
+        bodies.append(body)
+        return {"choices": [{"finish_reason": "stop", "message": {"content": "ab"}}], "usage": {"prompt_tokens": 2}}
+
+    with replying(monkeypatch, reply):
+        args.engine = "vllm"
+        found = round_trip.ask_served("out", [row], output, [[0.0]], tokenizer, args)
+        assert found["left_out"] == 0 and found["same_text"]["count"] == 1 and "logprobs" not in found
+        args.engine = "transformers"
+        found = round_trip.ask_served("out", [row], output, [[0.0]], tokenizer, args)
+        assert found["left_out"] == 1 and found["same_text"] is None
+    function = {"name": "add", "arguments": '{"a": "é"}'}
+    calls = [{"function": function, "type": "function", "id": number} for number in ("call00000", "mine")]
+    assert len(bodies) == 1 and bodies[0]["messages"] == [
+        messages[0],
+        {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": calls},
+        {"role": "tool", "content": "1", "tool_call_id": "call00000"},
+        {"role": "tool", "content": "2", "tool_call_id": "mine"},
+    ]
+    assert bodies[0]["tools"] == small.TOOLS and bodies[0]["tool_choice"] == "none" and bodies[0]["logprobs"] is True
+    assert json.dumps(messages) == kept
+
+
 def test_a_merge_that_is_wrong_is_found(home, tmp_path, monkeypatch):
     flags = ["--max_new_tokens", 8, "--prompts", 3, "--no_serve"]
     monkeypatch.setattr(merge, "scaling_of", lambda *_: 0.0)  # the base itself, which says "ab"
@@ -488,13 +551,89 @@ def test_an_engine_that_is_not_there_is_one_sentence(home, tmp_path, capsys, mon
     assert "--converter" in refused(capsys, home / "cd", *flags, "--engine", "llamacpp")
     (tmp_path / "convert.py").write_text("import sys; sys.exit('no such architecture')")
     llama = ["--engine", "llamacpp", "--converter", tmp_path / "convert.py"]
-    assert "has no llama_cpp" in refused(capsys, home / "cd", *flags, *llama)
-    monkeypatch.setitem(endpoint.ENGINES, "llamacpp", ("json", ""))
+    gone = ["--llama_server", tmp_path / "llama-server"]
+    assert "pass llama.cpp's bin/llama-server" in refused(capsys, home / "cd", *flags, *llama, *gone)
+    assert "has no llama.cpp" in refused(capsys, home / "cd", *flags, *llama, "--llama_server", "false")
+    llama += ["--llama_server", "true"]  # answers --version, and ends at once where it is to serve
     assert "does not convert the merged model (no such arch" in refused(capsys, home / "cd", *flags, *llama)
     (tmp_path / "convert.py").write_text("import sys; open(sys.argv[3], 'w')")  # a file that is no model
     assert "server of llamacpp did not start" in refused(capsys, home / "cd", *flags, *llama)
     assert "does not run" in refused(capsys, home / "cd", *flags, "--engine_python", tmp_path / "no python")
     assert not (tmp_path / "o").exists()
+
+
+# -- the other servers -------------------------------------------------------------------------------------------------
+
+PROGRAMS = {"vllm": "VLLM_PYTHON", "llamacpp": "LLAMA_CPP"}  # eval/SERVING.md says what they are and how they are built
+
+
+@pytest.fixture(params=PROGRAMS)
+def engine(request):
+    """The flags of merge.py for a server of this machine."""
+    name, place = request.param, os.environ.get(PROGRAMS[request.param])
+    if not place:
+        pytest.skip(f"{PROGRAMS[name]} is not set: see eval/SERVING.md")
+    flags = ["--engine", name]
+    if name == "vllm":
+        return [*flags, "--engine_python", place]
+    if not (SHARED / "tokenizers" / "qwen3").is_dir():
+        pytest.skip("the tokenizer of Qwen3 is not here, and llama.cpp converts published ones only")
+    converter, server = (Path(place) / name for name in ("convert_hf_to_gguf.py", "build/bin/llama-server"))
+    python = os.environ.get("LLAMA_CPP_PYTHON", sys.executable)
+    return [*flags, "--engine_python", python, "--converter", converter, "--llama_server", server]
+
+
+@pytest.mark.serving
+def test_another_server_answers_as_the_merged_model(engine, demo, tmp_path, monkeypatch, capsys):
+    """A model by chance, whose answers hang on the whole prompt; the rows have tools, calls, thoughts and Chinese.
+
+    The planted bad server is the same one over the base's weights, as if the merge had been lost on the way there."""
+    source = demo / "init" if "vllm" in engine else SHARED / "tokenizers" / "qwen3"
+    tokenizer = small.AutoTokenizer.from_pretrained(source)
+    template = (ROOT / "chat_templates" / "qwen3.jinja").read_text(encoding="utf-8")
+    tokenizer.chat_template = re.sub(r"{%(\W?)\s*(?:end)?generation\s*(\W?)%}", r"{#\1 \2#}", template)
+    stop, size = tokenizer.convert_tokens_to_ids("<|im_end|>"), len(tokenizer)
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(type(make_model(0).config)(**make_model(0).config.to_dict() | {
+        "vocab_size": size, "eos_token_id": stop, "pad_token_id": tokenizer.pad_token_id}))  # fmt: skip
+    words = [stop] + [number for token, number in tokenizer.get_vocab().items() if re.fullmatch("Ġ?[a-z0-9]+", token)]
+    with torch.no_grad():  # ASCII only: half a letter is no text, and each server shows it otherwise
+        chosen = model.lm_head.weight[words[:400]].clone()
+        model.lm_head.weight.zero_()[words[:400]] = chosen
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False,
+                      task_type="CAUSAL_LM")  # fmt: skip
+    get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 3, "b": "é"}}}
+    # with all fields: both servers write out those that a tool lacks
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    tools = [{"type": "function", "function": {"name": "add", "description": "Adds", "parameters": schema}}]
+    rows = [row | {"id": f"{row['id']}{n}", "chat_template_kwargs": {"enable_thinking": n == 0}}
+            | ({"tools": tools} if "tools" in row else {}) for n in range(2) for row in small.ROWS]  # fmt: skip
+    rows += [{"id": "call", "tools": tools, "messages": [
+        {"role": "user", "content": "3 + 4?"}, {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "7"}, {"role": "assistant", "content": "7"}]}]  # fmt: skip
+    rows += [small.chat("用一句话", "好。", "And now?", "No.", id="zh")]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    flags = [*engine, "--base", base, "--data", data, "--dtype", "float32", "--max_new_tokens", 12]
+    flags += ["--max_logit_diff", 0.01]  # measured on so sharp a model: vLLM 4e-6, llama.cpp 2e-3
+    assert run(tmp_path / "adapter", "--out", tmp_path / "good", *flags) == 0, capsys.readouterr()
+    served = report_of(tmp_path / "good")["served_against_merged"]
+    assert served["left_out"] == 0 and served["errors"] == []
+    for key in ("same_prompt", "same_text", "same_end"):
+        assert served[key]["count"] == served[key]["total"] == len(rows), (key, served)
+    assert served["logprobs"] > 5 * len(rows) and served["max_logprob_diff"] < 0.01
+
+    def lost(out, *rest):
+        shutil.copyfile(base / "model.safetensors", out / "model.safetensors")
+        return round_trip.ask_served(out, *rest)
+
+    monkeypatch.setattr(merge, "ask_served", lost)
+    assert run(tmp_path / "adapter", "--out", tmp_path / "bad", *flags) == 1
+    assert any(sentence.startswith("served: same_text") for sentence in report_of(tmp_path / "bad")["findings"])
 
 
 # -- under load ------------------------------------------------------------------------------------------------------
@@ -582,12 +721,12 @@ def test_a_server_that_fails_on_a_prompt_costs_that_prompt(monkeypatch, capsys, 
     monkeypatch.setattr(round_trip, "serving", serving)
     monkeypatch.setattr(round_trip, "post", post)
     args = SimpleNamespace(engine="transformers", engine_python=None, device="cpu", dtype="float32", max_new_tokens=8)
-    outputs = [Output(ids, True)] * len(asked)
+    outputs, chosen = [Output(ids, True)] * len(asked), [[-0.5] * len(ids)] * len(asked)
     if not proven:
         with pytest.raises(endpoint.BadInput, match="answers 500.*first at prompt row-1, 3 times"):
-            round_trip.ask_served("out", asked, outputs, tokenizer, args)
+            round_trip.ask_served("out", asked, outputs, chosen, tokenizer, args)
         return
-    found = round_trip.ask_served("out", asked, outputs, tokenizer, args)
+    found = round_trip.ask_served("out", asked, outputs, chosen, tokenizer, args)
     assert found["errors"] == [f"row-{n}" for n in failing]
     assert found["same_text"]["count"] == found["same_text"]["total"] == 20 - len(failing)
     assert (", ".join(found["errors"]) in capsys.readouterr().out) == bool(failing) or not failing
