@@ -1,7 +1,12 @@
 """eval/benchmarks.py: lm-eval's checkers against answers written by hand, its model against our own greedy answers.
 
 Breaks tried, each seen red: the chat template off, the adapter left off, choices shuffled anew between question and
-verdict, rows of another benchmark taken unchecked.
+verdict or not by the seed, rows of another benchmark taken unchecked, missing or empty data that exits 0, a task that
+runs code; --base, --dtype, --load_in_4bit, --batch_size, --rows, --split, the mode or its think end not passed on; stop
+tokens of the tokenizer alone; vLLM without the adapter, its rank or its tokenizer; examples in one turn, not by the
+seed, or none said; answers as long as the positions; another default of mode, name or folder; groups in --list; hashes
+of nothing or of the first row; a score without a metric; the playbook's examples and budgets; means and standard errors
+as counts.
 """
 
 import ast
@@ -270,7 +275,9 @@ def test_rows_of_the_published_schemas(home, monkeypatch, task):
     path = home / ("one.jsonl" if task == "ifeval" else f"{task}.jsonl")
     for answer, value in ((right and (lambda prompt: right), 1), (lambda prompt: "(E), no, 3", 0)):
         scripted(monkeypatch, answer or letter)
-        report, _ = run(home, "base", "--tasks", task, "--data", f"{task}={path}")
+        report, lines = run(home, "base", "--tasks", task, "--data", f"{task}={path}")
+        own = row.get("key", row.get("id"))  # one line a row, however many filters read it
+        assert [line["id"] for line in lines] == (list("0123") if own is None else [str(own)] * 4)
         assert report["metrics"][metric]["value"] == value and report["metrics"][metric]["total"] == 4
 
 
@@ -437,6 +444,26 @@ def test_examples_are_turns_before_the_question(home, tmp_path, monkeypatch):
     model = scripted(monkeypatch, lambda prompt: "#### 7")
     report, _ = run(home, "base", "--tasks", "unsaid")  # lm-eval's default where a task says nothing
     assert report["settings"]["num_fewshot"] == 0 and {len(history) for history in model.histories} == {1}
+
+
+def test_local_rows_and_the_playbook_are_asked_without_examples(home, monkeypatch):
+    """lm-eval's own gsm8k has five of them, from a split that a file does not have; minerva_math500 has four."""
+    model = scripted(monkeypatch, lambda prompt: "#### 7")
+    report, _ = run(home, "base", "--tasks", "gsm8k", "--data", f"gsm8k={home / 'gsm8k.jsonl'}")
+    assert report["settings"]["num_fewshot"] == 0 and {len(history) for history in model.histories} == {1}
+    seen = {}
+
+    def loaded(manager, name, path, split, overrides):
+        seen[name] = overrides
+        return None, ""
+
+    def stop(folder):
+        raise models.BadInput("far enough")
+
+    monkeypatch.setattr(benchmarks, "load_task", loaded)
+    monkeypatch.setattr(benchmarks, "load_tokenizer", stop)
+    assert benchmarks.main([str(home / "base"), "--tasks", "playbook", "gsm8k_chat"]) == 2
+    assert seen == dict.fromkeys(PUBLISHED, {"num_fewshot": 0}) | {"gsm8k_chat": {}}
 
 
 def test_an_answer_must_fit_the_positions(home, capsys):

@@ -2,6 +2,14 @@
 
 The models are test_compare.rigged and test_merge.speaker: a base that answers "ab", adapters that answer "cd" and "ef",
 one that never stops. What a model was asked is read from the rendered prompt (/raw, --out).
+
+Breaks tried, each of which turned a test red. Conversation: /reset that loses the system prompt, /system that keeps the
+turns, /think TEXT that stays, a refused turn that stays, /save that overwrites or has another mode key, an empty line
+as a turn, an unknown adapter taken. Models: an adapter not switched, or under the first one's template; the base with
+an adapter on; --base, --dtype, --load_in_4bit not passed on; different bases or vocabularies taken; two folders of one
+name. Prompts: --system, tools, think or the seed of each not heeded; Ctrl-C goes on; a refusal ends all; the file read
+after the model. Answers: stop tokens of the tokenizer alone, --top_p ignored or alone resetting the temperature, the
+think block that a prompt opens lost, any error taken for memory, what was held back not shown.
 """
 
 import json

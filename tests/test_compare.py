@@ -2,7 +2,8 @@
 
 Each of these turns the suite red (tried): kept results found whatever the weights are, or the settings; a half-written
 line kept; the second adapter put on the first; failed answers not reported; text of the page not escaped; flips not
-before distances. What broke by itself while this was written, and has its test: groups by tag left out, and an adapter
+before distances; failed answers found again in the cache, or none kept; a time limit that does not reach generation, in
+any command. What broke by itself while this was written, and has its test: groups by tag left out, and an adapter
 without a task type that answered with the library's generation settings (20 tokens) where the base had not run before.
 """
 

@@ -1,7 +1,14 @@
 """eval/in_training.py: its figures are compare.py's, and the run trains as if it were not there.
 
-The rigged models say one text whatever they are asked. A break that was seen red: a measurement between evaluations
-that clears the trainer's should_log, after which the steps' own losses are missing from log.jsonl.
+The rigged models say one text whatever they are asked. Breaks tried, each seen red: a measurement between evaluations
+that clears the trainer's should_log, after which the steps' own losses are missing from log.jsonl; training mode kept
+or not restored, all modules left training, generation configs not restored, logged in training mode; gradients on;
+losses off by one, or of whole logits; steps off by one, once per set, at evaluations too where EVERY is set, outside
+the run, or not handed on to the trainer; rows by another seed, of another split, all of them, with what Arrow fills in,
+or without their template's arguments; max_length, the budget (also by one) or the generation config's stop tokens
+ignored; figures of an earlier step where measuring failed; every process measuring the same rows, or the first one's
+alone told; a wrong share of time; parallelism within a row taken; the trainer's class left changed. Two change no
+figure and stay green: labels on the padding (the mask saves its head) and the seed of a bootstrap that is not logged.
 """
 
 import json
