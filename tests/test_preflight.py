@@ -501,10 +501,11 @@ def test_downloads_are_told_with_their_size(preflight, monkeypatch, tmp_path, ca
     files = {"model-1.safetensors": 7e9, "model-2.safetensors": 1e9, "config.json": 1e3, "pytorch_model.bin": 8e9,
              "onnx/model.safetensors": 8e9}  # fmt: skip
     known = {"owner/model": files, "owner/rows": {"a.parquet": 2.5e9, "README.md": None}}
-    known["owner/model-2"] = {"model-2.safetensors": 1e9}
+    known["owner/model-2"], asked = {"model-2.safetensors": 1e9}, []
 
     class Hub:
         def repo_info(self, name, repo_type, revision, files_metadata):
+            asked.append(name)
             assert files_metadata and repo_type == ("model" if "model" in name else "dataset")
             assert revision == ("v2" if repo_type == "model" else None)
             siblings = [SimpleNamespace(rfilename=file, size=size) for file, size in known[name].items()]
@@ -529,6 +530,7 @@ def test_downloads_are_told_with_their_size(preflight, monkeypatch, tmp_path, ca
     ]
     assert told(str(tmp_path), "no/such") == [] == told("owner/model", "owner/rows", rank=1)
     assert told("owner/model-2", None) == []
+    assert asked == ["owner/model", "owner/rows", "no/such", "owner/model-2"]  # the hub is not asked for the others
 
     def stop(*_):
         raise ValueError("here")
