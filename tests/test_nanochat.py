@@ -7,7 +7,9 @@ Broken once, and seen red: BOS twice; notes of the calculator left as text; outp
 (short rows in the stream); labels over all tokens in SFT and masked ones in mid-training; shuffled rows; the short last
 step kept; the mean over tokens instead of over passes; decay over half of the steps; the momentum's warm-up left out;
 Muon's scale by the longer side; embedding and unembedding exchanged; optimizer state that a load leaves behind;
-clipping at 1.
+clipping at 1; preview with TRL's packs, with a last step that is not trained, or without one that is; switches of
+the recipes that switch nothing; matrices orthogonalised by the pieces that FSDP2's ranks hold, and a momentum whose
+warm-up a resume begins anew.
 """
 
 import json
@@ -344,6 +346,12 @@ def test_stream_and_schedules_of_mid_training(train, nano, tmp_path):
     assert found["steps"][-1]["rates"][0] < 0.02 / 2
     previewed(nano, tmp_path, "midtrain", found, *flags)
     assert "of all rows in one stream" in previewed.said and "that fill no step left out" in previewed.said
+    # where the packs fill their steps, the last step still goes, whose last pack is short
+    length = next(length for length in range(63, 30, -1) if math.ceil(len(stream) / length) % 4 == 0)
+    short = [*flags[2:-1], length, "--global_batch_size", 4, "--max_steps", 1]
+    found, _ = train("mid", *short, data=tmp_path / "rows", out="short")
+    assert len(found["rows"]) == math.ceil(len(stream) / length) - 4
+    previewed(nano, tmp_path, "midtrain", found, *short)
     # TRL's own packs, with their short rows, where the switch says so
     found, _ = train("mid", *flags, "--one_stream", "false", data=tmp_path / "rows", out="plain")
     assert {len(ids) for ids, _ in found["rows"]} > {64} and len(found["rows"]) > steps * 16
