@@ -108,6 +108,63 @@ def tutorial(folder, num_proc):
         rows.to_json(str(folder / "theirs" / f"{split}.jsonl"), force_ascii=False)
 
 
+def floor(folder, num_proc):
+    """What is left without a check, a report or a digest: parse and dump by orjson, Arrow to disk; a hash a row, the
+    first of equal ones drawn in random order; Arrow and JSON lines to disk. Two processes, each its own half."""
+    subprocess.run([sys.executable, __file__, "--floor_of", folder], check=True)
+
+
+def floor_of(folder):
+    from concurrent.futures import ProcessPoolExecutor
+    from itertools import chain
+
+    import numpy as np
+
+    files = [(folder / f"{name}.jsonl", half) for name in "ab" for half in range(2)]
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        keys = np.concatenate([*pool.map(parsed, *zip(*files, strict=True))])
+        _, first = np.unique(keys, return_index=True)
+        order = np.random.default_rng(42).permutation(first)
+        parts = np.array_split(order, 2)
+        [*chain(pool.map(drawn, [folder] * 2, range(2), parts))]
+
+
+def parsed(path, half):
+    """The keys of half a file's rows, which go to PATH.HALF.arrow."""
+    import numpy as np
+    import orjson
+    import pyarrow as pa
+    import xxhash
+
+    size, keys, out = path.stat().st_size, [], None
+    with open(path, "rb") as file, pa.OSFile(f"{path}.{half}.arrow", "wb") as to:
+        file.seek(half * size // 2)
+        half and file.readline()
+        while file.tell() <= (half + 1) * size // 2 and (lines := file.readlines(1 << 18)):
+            rows = [[orjson.dumps(turn) for turn in orjson.loads(line)["messages"]] for line in lines]
+            texts = [b",".join(row) for row in rows]
+            keys += [xxhash.xxh3_64_intdigest(text) for text in texts]
+            batch = pa.record_batch({"messages": pa.array(texts, pa.binary())})
+            out = out or pa.ipc.new_stream(to, batch.schema)
+            out.write_batch(batch)
+        out.close()
+    return np.array(keys, "u8")
+
+
+def drawn(folder, half, rows):
+    import pyarrow as pa
+
+    files = sorted(folder.glob("*.arrow"))
+    table = pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in files])
+    with pa.OSFile(str(folder / f"out.{half}.arrow"), "wb") as to, open(folder / f"out.{half}.jsonl", "wb") as text:
+        out = pa.ipc.new_stream(to, table.schema)
+        for start in range(0, len(rows), 5000):
+            part = table.take(pa.array(rows[start : start + 5000])).combine_chunks()
+            out.write_table(part)
+            text.write(b"".join([b'{"messages":[%b]}\n' % row for row in part.column(0).to_pylist()]))
+        out.close()
+
+
 class Memory(threading.Thread):
     """The peak PSS (bytes) of this process' children and theirs."""
 
@@ -157,10 +214,14 @@ def main():
         "--their_num_proc", type=int, default=1, help="for their map and filter; the MD5 set is one process"
     )
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--floor", action="store_true", help="time too what no check of ours could make faster")
     parser.add_argument("--tutorial", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--floor_of", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.tutorial:
         return tutorial(args.tutorial, args.num_proc if args.num_proc > 1 else None)
+    if args.floor_of:
+        return floor_of(args.floor_of)
     table = []
     for count in args.rows:
         with tempfile.TemporaryDirectory() as name:
@@ -171,11 +232,13 @@ def main():
                 timed(ours, folder, args.num_proc),
                 timed(theirs, folder, args.their_num_proc),
             )
+            least = f", floor {timed(floor, folder, 2)[0]:.1f} s" if args.floor else ""
             report = json.loads((folder / "mixed" / "report.json").read_text())
         table.append((count, took, other))
         print(f"{count:>9,} rows, {size / 1e6:,.0f} MB: {took:.1f} s ({count / took:,.0f} rows/s, "
               f"{memory / 2**30:.2f} GiB), tutorial {other:.1f} s ({their_memory / 2**30:.2f} GiB), "
-              f"ratio {other / took:.1f}; out {report['out']}, refused {report['refused']}", flush=True)  # fmt: skip
+              f"ratio {other / took:.1f}{least}; out {report['out']}, refused {report['refused']}",
+              flush=True)  # fmt: skip
     if args.plot:
         import matplotlib
 
