@@ -6,7 +6,8 @@ max as <= and >=; a drop shown by the interval's low end, a rise by its high end
 correction, with the other sign, the two reaches swapped, tuned and base swapped, pairs ignored; a ratio as a
 difference; nan as a value; what is missing passed over; exit 0; groups that see all rows; worst rows that are not
 bad, or not first those that the base got right; the base's rows of a benchmark lost; unknown and doubled keys
-accepted; the line before; a report that is not that of its rows.
+accepted; the line before; a report that is not that of its rows; calls that do not parse let through by gate.yaml, or
+asked of a run where calls were not measured.
 """
 
 import json
