@@ -7,7 +7,9 @@ weights on lm_head, so that a merge that does nothing, or half, says the wrong w
 Breaks tried, each seen red: alpha / r without rsLoRA's root; alpha_pattern not read; DoRA's norm of the base weight;
 a delta cast before the sum; the transpose of embeddings left out; a tied head not untied; 4-bit weights only where
 adapted; an offset into the file 8 bytes off; the base's eos kept; markers left in the template; findings without the
-logits, or that look at text only; the part folder left behind after a refusal.
+logits, or that look at text only; the part folder left behind after a refusal; log-probabilities taken for equal, a NaN
+among them passed, logits in their place; histories asked of no server, sent with arguments that are objects, with the
+last call's id for each reply, or changed in place.
 """
 
 import json
