@@ -57,10 +57,7 @@ def engine_command(engine, program, model, device, dtype, port):
         cache = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[dtype]
         words = ["--model", model, "--jinja", "--ctx-size", 4096, "--parallel", 1, "--flash-attn", "off"]
         words += ["--cache-type-k", cache, "--cache-type-v", cache]
-        # as the templates mean it: its Jinja fails on `undefined in [...]`, which they have in answers of the history;
-        # it takes thinking for off where it is not told, and hands earlier thoughts on
-        words += ["--no-reasoning-preserve"]
-        words += ["--chat-template-kwargs", '{"train_header": "off", "enable_thinking": true}']
+        words += ["--no-reasoning-preserve"]  # it hands earlier thoughts on, as templates alone do not
     return [str(program), *map(str, words), "--host", "127.0.0.1", "--port", str(port)]
 
 

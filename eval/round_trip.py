@@ -7,6 +7,7 @@ logits wait on the disk (positions x vocabulary x 4 bytes; 50 answers of 32 toke
 """
 
 import json
+import re
 import subprocess
 
 import numpy as np
@@ -201,8 +202,11 @@ def same_words(said, row, output, tokenizer):
     for token in tokenizer.all_special_tokens:  # transformers serve leaves the stop in an unclosed think block
         reasoning = reasoning.replace(token, "")
     given = reasoning.strip(), (said.get("content") or "").strip()
-    # the last two: a server without a reasoning parser, which may take a <think> of the prompt for the answer's own
-    return given in (split(whole), ("", whole.strip()), ("", plain.strip()))
+    # the others: a server without a reasoning parser, which may take a <think> of the prompt for the answer's own;
+    # llama.cpp, told to leave thoughts in the text, begins it with the empty block that ends a prompt
+    closed = re.search(r"<think>\s*</think>\s*$", row["text"])
+    begun = [("", (closed[0] + plain).strip())] if closed else []
+    return given in (split(whole), ("", whole.strip()), ("", plain.strip()), *begun)
 
 
 def findings(merged, served, max_logit_diff, min_top1):

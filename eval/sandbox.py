@@ -102,7 +102,7 @@ def command_of(found, inside):
     """The command that runs `inside` (a command) in isolation."""
     if found == "bubblewrap":
         command = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--die-with-parent", "--new-session"]
-        command += ["--tmpfs", "/tmp", "--dev", "/dev"]
+        command += ["--size", str(2 * FILE_BYTES), "--tmpfs", "/tmp", "--dev", "/dev"]
         for folder in visible():
             link = os.path.islink(folder)
             command += ["--symlink", os.readlink(folder), folder] if link else ["--ro-bind", folder, folder]

@@ -445,7 +445,7 @@ def begins(source, parts):
 
 
 EMIT = "{%- generation %}{{- out.text }}{%- endgeneration %}"
-HEADER = r"\[\[header, train_header in \['on', true\]\],"
+HEADER = r"\[\[header, \(train_header or ''\) in \['on', true\]\],"
 MUTANTS = {
     "starts late": lambda s: s.replace(EMIT, "{{- out.text[:24] }}" + EMIT.replace("text", "text[24:]")),
     "starts a character early": lambda s: begins(s, "[[header[:-1], false], [header[-1:], true],"),

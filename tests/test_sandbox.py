@@ -267,7 +267,7 @@ def test_what_bubblewrap_is_asked_for(monkeypatch):
     assert not {"--bind", "--dev-bind", "--share-net", "--proc"} & {*command}
     places = {command[n + 1]: n for n, word in enumerate(command) if word in ("--tmpfs", "--dev", "--ro-bind")}
     assert sorted(places, key=places.get) == ["/tmp", "/dev", "/usr", "/tmp/venv"]
-    assert command[places["/tmp"]] == "--tmpfs"
+    assert command[places["/tmp"] - 2 : places["/tmp"] + 1] == ["--size", str(2 * sandbox.FILE_BYTES), "--tmpfs"]
 
 
 def test_there_is_a_way_where_the_kernel_gives_namespaces():
