@@ -1,4 +1,5 @@
-# make demo: the whole path on any machine, in minutes.  make test: the suite.  PYTHON=python3.12 chooses the interpreter.
+# make demo: the whole path on any machine, in minutes.  make test: the suite.  make test-long: the long ones.
+# PYTHON=python3.12 chooses the interpreter, JOBS=8 the processes of the tests.
 PYTHON ?= python3
 JOBS ?= 2
 RUN := .venv/bin/python
@@ -22,7 +23,7 @@ test: .venv/installed lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile
 
 test-long: .venv/installed lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not hub"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile -m "long and not hub and not serving"
 
 lint: .venv/installed
 	$(RUN) -m ruff check .
