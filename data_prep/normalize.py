@@ -140,8 +140,8 @@ HEADS = {role: b'{"role":"%b","content":' % role.encode() for role in ("system",
 
 
 def quick(raw, source, row_id):
-    """encoded(to_row(…)) of a row of messages that are text and nothing else, as most are, in a third of the time. None
-    where it is another row, or one that to_row may refuse."""
+    """encoded(to_row(…)) of a row of messages that are text and nothing else, as most are, with no more work than they
+    need. None where it is another row, or one that to_row may refuse."""
     if not isinstance(raw, dict) or not raw.keys() <= QUICK or not isinstance(raw.get("messages"), list):
         return None
     where = str(raw.get("source") or source)

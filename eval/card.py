@@ -201,6 +201,12 @@ def log_figures(run):
     ]
 
 
+def hardware_of(run):
+    """What trained, as hooks/show.py wrote it down."""
+    path = run / "engine.txt"
+    return "; then ".join(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else NOT_RECORDED
+
+
 def benchmarks(run):
     """The reports in eval/ of a run (scores.py), by name."""
     return [report for path in sorted((run / "eval").glob("*.json")) if "metrics" in (report := read(path))]
@@ -285,7 +291,7 @@ def make(run, license_id, hardware):
     gate = read(run / "gate.json")
     verdict = {True: "passed", False: "failed"}[gate["passed"]] if gate else NOT_MEASURED
     lines += [f"Gate (eval/gate.py): {verdict}.", "", "## Training", ""]
-    lines += table(["what", "figure"], [("hardware", hardware or NOT_RECORDED), *log_figures(run)])
+    lines += table(["what", "figure"], [("hardware", hardware or hardware_of(run)), *log_figures(run)])
     lines += ["![loss](loss.png)", ""] if (run / "loss.png").is_file() else []
     lines += [f"Arguments that differ from the DEFAULTS of `{recipe.name}` (all are in config.yaml):", ""]
     lines += table(["argument", "DEFAULTS", "this run"], changed)
@@ -362,7 +368,7 @@ def main(argv=None):
     parser.add_argument("run", nargs="?", type=Path, help="run folder")
     parser.add_argument("--out", type=Path, help="where the card goes (default: README.md of the run folder)")
     parser.add_argument("--license", help="its id on the hub (apache-2.0, …), where you know it")
-    parser.add_argument("--hardware", help="what the run was trained on (1 x RTX 4080, …): run folders do not say")
+    parser.add_argument("--hardware", help="instead of the engine and device that the run noted")
     parser.add_argument("--check", action="store_true", help="exit 1 if the card is stale")
     parser.add_argument("--check_readme", type=Path, metavar="README", help="exit 1 if its measured rows are stale")
     parser.add_argument("--record", metavar="NAME", help="with --check_readme: this row was measured again")

@@ -70,6 +70,7 @@ def measured(run):
              {"step": 2, "eval_loss": 1.5, "epoch": 1.0}, {"step": 2, "train_runtime": 12.0}]  # fmt: skip
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo')
     (run / "loss.png").write_bytes(b"")
+    (run / "engine.txt").write_text("not distributed, 1 process on the CPU\nDDP, 2 processes\n")
     (run / "gate.json").write_text('{"passed": true, "findings": []}')
 
 
@@ -97,20 +98,20 @@ def test_the_hub_reads_the_metadata(home, capsys):
     assert found == {("chats", "test", "exact_match"): 0.75, ("chats", "test", "assistant_perplexity"): 1.25,
                      ("quiz", None, "right"): 0.75}  # fmt: skip
     text = (run / "README.md").read_text()
-    assert "TRL's own" not in text and yaml.safe_load(text.split("---\n")[1])["model-index"][0]["name"] == "tuned"
+    assert "\n| hardware | 1 x RTX 4080 |\n" in text and "TRL's own" not in text and yaml.safe_load(text.split("---\n")[1])["model-index"][0]["name"] == "tuned"
 
 
 def test_it_tells_what_is_known(home, capsys):
     run = home / "runs" / "tuned"
     measured(run)
-    run_card(capsys, run, "--hardware", "1 x RTX 4080")
+    run_card(capsys, run)
     text = (run / "README.md").read_text()
     for line in (
         TABLE,
         "| all | exact match | 0 | 0.75 | +0.75 | 4 |",
         "| right | 0.75 (0.3–0.95) | 4 |",
         "Gate (eval/gate.py): passed.",
-        "| hardware | 1 x RTX 4080 |",
+        "| hardware | not distributed, 1 process on the CPU; then DDP, 2 processes |",
         "| optimizer steps | 2 |",
         "| training loss, last logged | 1.0000 |",
         "| validation loss, last | 1.5000 |",

@@ -156,6 +156,7 @@ def test_two_processes(demo, hook, tmp_path):
     done = launch(recipe, *flags, *EXACT, "--hooks", HOOK, *hook(BATCHES)[1:], config="cpu_2proc")
     assert done.returncode == 0, done.stderr[-2000:]
     assert block(done.stdout)["engine"] == "DDP, 2 processes on 1 machine over gloo, each on the CPU"
+    assert (tmp_path / "run" / "engine.txt").read_text() == block(done.stdout)["engine"] + "\n"
     assert done.stdout.count("  engine ") == 1 and len(re.findall(r"^\d/2  loss", done.stdout, re.M)) == 2
     found = by_hand(tmp_path / "run", 2)
     assert len(list((tmp_path / "run").glob("batches-*.json"))) == 2
@@ -289,3 +290,12 @@ def test_engines_and_their_counts(run_recipe, demo, tmp_path, engine):
         [line[name] for name in same] for line in one
     ]
     assert one[-1]["padding_share"] > 0.5
+
+
+def test_the_engines_of_a_run_are_noted(tmp_path):
+    """A line each, the newest last; a new run in the same folder begins anew."""
+    note = runpy.run_path(str(HOOK))["note_engine"]
+    path = tmp_path / "engine.txt"
+    for said, resumed, lines in (("a", 0, "a\n"), ("a", 3, "a\n"), ("b", 5, "a\nb\n"), ("c", 0, "c\n")):
+        note(path, said, resumed)
+        assert path.read_text() == lines

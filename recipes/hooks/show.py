@@ -4,7 +4,7 @@ Start: a block of plain lines on stdout, read off the objects that train, not of
 While it runs: on a terminal one progress bar, elsewhere (or with --disable_tqdm true) a line per logged step on stdout;
 both instead of transformers' own. What they show also goes to log.jsonl, trackio and W&B: `trained_tokens` (since the
 start, over resumes) and `padding_share` are the same in every run of one seed, `tokens_per_second`,
-`trained_tokens_per_second`, `memory_gib` (peak) and `mfu` are measured.
+`trained_tokens_per_second`, `memory_gib` (peak) and `mfu` are measured. engine.txt in the run folder says what trained.
 """
 
 import math
@@ -251,6 +251,7 @@ class Show(ProgressCallback):
             self.flops = (*flops_per_token(self.trainer.model, data["context"]), peak)
         if state.is_world_process_zero:
             print(*start(self.trainer, state, data), sep="\n", flush=True)
+            note_engine(Path(args.output_dir, "engine.txt"), engine(self.trainer), state.global_step)
             if sys.stderr.isatty() and not args.disable_tqdm:
                 bar = "{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
                 self.training_bar = tqdm(
@@ -299,6 +300,12 @@ def line(logs):
         words = f"validation loss {loss:.4g} (perplexity {math.exp(min(loss, 700)):.4g})"
         return words + (f" in {logs['eval_runtime']:.1f} s" if "eval_runtime" in logs else "")
     return ", ".join(f"{key} {f'{value:.4g}' if isinstance(value, float) else value}" for key, value in logs.items())
+
+
+def note_engine(path, said, resumed):
+    """Write what trains to the run folder, for eval/card.py: a line for each engine that a run was resumed on."""
+    before = path.read_text(encoding="utf-8").splitlines() if resumed and path.is_file() else []
+    path.write_text("".join(line + "\n" for line in dict.fromkeys([*before, said])), encoding="utf-8")
 
 
 def start(trainer, state, data):
