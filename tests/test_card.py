@@ -98,7 +98,8 @@ def test_the_hub_reads_the_metadata(home, capsys):
     assert found == {("chats", "test", "exact_match"): 0.75, ("chats", "test", "assistant_perplexity"): 1.25,
                      ("quiz", None, "right"): 0.75}  # fmt: skip
     text = (run / "README.md").read_text()
-    assert "\n| hardware | 1 x RTX 4080 |\n" in text and "TRL's own" not in text and yaml.safe_load(text.split("---\n")[1])["model-index"][0]["name"] == "tuned"
+    assert "\n| hardware | 1 x RTX 4080 |\n" in text
+    assert "TRL's own" not in text and yaml.safe_load(text.split("---\n")[1])["model-index"][0]["name"] == "tuned"
 
 
 def test_it_tells_what_is_known(home, capsys):
