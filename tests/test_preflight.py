@@ -8,6 +8,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -429,16 +430,17 @@ runpy.run_path({recipe!r}, run_name="__main__")
 """
 TELL = """
 import runpy
+import shutil
 def prepare(script, args, model):
     print("engine:", runpy.run_path({hook!r})["engine"](args))
     raise SystemExit(0)
 """
 
 
-def launched(tmp_path, yaml, *flags, recipe="qwen3_qlora", shim=False):
+def launched(tmp_path, yaml, *flags, recipe=REPO / "recipes" / "qwen3_qlora.py", shim=False):
     """The finished process of `accelerate launch` with this YAML text, and a model that does not exist."""
     (tmp_path / "launch.yaml").write_text(yaml)
-    (tmp_path / "start.py").write_text(SHIM.format(shim=shim, recipe=str(REPO / "recipes" / f"{recipe}.py")))
+    (tmp_path / "start.py").write_text(SHIM.format(shim=shim, recipe=str(recipe)))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "launch.yaml"]
     command += [tmp_path / "start.py", "--model_name_or_path", "no/such", "--output_dir", tmp_path / "run"]
     command += ["--use_cpu", str(not shim).lower(), "--bf16", "false", *flags]
@@ -471,7 +473,11 @@ def test_qlora_with_fsdp2_is_refused_before_the_model_is_opened(tmp_path):
 )
 def test_engine_is_what_accelerate_was_told(tmp_path, yaml, shim, engine):
     (tmp_path / "tell.py").write_text(TELL.format(hook=str(HOOK)))
-    done = launched(tmp_path, yaml, "--hooks", tmp_path / "tell.py", shim=shim)
+    # without hooks of its own, which would look for the model
+    alone = shutil.copy(REPO / "recipes" / "qwen3_qlora.py", tmp_path)
+    template = REPO / "chat_templates" / "qwen3.jinja"
+    flags = ["--chat_template_path", template, "--hooks", tmp_path / "tell.py"]
+    done = launched(tmp_path, yaml, *flags, recipe=alone, shim=shim)
     assert f"engine: {engine}\n" in done.stdout, done.stderr[-2000:]
 
 
