@@ -9,6 +9,7 @@ import os
 import re
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -444,7 +445,9 @@ def launched(tmp_path, yaml, *flags, recipe=REPO / "recipes" / "qwen3_qlora.py",
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "launch.yaml"]
     command += [tmp_path / "start.py", "--model_name_or_path", "no/such", "--output_dir", tmp_path / "run"]
     command += ["--use_cpu", str(not shim).lower(), "--bf16", "false", *flags]
-    port = {"MASTER_PORT": str(20000 + os.getpid() % 20000)}
+    with socket.socket() as free:  # a new one each time: the last launch may not have let go of its own
+        free.bind(("127.0.0.1", 0))
+        port = {"MASTER_PORT": str(free.getsockname()[1])}
     return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600, env=os.environ | port)
 
 
