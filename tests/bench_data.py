@@ -154,7 +154,7 @@ def parsed(path, half):
 def drawn(folder, half, rows):
     import pyarrow as pa
 
-    files = sorted(folder.glob("*.arrow"))
+    files = sorted(folder.glob("[ab].jsonl.*.arrow"))
     table = pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in files])
     with pa.OSFile(str(folder / f"out.{half}.arrow"), "wb") as to, open(folder / f"out.{half}.jsonl", "wb") as text:
         out = pa.ipc.new_stream(to, table.schema)
