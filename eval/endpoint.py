@@ -1,23 +1,25 @@
-"""Measure an OpenAI-compatible endpoint under load: time to first token, tokens a second, at several concurrencies.
+"""Measure an OpenAI-compatible endpoint under load by evalscope: time to first token, tokens a second.
 
-    python eval/endpoint.py runs/merged --concurrency 1 4 8
-    python eval/endpoint.py --base_url http://localhost:8000/v1 --model mine --requests 64 --out load.json
+    python eval/endpoint.py runs/merged --bench_python V/bin/python --concurrency 1 4 8
+    python eval/endpoint.py --base_url http://localhost:8000/v1 --model mine --bench_python V/bin/python --out load.json
 
-A folder is served here first, by `transformers serve`; --base_url takes an endpoint that runs already. Every request is
-one of 50 neutral prompts, answered greedily and streamed, so many at a time as the concurrency says, the next as soon
-as one is done (a closed loop). The first request warms the server up and is not counted.
+A folder is served here first, by `transformers serve`; --base_url takes one that runs already. --bench_python is
+a Python whose environment has evalscope, which asks: 50 neutral prompts in turn, greedily and streamed, so many at a
+time as the concurrency says, the next as soon as one is done (a closed loop). One request before them warms the server
+up and is not counted. A request that fails ends it, as does a server that does not count tokens.
 
-    first token    seconds from sending a request to its first piece of text
-    whole          seconds from sending a request to the end of its answer
-    tokens/s, one  completion tokens after the first, by the seconds after the first piece (1 / time per output token)
+    first token    seconds from sending a request to its first piece of text (evalscope's TTFT)
+    whole          seconds from sending a request to the end of its answer (Latency)
+    tokens/s, one  completion tokens after the first, by the seconds after the first piece (Decode, 1 / TPOT)
     tokens/s, all  completion tokens of all requests, by the seconds from the first one sent to the last one done
-As vLLM's serving benchmark has them. Percentiles are over requests, by numpy's linear interpolation; the table shows
+Tokens are those of the server's `usage`. Percentiles are over requests, by evalscope's nearest rank; the table shows
 the median and the slow end. They are figures of one machine at one time: no two runs give the same.
 """
 
-import asyncio
 import json
+import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -27,12 +29,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
-import numpy as np
 from models import BadInput, first_line, positive
 from rich.console import Console
 from rich.table import Table
 from scores import command, parser_of, write_files
 
+INSTALL = "python3.11 -m venv V; V/bin/pip install 'evalscope[perf]==1.14.1'"
+TIMEOUT = 600  # seconds that a request may take
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
 START = 900  # seconds that a server may take to load a model
 ENGINES = {  # what an engine imports (None: it is a program): how it is installed
     "transformers": ("fastapi", "pip install -r requirements.txt"),
@@ -80,10 +84,9 @@ def serving(engine, program, model, device, dtype):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
     with tempfile.TemporaryFile() as log:
         words = engine_command(engine, program, model, device, dtype, port)
-        server = subprocess.Popen(words, env=environment, stdout=log, stderr=log)
+        server = subprocess.Popen(words, env=os.environ | OFFLINE, stdout=log, stderr=log)
         try:
             health = f"http://127.0.0.1:{port}/health"
             end = time.monotonic() + START
@@ -114,7 +117,7 @@ class ServerError(BadInput):
     """A request that the server could not answer (status 500 and above)."""
 
 
-def post(base_url, body, timeout=600):
+def post(base_url, body, timeout=TIMEOUT):
     """The JSON that a chat completion answers. Raises BadInput, of it ServerError where the server failed."""
     try:
         reply = httpx2.post(f"{base_url}/chat/completions", json=body, timeout=timeout)
@@ -126,81 +129,91 @@ def post(base_url, body, timeout=600):
     return reply.json()
 
 
-async def timed(client, url, body):
-    """(seconds to the first text, seconds to the end, completion tokens) of one streamed request."""
-    start, first, pieces, tokens = time.perf_counter(), None, 0, None
-    async with client.stream("POST", f"{url}/chat/completions", json=body | {"stream": True}) as reply:
-        if reply.status_code != 200:
-            text = (await reply.aread()).decode(errors="replace")[:300]
-            raise BadInput(f"{url} answers {reply.status_code} ({text}): look at the server")
-        async for line in reply.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            chunk = json.loads(line[6:])
-            if "error" in chunk:
-                raise BadInput(f"{url} broke off ({chunk['error']}): look at the server")
-            tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
-            delta = chunk["choices"][0]["delta"] if chunk.get("choices") else {}
-            if any(delta.get(key) for key in ("content", "reasoning_content", "tool_calls")):
-                first, pieces = first or time.perf_counter(), pieces + 1
-    end = time.perf_counter()
-    return (first or end) - start, end - start, pieces if tokens is None else tokens
+def bench_version(program):
+    """evalscope's version in a Python's environment. Raises BadInput."""
+    code = "from importlib.metadata import version; print(version('evalscope'))"
+    try:
+        found = subprocess.run([program, "-I", "-c", code], capture_output=True, text=True)
+    except OSError as error:
+        raise BadInput(f"{program} does not run ({error.strerror}): pass evalscope's Python (--bench_python)") from None
+    if found.returncode:
+        raise BadInput(f"{program} has no evalscope, which measures: {INSTALL}, and pass --bench_python V/bin/python")
+    return found.stdout.strip()
 
 
-async def load(url, bodies, concurrency):
-    """The figures of all bodies, `concurrency` of them at a time."""
-    room, found = asyncio.Semaphore(concurrency), []
+def bench_command(program, url, model, prompts, out, args):
+    """evalscope's command line: all concurrencies after each other, results to the folder out/load."""
+    number = [args.requests] * len(args.concurrency)
+    words = [program, "-I", "-m", "evalscope.cli.cli", "perf", "--api", "openai", "--url", f"{url}/chat/completions"]
+    words += ["--model", model, "--parallel", *args.concurrency, "--number", *number, "--sleep-interval", 0]
+    words += ["--no-test-connection", "--total-timeout", TIMEOUT]
+    # no --warmup-num: the seconds would begin while its last requests, whose tokens do not count, are still answered
+    words += ["--stream", "--temperature", 0, "--max-tokens", args.max_new_tokens]
+    # no --tokenizer-path: with one, evalscope counts the tokens itself where the server does not
+    words += ["--dataset", "line_by_line", "--dataset-path", prompts]
+    words += ["--outputs-dir", out, "--no-timestamp", "--name", "load"]
+    return [str(word) for word in words]
 
-    async def one(body):
-        async with room:
-            found.append(await timed(client, url, body))
 
-    async with httpx2.AsyncClient(timeout=600, limits=httpx2.Limits(max_connections=concurrency)) as client:
-        await timed(client, url, bodies[0] | {"max_tokens": 4})
-        start = time.perf_counter()
-        await asyncio.gather(*map(one, bodies))
-        seconds = time.perf_counter() - start
-    wait, whole, tokens = map(np.array, zip(*found, strict=True))
-    spoken = tokens > 1
-    rate = (tokens[spoken] - 1) / np.maximum(whole[spoken] - wait[spoken], 1e-9)
+def figures(folder):
+    """What evalscope left in a folder about one concurrency. Raises BadInput where not every request was answered."""
+    summary = json.loads((folder / "benchmark_summary.json").read_text(encoding="utf-8"))
+    if summary["Failed Requests"] or not summary["Success Requests"]:
+        raise BadInput(
+            f"{summary['Failed Requests']} of {summary['Total Requests']} requests failed with "
+            f"{summary['Concurrency']} at a time, so the figures mean nothing: look at the server"
+        )
+    if summary["Avg Output Tokens"] <= 0:
+        raise BadInput("the server counts no completion tokens in its `usage`: there is no speed to measure without")
+    rows = json.loads((folder / "benchmark_percentile.json").read_text(encoding="utf-8"))
+    at = {row["Percentiles"]: row for row in rows}
 
-    def spread(values, *percentiles):
-        return {f"p{p}": float(np.percentile(values, p)) for p in percentiles} if len(values) else {}
+    def spread(name, *percentiles, scale=1):  # {} where no answer has a figure: of one token there is no speed
+        found = {f"p{p}": at[f"{p}%"][name] * scale for p in percentiles}
+        return {} if any(map(math.isnan, found.values())) else found
 
     return {
-        "concurrency": concurrency,
-        "requests": len(found),
-        "completion_tokens": int(tokens.sum()),
-        "seconds": seconds,
-        "tokens_per_second": float(tokens.sum()) / seconds,
-        "requests_per_second": len(found) / seconds,
-        "time_to_first_token": spread(wait, 50, 95),
-        "latency": spread(whole, 50, 95),
-        "tokens_per_second_of_one": spread(rate, 50, 5),
+        "concurrency": summary["Concurrency"],
+        "requests": summary["Success Requests"],
+        "tokens_of_one": summary["Avg Output Tokens"],
+        "seconds": summary["Test Duration (s)"],
+        "tokens_per_second": summary["Output Throughput (tok/s)"],
+        "requests_per_second": summary["Req Throughput (req/s)"],
+        "time_to_first_token": spread("TTFT (ms)", 50, 95, scale=0.001),
+        "latency": spread("Latency (s)", 50, 95),
+        "tokens_per_second_of_one": spread("Decode (tok/s)", 50, 5),
     }
 
 
+def measured(url, model, version, args):
+    """The report on an endpoint. Raises BadInput."""
+    asked = [[{"role": "user", "content": text}] for text in NEUTRAL]
+    # warms up, and says what is wrong where evalscope would only count failed requests
+    post(url, {"model": model, "messages": asked[0], "temperature": 0, "max_tokens": 4})
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = Path(folder, "prompts.jsonl")
+        prompts.write_text("".join(json.dumps(messages) + "\n" for messages in asked), encoding="utf-8")
+        words = bench_command(args.bench_python, url, model, prompts, folder, args)
+        done = subprocess.run(words, env=os.environ | OFFLINE, capture_output=True, text=True, errors="replace")
+        folders = [Path(folder, "load", f"parallel_{number}_number_{args.requests}") for number in args.concurrency]
+        if done.returncode or not all((one / "benchmark_percentile.json").is_file() for one in folders):
+            text = (done.stdout + done.stderr).strip() or "no output"
+            why = re.findall(r"^\w*(?:Error|Exception): .*", text, re.M) or text.splitlines()
+            raise BadInput(f"evalscope {version} gave no figures of {url} ({why[-1]}): look at the server")
+        lines = [figures(one) for one in folders]
+    settings = {key: getattr(args, key) for key in ("requests", "concurrency", "max_new_tokens")}
+    return {"endpoint": args.model or Path(model).name, "evalscope": version, "settings": settings, "load": lines}
+
+
 def show(report):
-    table = Table("at a time", "requests", "tokens", "tokens/s, all", "first token, s (p95)", "whole, s (p95)",
-                  "tokens/s, one (p5)", title=report["endpoint"])  # fmt: skip
+    table = Table("at a time", "requests", "tokens each", "tokens/s, all", "first token, s (p95)", "whole, s (p95)",
+                  "tokens/s, one (p5)", title=f"{report['endpoint']}, by evalscope {report['evalscope']}")  # fmt: skip
     for line in report["load"]:
-        figures = [line[key] for key in ("time_to_first_token", "latency", "tokens_per_second_of_one")]
-        cells = [" (".join(f"{value:.3g}" for value in found.values()) + ")" if found else "–" for found in figures]
-        counts = [str(line[key]) for key in ("concurrency", "requests", "completion_tokens")]
+        found = [line[key] for key in ("time_to_first_token", "latency", "tokens_per_second_of_one")]
+        cells = ["{:.3g} ({:.3g})".format(*values.values()) if values else "–" for values in found]
+        counts = [str(line["concurrency"]), str(line["requests"]), f"{line['tokens_of_one']:.1f}"]
         table.add_row(*counts, f"{line['tokens_per_second']:.4g}", *cells)
     Console(width=None if sys.stdout.isatty() else 130, markup=False, emoji=False, highlight=False).print(table)
-
-
-def measured(url, model, args):
-    body = {"model": model, "temperature": 0, "max_tokens": args.max_new_tokens}
-    bodies = [body | {"messages": [{"role": "user", "content": NEUTRAL[i % len(NEUTRAL)]}]}
-              for i in range(args.requests)]  # fmt: skip
-    try:
-        lines = [asyncio.run(load(url, bodies, concurrency)) for concurrency in args.concurrency]
-    except httpx2.RequestError as error:
-        raise BadInput(f"{url} does not answer ({first_line(error)}): start the server first") from None
-    settings = {key: getattr(args, key) for key in ("requests", "concurrency", "max_new_tokens")}
-    return {"endpoint": args.model or Path(model).name, "settings": settings, "load": lines}
 
 
 def parse_args(argv):
@@ -208,6 +221,7 @@ def parse_args(argv):
     parser.add_argument("folder", nargs="?", type=Path, help="a model, served here by `transformers serve`")
     parser.add_argument("--base_url", help="an endpoint that runs, such as http://localhost:8000/v1")
     parser.add_argument("--model", help="the name it serves the model under")
+    parser.add_argument("--bench_python", default=sys.executable, help="a Python whose environment has evalscope")
     parser.add_argument("--concurrency", type=positive, nargs="+", default=[1, 4, 8], help="requests at a time")
     parser.add_argument("--requests", type=positive, default=32, help="of each concurrency")
     parser.add_argument("--max_new_tokens", type=positive, default=64, help="budget of each answer")
@@ -222,12 +236,14 @@ def run(args):
         raise BadInput("what to measure is not clear: pass a folder, or --base_url and --model")
     if args.folder and not (args.folder / "config.json").is_file():
         raise BadInput(f"{args.folder} is not a model: it has no config.json (merge.py makes one of an adapter)")
+    args.concurrency = list(dict.fromkeys(args.concurrency))
+    version = bench_version(args.bench_python)
     if args.folder:
         check_engine("transformers", sys.executable)
         with serving("transformers", sys.executable, args.folder, args.device, args.dtype) as (url, model):
-            report = measured(url, model, args)
+            report = measured(url, model, version, args)
     else:
-        report = measured(args.base_url.rstrip("/"), args.model, args)
+        report = measured(args.base_url.rstrip("/"), args.model, version, args)
     if args.out:
         write_files(args.out.parent, {args.out.name: json.dumps(report, indent=1) + "\n"})
     show(report)

@@ -638,63 +638,6 @@ def test_another_server_answers_as_the_merged_model(engine, demo, tmp_path, monk
     assert any(sentence.startswith("served: same_text") for sentence in report_of(tmp_path / "bad")["findings"])
 
 
-# -- under load ------------------------------------------------------------------------------------------------------
-
-
-def test_load_figures_are_those_of_a_server_of_known_speed(monkeypatch):
-    """A scripted stream: half a second to the first piece, then four a tenth apart; no clock but ours."""
-    now = [0.0]
-
-    class Reply:
-        status_code = 200
-
-        async def __aenter__(self):
-            return self
-
-        async def __aexit__(self, *_):
-            pass
-
-        async def aiter_lines(self):
-            now[0] += 0.5
-            for text in "abcde":
-                yield "data: " + json.dumps({"choices": [{"delta": {"content": text}}]})
-                now[0] += 0.1
-            yield "data: " + json.dumps({"choices": [{"delta": {}}], "usage": {"completion_tokens": 5}})
-            yield "data: [DONE]"
-
-    class Client:
-        def __init__(self, **_):
-            pass
-
-        async def __aenter__(self):
-            return self
-
-        async def __aexit__(self, *_):
-            pass
-
-        def stream(self, *_, **__):
-            return Reply()
-
-    monkeypatch.setattr(endpoint.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(endpoint.httpx2, "AsyncClient", Client)
-    found = endpoint.asyncio.run(endpoint.load("nowhere", [{"messages": []}] * 4, 1))
-    assert found["requests"] == 4 and found["completion_tokens"] == 20
-    assert found["seconds"] == pytest.approx(4.0) and found["tokens_per_second"] == pytest.approx(5.0)
-    assert found["time_to_first_token"]["p50"] == pytest.approx(0.5)
-    assert found["latency"]["p95"] == pytest.approx(1.0)
-    assert found["tokens_per_second_of_one"]["p5"] == pytest.approx(8.0)  # 4 tokens in half a second
-
-
-def test_the_endpoint_command_refuses_in_one_sentence(home, tmp_path, capsys):
-    for words, expected in (
-        ([], "not clear"), ([home / "base", "--base_url", "http://x"], "not clear"),
-        ([home / "nothing"], "no config.json"),
-        (["--base_url", "http://127.0.0.1:9/v1", "--model", "m", "--requests", "1"], "does not answer"),
-    ):  # fmt: skip
-        assert endpoint.main([str(word) for word in words]) == 2
-        assert expected in capsys.readouterr().err
-
-
 def test_what_merge_follows_are_fields_of_peft():
     """Else a field that PEFT renames would be refused, or followed in name only."""
     assert {*LoraConfig(r=1).to_dict()} >= (merge.FOLLOWED | {*merge.PLAIN}) - {"runtime_config"}
