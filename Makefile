@@ -34,6 +34,7 @@ clean:
 # .venv/installed is newer than every requirement and names the interpreter: then nothing is installed again
 .venv/installed: requirements.txt requirements-dev.txt requirements-eval.txt .venv/python
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps bfcl-eval==2026.3.23
 	touch .venv/installed
 
 .venv/python: FORCE

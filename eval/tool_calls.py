@@ -11,8 +11,9 @@ model with the switch enable_thinking is asked in both modes.
     ast                    right calls, as BFCL's abstract-syntax check has them (mismatch() below says when)
     irrelevance, relevance no call was parsed where no function fits; some call where one does
     multi_turn_ast         a turn of multi_turn_base whose calls are the ground truth's, in any order, with the ground
-                           truth as history. Not BFCL's multi-turn score, which runs the calls and compares states:
-                           here a detour that ends well is wrong, replies are null, and all calls stand in one answer
+                           truth as history. Not BFCL's multi-turn score, which runs the calls and compares states
+                           (multi_turn.py): here a detour that ends well is wrong, replies are null, and all calls
+                           stand in one answer
     multi_turn_first_call  the same for the first call alone: what a format of one call a turn can reach
     malformed              answers that begin a call which does not parse; they hold no call, as in BFCL, which makes
                            irrelevance right: look at both
@@ -48,10 +49,13 @@ CALL = {"function": {"name": "{name}", "arguments": "{content}"}}
 LISTED = {"function": {"name": "{name}", "arguments": "{arguments}"}}
 
 
-def form(anchor, think=None, **calls):
-    """A response template of transformers: where an answer starts, its think block (open, close), its calls."""
-    block = {"reasoning_content": {"open": think[0], "close": think[1]}} if think else {}
-    return {"start_anchor": anchor, "fields": {**block, "tool_calls": {"content": "json", "transform": CALL} | calls}}
+def form(anchor, think=None, said=None, **calls):
+    """A response template of transformers: where an answer starts, how its think block and its text open and close
+    (said: None, text is what is left), its calls."""
+    pairs = {"reasoning_content": think, "content": said}
+    fields = {name: {"open": pair[0], "close": pair[1]} for name, pair in pairs.items() if pair}
+    calls = {"content": "json", "transform": CALL} | calls
+    return {"start_anchor": anchor, "fields": {"content": {}, **fields, "tool_calls": calls}}
 
 
 def dotted(template, pattern):
@@ -69,7 +73,8 @@ FORMS = {  # how families write calls: TRL's response templates where they read 
     "llama3": form("<|end_header_id|>\n\n", repeats=True, close_pattern=r"\}\s*(?:<\|eo[tm]_id\|>)?\s*$",
                    open_pattern=r'\{"name":\s*"(?P<name>[^"]+)",\s*"parameters":\s*'),
     # gpt-oss itself also names the channel before the function and constrains to json, as its own parser allows
-    "harmony": form("<|start|>assistant", ("<|channel|>analysis<|message|>", "<|end|>"), repeats=True, close="<|call|>",
+    "harmony": form("<|start|>assistant", ("<|channel|>analysis<|message|>", "<|end|>"),
+                    ("<|channel|>final<|message|>", "<|return|>"), repeats=True, close="<|call|>",
                     open_pattern=r"to=functions\.(?P<name>[^\s<]+)(?:<\|channel\|>commentary)?\s*"
                                  r"(?:<\|constrain\|>)?\s*json<\|message\|>"),
     "mistral_list": form("[/INST]", open="[TOOL_CALLS]", close_pattern="</s>|$", transform=LISTED, transform_each=True),
@@ -77,8 +82,9 @@ FORMS = {  # how families write calls: TRL's response templates where they read 
                           open_pattern=r"\[TOOL_CALLS\](?P<name>[^\[{]+)(?:\[CALL_ID\][^\[]*)?\[ARGS\]"),
     "deepseek": form("<｜Assistant｜>", ("<think>", "</think>"), repeats=True, close="```<｜tool▁call▁end｜>",
                      open_pattern=r"<｜tool▁call▁begin｜>\w+<｜tool▁sep｜>(?P<name>[^\n]+)\n```json\n"),
-    "cohere": form("<|CHATBOT_TOKEN|>", ("<|START_THINKING|>", "<|END_THINKING|>"), open="<|START_ACTION|>",
-                   close="<|END_ACTION|>", transform_each=True,
+    "cohere": form("<|CHATBOT_TOKEN|>", ("<|START_THINKING|>", "<|END_THINKING|>"),
+                   ("<|START_RESPONSE|>", "<|END_RESPONSE|>"), open="<|START_ACTION|>", close="<|END_ACTION|>",
+                   transform_each=True,
                    transform={"function": {"name": "{tool_name}", "arguments": "{parameters}"}}),
     "python": form("<|im_start|>assistant\n", ("<think>", "</think>"), open="<|tool_call_start|>",
                    close="<|tool_call_end|>", content="text", transform=None),
@@ -92,17 +98,29 @@ def read_calls(tokenizer, kind, prompt, text, tools):
 
     One call that does not parse leaves none. A call that was never closed counts where what it holds is whole. What
     stands inside a think block, closed or not, is no call."""
+    return read_answer(tokenizer, kind, prompt, text, tools)[:2]
+
+
+def read_answer(tokenizer, kind, prompt, text, tools):
+    """(calls, malformed, {"content", "reasoning_content"}) of an answer: read_calls, and what was said beside them; of
+    a malformed one, its whole text."""
     try:
         known = tools if kind in UNTYPED else None
-        found = tokenizer.parse_response(text, FORMS[kind], prefix=prompt, tools=known).get("tool_calls") or []
+        answer = tokenizer.parse_response(text, FORMS[kind], prefix=prompt, tools=known)
+        said = {name: answer.get(name) or "" for name in ("content", "reasoning_content")}
+        found = answer.get("tool_calls") or []
         if isinstance(found, str):
-            return python_calls(found, [tool["function"] for tool in tools or []]), False
-        calls = [{"arguments": {}} | call["function"] for call in found]  # as TRL reads a call without any
+            calls = python_calls(found, [tool["function"] for tool in tools or []])
+        else:
+            calls = [{"arguments": {}} | call["function"] for call in found]  # as TRL reads a call without any
         if not all(isinstance(call["name"], str) and isinstance(call["arguments"], dict) for call in calls):
             raise ValueError("a name that is no string, or arguments that are no object")
-        return [{"name": call["name"], "arguments": call["arguments"]} for call in calls], False
+        calls = [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
+        json.dumps(calls, ensure_ascii=False).encode()  # python's sets are no JSON, lone surrogates no text
+        return calls, False, said
     except (ValueError, TypeError, LookupError, AttributeError, SyntaxError, RecursionError, MemoryError):
-        return [], True  # MemoryError: what ast says to brackets nested too deep
+        # MemoryError: what ast says to brackets nested too deep
+        return [], True, {"content": text, "reasoning_content": ""}
 
 
 class Constants(ast.NodeTransformer):
@@ -301,12 +319,17 @@ def marked(schema):
     return {"format": "float", "description": text} if schema.get("type") == "float" else {}
 
 
+def category_of(row):
+    return re.sub(r"_\d.*", "", row["id"])
+
+
 def tasks_of(row, where, answers, docs):
     """What a row asks: dicts of id, category, turn, messages, functions, answers (of mismatch()). Raises BadInput, and
     other errors where the row is not as BFCL writes it."""
-    category, truth = re.sub(r"_\d.*", "", row["id"]), answers.get(row["id"])
+    category, truth = category_of(row), answers.get(row["id"])
     if "java" in category or category.startswith("multi_turn") and category != "multi_turn_base":
-        raise BadInput(f"{where} is of {category}, which is not measured here: leave that file out")
+        other = ": eval/multi_turn.py does" if "multi_turn" in category else ": leave that file out"
+        raise BadInput(f"{where} is of {category}, which is not measured here{other}")
     if truth is None and "relevance" not in category:
         raise BadInput(f"{where} ({row['id']}) has no answer: pass the file of its answers with --answers")
     one = {"id": row["id"], "category": category}
@@ -356,8 +379,9 @@ def alternatives(call, functions):
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-def read_tasks(args):
-    """(tasks, sha256 of every file read) of the data in the order of the files. Raises BadInput."""
+def read_tasks(args, tasks_of=tasks_of):
+    """(tasks, sha256 of every file read) of the data in the order of the files; tasks_of(row, where, answers, docs)
+    makes those of a row. Raises BadInput."""
     digest, folders = hashlib.sha256(), {}
 
     def rows(path):
@@ -457,15 +481,21 @@ def measure_calls(args):
     lines = []
     for (task, mode, tools, prompt, _), answer in zip(asked, answers, strict=True):
         lines.append(line_of(task, mode, answer, *read_calls(tokenizer, kind, prompt, answer.text, tools)))
+    report(args, "tool_calls", METRICS, kind, lines, digest)
+
+
+def report(args, name, metrics, kind, lines, digest, **more):
+    """Write and show the scores of a command on BFCL's files, by category and mode."""
     settings = {"model": args.run.resolve().name, "data": [path.name for path in args.data], "form": kind}
     settings |= {key: getattr(args, key) for key in ("rows", "seed", "max_new_tokens", "batch_size", "load_in_4bit")}
-    groups = grouped(lines, METRICS, "category", "mode")
+    groups = grouped(lines, metrics, "category", "mode")
     out = args.out or args.run / "eval"
-    show(write_scores(out, "tool_calls", settings, rates(lines, METRICS), groups, lines, digest))
+    show(write_scores(out, name, settings | more, rates(lines, metrics), groups, lines, digest))
 
 
-def main(argv=None):
-    parser = parser_of(__doc__)
+def bfcl_parser(doc):
+    """The arguments of a command on BFCL's files."""
+    parser = parser_of(doc)
     parser.add_argument("run", type=Path, help="run folder: a model with its tokenizer, or an adapter")
     parser.add_argument("--base", help="of an adapter (default: the one that it names)")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="BFCL_v4_*.json")
@@ -475,7 +505,11 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=42, help="of --rows")
     parser.add_argument("--out", type=Path, help="folder of the scores (default: eval/ in the run)")
     add_model_arguments(parser, max_new_tokens=512)
-    return command("tool_calls.py", measure_calls, parser.parse_args(argv))
+    return parser
+
+
+def main(argv=None):
+    return command("tool_calls.py", measure_calls, bfcl_parser(__doc__).parse_args(argv))
 
 
 if __name__ == "__main__":
