@@ -50,12 +50,12 @@ LISTED = {"function": {"name": "{name}", "arguments": "{arguments}"}}
 
 
 def form(anchor, think=None, said=None, **calls):
-    """A response template of transformers: where an answer starts, how its think block and its text open and close
-    (said: None, text is what is left), its calls."""
+    """A response template of transformers: what stands before an answer (a pattern; the last such in a prompt counts),
+    how its think block and its text open and close (said None: text is what is left), its calls."""
     pairs = {"reasoning_content": think, "content": said}
     fields = {name: {"open": pair[0], "close": pair[1]} for name, pair in pairs.items() if pair}
     calls = {"content": "json", "transform": CALL} | calls
-    return {"start_anchor": anchor, "fields": {"content": {}, **fields, "tool_calls": calls}}
+    return {"start_anchor_pattern": anchor, "fields": {"content": {}, **fields, "tool_calls": calls}}
 
 
 def dotted(template, pattern):
@@ -64,29 +64,31 @@ def dotted(template, pattern):
     return template | {"fields": template["fields"] | {"tool_calls": calls}}
 
 
+MISTRAL = r"\[/(?:INST|TOOL_RESULTS)\]"
+
 # fmt: off
 FORMS = {  # how families write calls: TRL's response templates where they read what ours write, else our own
     "hermes": qwen3_template,
     "xml": qwen3_5_template,
     "glm": glm4moe_template,
     "gemma4": dotted(gemma4_template, r"<\|tool_call>call:(?P<name>[^{]+)"),
-    "llama3": form("<|end_header_id|>\n\n", repeats=True, close_pattern=r"\}\s*(?:<\|eo[tm]_id\|>)?\s*$",
+    "llama3": form(r"<\|end_header_id\|>\n\n", repeats=True, close_pattern=r"\}\s*(?:<\|eo[tm]_id\|>)?\s*$",
                    open_pattern=r'\{"name":\s*"(?P<name>[^"]+)",\s*"parameters":\s*'),
     # gpt-oss itself also names the channel before the function and constrains to json, as its own parser allows
-    "harmony": form("<|start|>assistant", ("<|channel|>analysis<|message|>", "<|end|>"),
+    "harmony": form(r"<\|start\|>assistant", ("<|channel|>analysis<|message|>", "<|end|>"),
                     ("<|channel|>final<|message|>", "<|return|>"), repeats=True, close="<|call|>",
                     open_pattern=r"to=functions\.(?P<name>[^\s<]+)(?:<\|channel\|>commentary)?\s*"
                                  r"(?:<\|constrain\|>)?\s*json<\|message\|>"),
-    "mistral_list": form("[/INST]", open="[TOOL_CALLS]", close_pattern="</s>|$", transform=LISTED, transform_each=True),
-    "mistral_named": form("[/INST]", repeats=True, close_pattern=r"(?=\[TOOL_CALLS\])|</s>|$",
+    "mistral_list": form(MISTRAL, open="[TOOL_CALLS]", close_pattern="</s>|$", transform=LISTED, transform_each=True),
+    "mistral_named": form(MISTRAL, repeats=True, close_pattern=r"(?=\[TOOL_CALLS\])|</s>|$",
                           open_pattern=r"\[TOOL_CALLS\](?P<name>[^\[{]+)(?:\[CALL_ID\][^\[]*)?\[ARGS\]"),
     "deepseek": form("<｜Assistant｜>", ("<think>", "</think>"), repeats=True, close="```<｜tool▁call▁end｜>",
                      open_pattern=r"<｜tool▁call▁begin｜>\w+<｜tool▁sep｜>(?P<name>[^\n]+)\n```json\n"),
-    "cohere": form("<|CHATBOT_TOKEN|>", ("<|START_THINKING|>", "<|END_THINKING|>"),
+    "cohere": form(r"<\|CHATBOT_TOKEN\|>", ("<|START_THINKING|>", "<|END_THINKING|>"),
                    ("<|START_RESPONSE|>", "<|END_RESPONSE|>"), open="<|START_ACTION|>", close="<|END_ACTION|>",
                    transform_each=True,
                    transform={"function": {"name": "{tool_name}", "arguments": "{parameters}"}}),
-    "python": form("<|im_start|>assistant\n", ("<think>", "</think>"), open="<|tool_call_start|>",
+    "python": form(r"<\|im_start\|>assistant\n", ("<think>", "</think>"), open="<|tool_call_start|>",
                    close="<|tool_call_end|>", content="text", transform=None),
 }
 # fmt: on
@@ -117,7 +119,7 @@ def read_answer(tokenizer, kind, prompt, text, tools):
             raise ValueError("a name that is no string, or arguments that are no object")
         calls = [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
         json.dumps(calls, ensure_ascii=False).encode()  # python's sets are no JSON, lone surrogates no text
-        return calls, False, said
+        return calls, False, said if calls or any(said.values()) else said | {"content": text}
     except (ValueError, TypeError, LookupError, AttributeError, SyntaxError, RecursionError, MemoryError):
         # MemoryError: what ast says to brackets nested too deep
         return [], True, {"content": text, "reasoning_content": ""}

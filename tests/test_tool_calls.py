@@ -11,7 +11,8 @@ in lists unchecked or strict; variables standardised; the order of lists ignored
 block that the prompt opens unseen; positional arguments reversed or too many. Of the command: irrelevance inverted or
 right where the answer failed; relevance always; the first call against all; excluded functions shown; a history
 without calls or without answers; one mode only; defaults that may not be said; types left in BFCL's words; prompts
-beyond the context asked.
+beyond the context asked; calls before the prompt's last reply read again (Mistral's anchor); sets and lone surrogates
+taken for JSON.
 """
 
 import importlib
@@ -169,6 +170,8 @@ XML = "<tool_call>\n<function=clock>\n</function>\n</tool_call>"
         ("lfm2_5", "", "<|tool_call_start|>[clock(), clock()]<|tool_call_end|>", 2, False),
         ("lfm2_5", "", "<|tool_call_start|>[clock(now())]<|tool_call_end|>", 0, True),
         ("lfm2_5", "", "<|tool_call_start|>clock<|tool_call_end|>", 0, True),
+        ("lfm2_5", "", "<|tool_call_start|>[clock(x={1, 2})]<|tool_call_end|>", 0, True),  # a set is no JSON
+        ("qwen3", "", HERMES.replace("{}", '{"x": "\\ud800"}'), 0, True),  # half a character, which no file can hold
     ],
 )  # fmt: skip
 def test_what_is_a_call_and_what_is_none(name, opened, text, calls, malformed):
@@ -192,6 +195,17 @@ def test_no_answer_stops_a_run(family):
         assert all(isinstance(one["name"], str) and isinstance(one["arguments"], dict) for one in calls)
         same += calls == [RICH]
     assert same < 50
+
+
+@pytest.mark.parametrize("family", [one for one in callers if one.tool_list], ids=lambda family: family.name)
+def test_calls_of_the_history_are_not_read_again(family):
+    """The prompt ends with the reply to a call; the answer is words, which are read without what marks them."""
+    tokenizer, history = tokenizer_of(family.name), said([call("clock")])
+    kind = tool_calls.form_of(tokenizer)
+    history += [{"role": "tool", "tool_call_id": "000000000", "name": "clock", "content": "12"}]
+    prompt, text = rendered(tokenizer, [*history, {"role": "assistant", "content": "It [rains], {now}."}])
+    found = tool_calls.read_answer(tokenizer, kind, prompt, without_stop(family, text), None)
+    assert found == ([], False, {"content": "It [rains], {now}.", "reasoning_content": ""})
 
 
 def test_untyped_forms_take_the_types_of_the_schema_and_json_keeps_its_own():
