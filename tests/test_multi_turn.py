@@ -134,10 +134,10 @@ def by_heart(category, apart):
     for row, _, turns in bfcl(category).values():
         users = ()
         for asked, calls in zip(row["question"], turns, strict=True):
-            users += (asked[0]["content"] if asked else added,)
+            users += (asked[0]["content"].strip() if asked else added,)  # as Llama's template has it
             found = [[one] for one in calls] if apart else [calls] * bool(calls)
             assert steps.setdefault(users, found) == found  # no two conversations begin alike and go on otherwise
-    return lambda users, given: [*steps[tuple(users)], "Done."][given]
+    return lambda users, given: [*steps[tuple(map(str.strip, users))], "Done."][given]
 
 
 @pytest.mark.parametrize("name", ["qwen3_instruct_2507", "llama3_1"])
@@ -306,6 +306,11 @@ def theirs(row, truth, steps):
     return error, end if error else None, replies
 
 
+def sets_in_order(replies):
+    """Some errors show a set of words, whose order is that of this process's hashes."""
+    return re.sub(r"\{('\w+'(?:, '\w+')*)\}", lambda found: str(sorted(found[1].split(", "))), json.dumps(replies))
+
+
 def other(value):
     if isinstance(value, bool):
         return not value
@@ -364,8 +369,9 @@ def test_bfcls_own_checker_gives_the_same_verdicts(tmp_path, monkeypatch, times)
             row, truth, _ = bfcl(category)[line["id"]]
             error, turn, replies = theirs(row, truth, steps[line["id"]])
             ours = [[step["replies"] for step in turn if step["calls"]] for turn in line["turns"]]
-            if line["error"] != ENDED:
-                assert (line["error"], line["turn"], ours) == (error, turn, replies), line["id"]
+            if not line["step_limit"]:
+                assert (line["error"], line["turn"]) == (error, turn), line["id"]
+                assert sets_in_order(ours) == sets_in_order(replies), line["id"]
             seen[line["error"]] += 1
     assert (
         set(seen) - {ENDED} == {"", EMPTY, STATE, REPLY}
@@ -537,6 +543,25 @@ def test_what_is_no_call_of_the_classes_is_never_run(monkeypatch, name, argument
     assert ran == [as_text(step[0]), execute_calls.UNKNOWN, "ls()"]
     assert re.fullmatch(r"Error during execution: (name '.*' is not defined|invalid syntax)", found[1], re.S)
     assert json.loads(found[2])["current_directory_content"] == ["a", "b", HARM]
+
+
+def test_replies_do_not_hang_on_the_hashes_of_a_process():
+    """An error of BFCL's shows a set of words: in the same order by each process."""
+    config = {"TravelAPI": {"access_token": "1", "credit_card_list": {"2": {"balance": 3}}}}
+    line = {"id": "multi_turn_base_0", "classes": ["TravelAPI"], "config": config}
+    booking = {
+        "access_token": "1",
+        "card_id": "2",
+        "travel_date": "2026-11-22",
+        "travel_from": "SFO",
+        "travel_to": "LAX",
+    }
+    line |= {"turns": [[[call("book_flight", **booking, travel_class="third")]]]}
+    replies = []
+    for _ in range(4):
+        with multi_turn.Classes() as classes:
+            replies += classes.ask(line)["replies"]
+    assert len(set(replies)) == 1 and "Must be one of {" in replies[0]
 
 
 def test_prompts_beyond_the_context_are_wrong(tmp_path, data, monkeypatch):
