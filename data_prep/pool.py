@@ -24,7 +24,9 @@ import platform
 import random
 import re
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
@@ -46,7 +48,7 @@ from tqdm import tqdm
 BLOCK = 256 << 10  # bytes of text that one call of `work` gets: what it makes of them stays in a core's cache
 HEAD = 1 << 20  # bytes that tell what a file holds
 ROWS = 400  # and rows, where the input has no lines
-WORTH = 1  # seconds of work after which the start of other processes pays
+WORTH = 0.3  # seconds of work after which the start of other processes pays
 BATCH = 4 << 20  # bytes of Arrow data that are written at once
 SHARD = 256 << 20  # bytes of Arrow data in a file of a folder
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
@@ -464,6 +466,47 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def starter():
+    """How processes are started: forked from one that has imported what takes long and runs no threads. A fork of this
+    one would copy locks that Arrow's threads hold."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():  # Windows
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["numpy", "orjson", "pyarrow.compute", "tqdm", "xxhash", "yaml"])
+    return context
+
+
+def begin_work():
+    """What a new process does first."""
+    # Ctrl-C reaches it too: cut while it hands a result over, it would leave the script waiting for the rest
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    without_pandas()
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    """Where the script is killed, nothing would tell its processes: they would wait for work for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def without_pandas():
+    """Keep pyarrow from importing pandas, which it does at its first conversion and which takes 0.3 s a process: no
+    step reads or makes pandas' objects. What a step imports later may import it."""
+
+    class Absent:
+        def find_spec(self, name, path=None, target=None):
+            if name == "pandas":
+                raise ImportError(name)
+
+    absent = Absent()
+    sys.meta_path.insert(0, absent)
+    try:
+        pa.array([0])
+    finally:
+        sys.meta_path.remove(absent)
+
+
 def spread(work, blocks, num_proc=None, name="rows"):
     """Yield work(block) for every block, in order, on num_proc processes. Not given: on all processors, which start
     once a second of work has shown that there is more of it, and until they have started the work goes on here. Raises
@@ -490,8 +533,7 @@ def spread(work, blocks, num_proc=None, name="rows"):
             yield from here()
             return
         blocks = chain(ahead, blocks)
-        spawn = multiprocessing.get_context("spawn")  # a fork would copy locks that Arrow's threads hold
-        with ProcessPoolExecutor(many, spawn) as pool:
+        with ProcessPoolExecutor(many, starter(), begin_work) as pool:
             try:
                 if not num_proc:
                     started = [pool.submit(os.getpid) for _ in range(many)]
@@ -704,8 +746,14 @@ def counts_of(batch):
     column = batch.column("messages")
     found, offsets = pc.match_substring(column.flatten().storage, '"reasoning_content"'), np.asarray(column.offsets)
     seen = np.concatenate([[0], np.cumsum(np.asarray(found))])[offsets - offsets[0]]
-    modes = ["think" if think else "no_think" for think in seen[1:] > seen[:-1]]
-    return Counter(zip(batch.column("source").to_pylist(), batch.column("lang").to_pylist(), modes, strict=True))
+    sources, langs = (batch.column(name).dictionary_encode("encode") for name in ("source", "lang"))
+    codes = np.asarray(sources.indices) * len(langs.dictionary) + np.asarray(langs.indices)
+    codes, rows = np.unique(2 * codes + (seen[1:] > seen[:-1]), return_counts=True)
+    sources, langs = sources.dictionary.to_pylist(), langs.dictionary.to_pylist()
+    return Counter({
+        (sources[code // 2 // len(langs)], langs[code // 2 % len(langs)], "think" if code % 2 else "no_think"): count
+        for code, count in zip(codes.tolist(), rows.tolist(), strict=True)
+    })  # fmt: skip
 
 
 # -- folders and files out --------------------------------------------------------------------------------------------
@@ -999,14 +1047,20 @@ def add_num_proc(parser):
 
 
 def command(parser, run):
-    """The exit code of a script: that of run(arguments), or 2 with BadInput's sentence."""
+    """The exit code of a script: that of run(arguments), 2 with BadInput's sentence, or 130 after Ctrl-C."""
     args = parser.parse_args()
+    if Path(getattr(sys.modules["__main__"], "__file__", "")).parent == Path(__file__).parent:  # no test's process
+        without_pandas()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was written aside is removed
     try:
         if (getattr(args, "num_proc", None) or 1) < 1:
             raise BadInput(f"--num_proc {args.num_proc}: pass a number of at least 1")
         return run(args)
     except BadInput as error:
         return stop(str(error))
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
 
 
 def stop(sentence):

@@ -5,7 +5,8 @@ Each of these turns the suite red (tried): a byte order mark left in; escaped ba
 without a newline at the end lost; line breaks in an array's strings made blanks; lists a line taken for an array; text
 behind an array, or half a character at the end, passed over; long numbers looked for at every eighth byte only; rows
 of the hub numbered by block; ids not made unique; counts not compared; the folder aside left; rows held out by their
-place in a batch; kana not counted with han; the nulls of tool schemas left in parquet.
+place in a batch; kana not counted with han; the nulls of tool schemas left in parquet; processes that outlive a killed
+script, or that Ctrl-C cuts; no end by SIGTERM.
 """
 
 import gzip
@@ -14,8 +15,12 @@ import json
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 from unittest import mock
 
 import pyarrow as pa
@@ -315,6 +320,45 @@ def test_the_work_goes_on_here_until_other_processes_have_started():
     here = [pid == os.getpid() for _, pid in found]
     # a tenth of a second is five blocks; a process takes longer to start than the sixth
     assert here.count(True) > 6 and not here[-1] and here == sorted(here, reverse=True)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc: processes of a session cannot be told")
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)])
+def test_a_script_that_is_stopped_leaves_no_process_behind(name, code, tmp_path):
+    """Nor a half pool, where it can still remove one."""
+    command = [sys.executable, REPO / "data_prep" / "normalize.py", "messages", "-", "--out", "set", "--num_proc", "2"]
+    row = {"messages": [{"role": "user", "content": "a" * 900}, {"role": "assistant", "content": "b"}]}
+    with open(tmp_path / "said", "wb") as said:
+        script = subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE, stderr=said, start_new_session=True)
+        script.stdin.write(json.dumps(row).encode().join([b"\n"] * 5000))  # and no end: it waits for more
+        script.stdin.flush()
+        until(lambda: len(session(script.pid)) > 3)  # with what starts the others, and what counts semaphores
+        time.sleep(1)
+        (os.kill if name == "SIGKILL" else os.killpg)(script.pid, getattr(signal, name))
+        assert script.wait(60) == code
+        script.stdin.close()
+    until(lambda: not session(script.pid))
+    if name != "SIGKILL":
+        assert not [*tmp_path.glob(".set*")]
+    if name == "SIGINT":
+        assert (tmp_path / "said").read_text() == "interrupted: nothing was written\n"
+
+
+def session(pid):
+    """The processes that a process started, it and theirs too."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, leader = path.read_text().rpartition(") ")[2].split()[:4]
+            found += [path.parent.name] * (int(leader) == pid and state != "Z")
+    return found
+
+
+def until(true, seconds=60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.05)
 
 
 def test_rows_of_a_folder_are_sent_as_their_place(tmp_path):
