@@ -424,14 +424,16 @@ def hub_files(pattern):
         names = [one.rfilename for one in files]
         folder = snapshot_download(repo, repo_type="dataset", revision=info.sha, allow_patterns=names) if names else ""
     except Exception as error:  # what hub clients raise: all mean the same here
-        said = " ".join(str(error).split())[:200].rstrip(".")
-        raise BadInput(
-            f"{pattern}: could not be loaded from the hub ({type(error).__name__}: {said}): pass a local folder, or "
-            "set HF_ENDPOINT to a mirror"
-        ) from None
+        raise not_loaded(pattern, error, "pass a local folder, or set HF_ENDPOINT to a mirror") from None
     if not names:
         raise BadInput(f"{pattern}: {repo} has no such file or folder: see its page on the hub")
     return Path(folder, path)
+
+
+def not_loaded(name, error, more):
+    """BadInput about what the hub did not give."""
+    said = " ".join(str(error).split())[:200].rstrip(".")
+    return BadInput(f"{name}: could not be loaded from the hub ({type(error).__name__}: {said}): {more}")
 
 
 def hub_blocks(name, inputs):
@@ -447,12 +449,9 @@ def hub_blocks(name, inputs):
         size = sum(file.size or 0 for file in info.siblings) / 1e9
         print(f"{repo}: up to {size:.2f} GB to download ({info.sha[:8]}), kept in the cache", file=sys.stderr)
         rows = datasets.load_dataset(repo, config or None, split=split, revision=info.sha)
-    except Exception as error:  # what hub clients raise: all mean the same here
-        said = " ".join(str(error).split())[:200].rstrip(".")
-        raise BadInput(
-            f"{name}: could not be loaded from the hub ({type(error).__name__}: {said}): pass a file, set HF_ENDPOINT "
-            "to a mirror, or name config and split as owner/name:config@split"
-        ) from None
+    except Exception as error:
+        more = "pass a file, set HF_ENDPOINT to a mirror, or name config and split as owner/name:config@split"
+        raise not_loaded(name, error, more) from None
     inputs[name] = info.sha
     first = 1
     for batch in rows.data.table.to_batches(ROWS):
