@@ -3,6 +3,14 @@
 The oracles: BFCL's ground truth, played through the whole command in the form of two families, is right in 200 of 200
 conversations; BFCL's checker and its execution, called here by hand on lists of texts, agree on conversations with
 changed calls; cases worked by hand. The data are the wheel's own (bfcl_eval/data).
+
+Breaks tried, each seen here. Of the conversation: one step less before the limit; several calls a message where the
+template holds one, and the reverse; replies as null; thoughts dropped; later functions told at once or never, or
+without BFCL's words; excluded functions hidden; a prompt beyond the context or a template's refusal unseen. Of the
+verdict: a conversation that was ended judged by what it did; turns counted from 0 or not at all; wrong as right; the
+ground truth in place of the model's calls; the long context left out; only the last turn played. Of the classes:
+objects or precision kept from line to line; any name or argument's name run; no limit of time; sets in the order of a
+process's hashes; ground truth evaluated unread or never tried; any version of bfcl-eval taken.
 """
 
 import itertools
