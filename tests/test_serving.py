@@ -124,7 +124,7 @@ def greedy(model, ids, **settings):
 @pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.long) for name in NAMES[1:])])
 def test_a_run_answers_as_it_was_trained(name, ask, run_recipe, tmp_path):
     family, finished = FAMILY[name], []
-    left_out = () if family.reasoning else ("reasoning_content",)
+    left_out = () if family.reasoning and "reasoning" not in family.drops else ("reasoning_content",)
     rows = [[{k: v for k, v in message.items() if k not in left_out} for message in row] for row in ROWS]
     told = [TOOLS if any("tool_calls" in message for message in row) else None for row in rows]
     lines = [{"messages": row} | ({"tools": tools} if tools else {}) for row, tools in zip(rows, told, strict=True)]
@@ -213,7 +213,7 @@ SUMMARY = {
     "Avg TPOT (ms)": 47.21, "Avg ITL (ms)": 58.0, "Avg Output Tokens": 18.75, "Input Throughput (tok/s)": 0.0,
     "Avg Decoded Tok/Iter": 1.3549, "Spec. Accept Rate": 0.262,
 }  # fmt: skip
-ROWS = [
+LOADED = [
     {"Percentiles": "min", "Latency (s)": 0.8271, "TTFT (ms)": 64.7328, "ITL (ms)": 0.0077, "TPOT (ms)": 4.3703,
      "Input tokens": 14.0, "Output tokens": 5.0, "Output (tok/s)": 0.7808, "Total (tok/s)": 4.8653,
      "Decode (tok/s)": 4.8144},
@@ -305,7 +305,7 @@ def speaker():
 
 def bench(folder, **does):
     """The Python of an evalscope that does as it is told."""
-    does = {"version": "1.14.1", "summary": SUMMARY, "rows": ROWS, "says": "", "code": 0} | does
+    does = {"version": "1.14.1", "summary": SUMMARY, "rows": LOADED, "says": "", "code": 0} | does
     (folder / "does.json").write_text(json.dumps(does))
     (folder / "python").write_text(BENCH)
     (folder / "python").chmod(0o755)
@@ -368,7 +368,7 @@ def test_a_folder_is_served_and_measured(speaker, tmp_path, monkeypatch, capsys)
 
 
 def test_answers_of_one_token_have_no_speed(speaker, tmp_path, capsys):
-    rows = [row | {"Decode (tok/s)": float("nan")} for row in ROWS]
+    rows = [row | {"Decode (tok/s)": float("nan")} for row in LOADED]
     tool = bench(tmp_path, rows=rows, summary=SUMMARY | {"Avg Output Tokens": 1.0})
     out = tmp_path / "load.json"
     assert load("--base_url", speaker.url, "--model", "m", "--bench_python", tool, "--out", out) == 0
