@@ -303,28 +303,42 @@ PLAIN_ONLY = {"messages", "tools", "documents", "add_generation_prompt", "conver
               "return_assistant_tokens_mask", "continue_final_message"}  # fmt: skip
 
 
+# of strings, which hold nothing that the sandbox would refuse; not format, which it replaces
+STRING_METHODS = {"endswith", "lower", "lstrip", "replace", "rstrip", "split", "startswith", "strip", "upper"}
+
+
 @cache
 def quick_program(template):
-    """The template as transformers compiles it, with a shorter way to an attribute: jinja's sandbox asks Python first
-    and then six questions about the answer, of which dicts and loop variables need none."""
+    """The template as transformers compiles it, with a shorter way to attributes and to methods of strings: jinja's
+    sandbox asks Python first and then six questions about the answer, of which dicts, strings, namespaces and loop
+    variables need none."""
     from jinja2.runtime import LoopContext
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     program = _compile_jinja_template.__wrapped__(template)  # one of its own: the cached one is transformers'
     environment, names_of_dict, missing = program.environment, {*dir(dict)}, object()
-    careful, plain = type(environment).getattr, {LoopContext, environment.globals["namespace"]}
+    kind_of, namespace, method = type(environment), environment.globals["namespace"], type("".strip)
+    undefined = cache(lambda name: environment.undefined(obj={}, name=name))  # it tells the kind of the object only
 
     def quick(obj, name):
-        kind = type(obj)
+        kind, value = type(obj), missing
         if kind is dict and name not in names_of_dict:
             value = obj.get(name, missing)
-            return environment.undefined(obj=obj, name=name) if value is missing else value
-        if kind in plain and name[0] != "_":
+            return undefined(name) if value is missing else value
+        if kind is str and name in STRING_METHODS:
+            return getattr(obj, name)
+        if kind is namespace:  # of transformers, which holds no name with an underscore
+            value = object.__getattribute__(obj, "_Namespace__attrs").get(name, missing)
+        elif kind is LoopContext and name[0] != "_":
             value = getattr(obj, name, missing)
-            return careful(environment, obj, name) if value is missing else value
-        return careful(environment, obj, name)
+        return kind_of.getattr(environment, obj, name) if value is missing else value
 
-    environment.getattr = quick
+    def call(context, obj, *args, **kwargs):
+        if type(obj) is method and type(obj.__self__) is str and kwargs.keys() <= {"_block_vars", "_loop_vars"}:
+            return obj(*args)
+        return kind_of.call(environment, context, obj, *args, **kwargs)
+
+    environment.getattr, environment.call = quick, call
     return program
 
 

@@ -158,6 +158,7 @@ def test_an_interrupted_step_leaves_nothing(raw, demo, tmp_path, name):
     paths = {"raw": folder / "raw.jsonl", "pool": folder / "pool", "eval": folder / "eval", "model": demo / "init"}
     flags = [str(flag).format(**paths) for flag in STEPS[name][0]]
     script = import_module(name)
-    with mock.patch.object(script, "spread", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
-        run(name, *flags, "--out", tmp_path / "out", "--num_proc", 1)
+    with mock.patch.object(script, "spread", side_effect=KeyboardInterrupt):
+        code, said = run(name, *flags, "--out", tmp_path / "out", "--num_proc", 1)
+    assert code == 130 and said.strip() == "interrupted: nothing was written"
     assert not [*tmp_path.iterdir()]

@@ -21,6 +21,7 @@ from conftest import EXACT, REPO, SHARED
 sys.path.insert(0, str(REPO / "data_prep"))
 import preview  # noqa: E402
 import render  # noqa: E402
+from rows import Refused  # noqa: E402
 
 SCRIPT = REPO / "data_prep" / "preview.py"
 RECIPE = REPO / "recipes" / "qwen3_qlora.py"
@@ -145,6 +146,49 @@ def test_a_null_key_is_a_missing_key(tiny):
         messages = [{"role": "user", "content": "q", "name": name}]
         wanted = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
         assert render.Against(template, tokenizer).render({}, messages) == (wanted, [])
+
+
+SHORT = [  # what render.py reaches by a shorter way than jinja's sandbox, and what it must leave to it
+    "{{ m.content.strip() }}|{{ m.content.split(',')[1].upper() }}|{{ m.content.replace('a', loop.index0 | string) }}",
+    "{{ m.role.startswith('u') }}{{ m.role.endswith(('r', 't')) }}{{ m.content.rstrip().lstrip('a') }}",
+    "{{ '-'.join(['a', m.role]) }}{{ m.role.title() }}{{ '%s {}'.format(m.role) }}{{ '{0.real}'.format(1) }}",
+    "{{ m.absent is defined }}{{ m.absent or 'none' }}{{ m.absent }}{{ m.keys() | list }}{{ m.items() | length }}",
+    "{% set ns = namespace(x=1, items=2) %}{% set ns.x = ns.x + 1 %}{{ ns.x }}{{ ns.items }}{{ ns.y is defined }}",
+    "{{ loop.last }}{{ loop.previtem is defined }}{{ loop.cycle('a', 'b') }}{{ loop.changed(m.role) }}",
+    "{{ m.absent.more }}",
+    "{{ ns.absent.more }}",
+    "{{ m.content.strip(1) }}",
+    "{{ m.content.strip(chars='a') }}",
+    "{{ m.content.__class__ }}",
+    "{{ m.content.__class__.__mro__ }}",
+    "{{ '{0.__class__.__mro__}'.format(m) }}",
+    "{{ '{x.__class__}'.format_map({'x': m}) }}",
+    "{{ m.content.strip.__self__ }}",
+    "{{ m.pop('role') }}",
+    "{{ m.update({'role': 'x'}) }}{{ m.role }}",
+    "{{ messages.append(1) }}",
+    "{% set ns = namespace(_x=1) %}{{ ns._x }}",
+    "{% set ns = namespace(_x=1) %}{{ ns.__class__ }}{{ ns._Namespace__attrs }}",
+    "{{ loop._iterable }}",
+    "{{ raise_exception('no ' ~ m.role) }}",
+]
+
+
+@pytest.mark.parametrize("body", SHORT)
+def test_the_short_way_renders_as_transformers_does(body):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = "{% for m in messages %}" + body + "{% endfor %}"
+    messages = [{"role": "user", "content": " a,b "}, {"role": "assistant", "content": "aca,d", "extra": None}]
+    without = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
+    try:
+        wanted = render_jinja_template([without], chat_template=template)[0][0]
+    except Exception as error:
+        with pytest.raises(Refused) as refused:
+            render.Against(template).render({}, messages)
+        assert refused.value.detail == render.reason_of(error)
+    else:
+        assert render.Against(template).render({}, messages) == (wanted, [])
 
 
 # -- packs and steps are TRL's ----------------------------------------------------------------------------------------
