@@ -26,6 +26,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter, deque
@@ -468,7 +469,8 @@ def cores():
 def starter():
     """How processes are started: forked from one that has imported what takes long and runs no threads. A fork of this
     one would copy locks that Arrow's threads hold."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():  # Windows
+    # Windows has none, and its socket lies in the folder for temporary files, whose path may be too long for one
+    if "forkserver" not in multiprocessing.get_all_start_methods() or len(tempfile.gettempdir()) > 60:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["numpy", "orjson", "pyarrow.compute", "tqdm", "xxhash", "yaml"])

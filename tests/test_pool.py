@@ -344,6 +344,18 @@ def test_a_script_that_is_stopped_leaves_no_process_behind(name, code, tmp_path)
         assert (tmp_path / "said").read_text() == "interrupted: nothing was written\n"
 
 
+def test_processes_start_where_the_path_for_temporary_files_is_long(tmp_path):
+    """A socket's path has 107 characters at most."""
+    folder = tmp_path / ("long" * 25)
+    folder.mkdir()
+    row = {"messages": [{"role": "user", "content": "a" * 900}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(row)] * 3000))
+    script = [sys.executable, REPO / "data_prep" / "normalize.py", "messages", "rows.jsonl", "--out", "set"]
+    env = os.environ | {"TMPDIR": str(folder)}
+    done = subprocess.run([*script, "--num_proc", "2"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "3,000 rows kept" in done.stdout, done.stderr
+
+
 def session(pid):
     """The processes that a process started, it and theirs too."""
     found = []
