@@ -40,7 +40,6 @@ from rows import (
 )
 
 MAP_BATCH = 1000  # datasets' default batch of map(): TRL packs within it, never across
-WORDS = 1 << 17  # that a tokenizer remembers the tokens of; 10,000 where nobody says more
 PERSONAS = ("custom_instructions", "system_prompt", "model_identity")  # template arguments that say who speaks
 
 # the names that decide what is trained, with the values that TRL and RecipeArguments give them where a recipe is silent
@@ -269,8 +268,6 @@ class Against:
         if backend is not self.prepared:
             backend.no_padding()
             backend.no_truncation()
-            if hasattr(backend.model, "_resize_cache"):
-                backend.model._resize_cache(WORDS)
             self.prepared = backend
         backend.encode_special_tokens = self.tokenizer.split_special_tokens
         normalizer = backend.normalizer
