@@ -747,14 +747,8 @@ def counts_of(batch):
     column = batch.column("messages")
     found, offsets = pc.match_substring(column.flatten().storage, '"reasoning_content"'), np.asarray(column.offsets)
     seen = np.concatenate([[0], np.cumsum(np.asarray(found))])[offsets - offsets[0]]
-    sources, langs = (batch.column(name).dictionary_encode("encode") for name in ("source", "lang"))
-    codes = np.asarray(sources.indices) * len(langs.dictionary) + np.asarray(langs.indices)
-    codes, rows = np.unique(2 * codes + (seen[1:] > seen[:-1]), return_counts=True)
-    sources, langs = sources.dictionary.to_pylist(), langs.dictionary.to_pylist()
-    return Counter({
-        (sources[code // 2 // len(langs)], langs[code // 2 % len(langs)], "think" if code % 2 else "no_think"): count
-        for code, count in zip(codes.tolist(), rows.tolist(), strict=True)
-    })  # fmt: skip
+    modes = ["think" if think else "no_think" for think in seen[1:] > seen[:-1]]
+    return Counter(zip(batch.column("source").to_pylist(), batch.column("lang").to_pylist(), modes, strict=True))
 
 
 # -- folders and files out --------------------------------------------------------------------------------------------

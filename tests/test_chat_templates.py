@@ -582,7 +582,7 @@ def test_step3_qwen3_has_the_mask_of_steptron():
     family, source, seen = next(f for f in FAMILIES if f.name == "step3_qwen3"), template("step3_qwen3"), Counter()
 
     @settings(
-        max_examples=1000, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=1500, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
     )
     @given(conversations(family), st.integers(0, 2**32 - 1))
     def run(conversation, seed):
@@ -606,7 +606,7 @@ def test_step3_qwen3_has_the_mask_of_steptron():
         seen["spans"] += len(ours)
 
     run()
-    assert seen[True] > 500 and seen[False] > 20 and seen["spans"] > 500, seen
+    assert seen[True] > 500 and seen[False] > 50 and seen["spans"] > 500, seen
 
 
 # ---------------------------------------------------------------- rule 1: the published renderings
