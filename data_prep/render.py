@@ -284,7 +284,7 @@ class Against:
         """Encoding.char_to_token of a text's ids, for the edges of these spans, from the bytes that each token stands
         for; None where these do not add up to the text's."""
         self.widths = widths_of(self.tokenizer) if self.widths is None else self.widths
-        ends = self.widths[ids].cumsum() if len(self.widths) and ids else [-1]
+        ends = self.widths.take(ids).cumsum() if len(self.widths) and ids else [-1]
         edges = sorted({char for start, end in chars for char in (start, end - 1) if 0 <= char < len(text)})
         if text.isascii():
             places, size = edges, len(text)
@@ -315,6 +315,7 @@ def quick_program(template):
     program = _compile_jinja_template.__wrapped__(template)  # one of its own: the cached one is transformers'
     environment, names_of_dict, missing = program.environment, {*dir(dict)}, object()
     kind_of, namespace, method = type(environment), environment.globals["namespace"], type("".strip)
+    generation = next(iter(environment.extensions.values()))._generation_support
     undefined = cache(lambda name: environment.undefined(obj={}, name=name))  # it tells the kind of the object only
 
     def quick(obj, name):
@@ -330,10 +331,12 @@ def quick_program(template):
             value = getattr(obj, name, missing)
         return kind_of.getattr(environment, obj, name) if value is missing else value
 
-    def call(context, obj, *args, **kwargs):
-        if type(obj) is method and type(obj.__self__) is str and kwargs.keys() <= {"_block_vars", "_loop_vars"}:
-            return obj(*args)
-        return kind_of.call(environment, context, obj, *args, **kwargs)
+    def call(context, obj, /, *args, _block_vars=None, _loop_vars=None, **kwargs):
+        if obj is namespace or type(obj) is method and type(obj.__self__) is str:
+            return obj(*args, **kwargs)
+        if generation == obj:
+            return obj(context.eval_ctx, **kwargs)
+        return kind_of.call(environment, context, obj, *args, _block_vars=_block_vars, _loop_vars=_loop_vars, **kwargs)
 
     environment.getattr, environment.call = quick, call
     return program

@@ -171,6 +171,12 @@ SHORT = [  # what render.py reaches by a shorter way than jinja's sandbox, and w
     "{% set ns = namespace(_x=1) %}{{ ns.__class__ }}{{ ns._Namespace__attrs }}",
     "{{ loop._iterable }}",
     "{{ raise_exception('no ' ~ m.role) }}",
+    "{% set ns = namespace(obj=1, context=2, self=3) %}{{ ns.obj }}{{ ns.context }}{{ ns.self }}",
+    "{% set ns = namespace(1) %}{{ ns.x }}",
+    "{{ m.role }}{% generation %}{{ m.content }}{% endgeneration %}.",
+    "{% generation %}{{ m.role }}{% generation %}{{ m.content.upper() }}{% endgeneration %}{% endgeneration %}",
+    "{% generation %}{{ raise_exception('no ' ~ m.role) }}{% endgeneration %}",
+    "{% macro said(m) %}{{ m.role }}{{ caller() }}{% endmacro %}{% call said(m) %}!{% endcall %}",
 ]
 
 
@@ -181,14 +187,15 @@ def test_the_short_way_renders_as_transformers_does(body):
     template = "{% for m in messages %}" + body + "{% endfor %}"
     messages = [{"role": "user", "content": " a,b "}, {"role": "assistant", "content": "aca,d", "extra": None}]
     without = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
+    marked = "{% generation %}" in body
     try:
-        wanted = render_jinja_template([without], chat_template=template)[0][0]
+        texts, spans = render_jinja_template([without], chat_template=template, return_assistant_tokens_mask=marked)
     except Exception as error:
         with pytest.raises(Refused) as refused:
             render.Against(template).render({}, messages)
         assert refused.value.detail == render.reason_of(error)
     else:
-        assert render.Against(template).render({}, messages) == (wanted, [])
+        assert render.Against(template).render({}, messages) == (texts[0], spans[0] if marked else [])
 
 
 # -- packs and steps are TRL's ----------------------------------------------------------------------------------------
