@@ -308,36 +308,57 @@ STRING_METHODS = {"endswith", "lower", "lstrip", "replace", "rstrip", "split", "
 def quick_program(template):
     """The template as transformers compiles it, with a shorter way to attributes and to methods of strings: jinja's
     sandbox asks Python first and then six questions about the answer, of which dicts, strings, namespaces and loop
-    variables need none."""
+    variables need none. Also to namespaces and {% generation %} blocks, which go through four calls each."""
     from jinja2.runtime import LoopContext
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     program = _compile_jinja_template.__wrapped__(template)  # one of its own: the cached one is transformers'
     environment, names_of_dict, missing = program.environment, {*dir(dict)}, object()
-    kind_of, namespace, method = type(environment), environment.globals["namespace"], type("".strip)
+    kind_of, method, theirs = type(environment), type("".strip), environment.globals["namespace"]
     generation = next(iter(environment.extensions.values()))._generation_support
     undefined = cache(lambda name: environment.undefined(obj={}, name=name))  # it tells the kind of the object only
+    told, attrs = object.__getattribute__, "_Namespace__attrs"
+
+    class Ours(theirs):
+        """transformers' namespace, which refuses names with an underscore."""
+
+        def __init__(self, /, *args, **names):
+            if args or any([name[:1] == "_" for name in names]):
+                theirs.__init__(self, *args, **names)
+            else:
+                object.__setattr__(self, attrs, names)
+
+        def __setitem__(self, name, value):
+            if name[0] == "_":
+                theirs.__setitem__(self, name, value)
+            told(self, attrs)[name] = value
 
     def quick(obj, name):
         kind, value = type(obj), missing
-        if kind is dict and name not in names_of_dict:
-            value = obj.get(name, missing)
-            return undefined(name) if value is missing else value
-        if kind is str and name in STRING_METHODS:
+        if kind is dict:
+            if name not in names_of_dict:
+                value = obj.get(name, missing)
+                return undefined(name) if value is missing else value
+        elif kind is LoopContext:
+            if name[0] != "_":
+                value = getattr(obj, name, missing)
+        elif kind is Ours:
+            value = told(obj, attrs).get(name, missing)
+        elif kind is str and name in STRING_METHODS:
             return getattr(obj, name)
-        if kind is namespace:  # of transformers, which holds no name with an underscore
-            value = object.__getattribute__(obj, "_Namespace__attrs").get(name, missing)
-        elif kind is LoopContext and name[0] != "_":
-            value = getattr(obj, name, missing)
         return kind_of.getattr(environment, obj, name) if value is missing else value
 
     def call(context, obj, /, *args, _block_vars=None, _loop_vars=None, **kwargs):
-        if obj is namespace or type(obj) is method and type(obj.__self__) is str:
+        if obj is Ours or type(obj) is method and type(obj.__self__) is str:
             return obj(*args, **kwargs)
         if generation == obj:
-            return obj(context.eval_ctx, **kwargs)
+            return obj(context.eval_ctx, kwargs["caller"]._func)  # the block is a macro without arguments
         return kind_of.call(environment, context, obj, *args, _block_vars=_block_vars, _loop_vars=_loop_vars, **kwargs)
 
+    for name in ("__module__", "__name__", "__qualname__"):  # which errors tell
+        setattr(Ours, name, getattr(theirs, name))
+    environment.globals["namespace"] = Ours
+    program.globals = {**program.globals}  # every rendering copies it, and it was a chain of dicts
     environment.getattr, environment.call = quick, call
     return program
 
