@@ -24,7 +24,7 @@ import pytest
 import trl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError, meta, nodes
 from template_oracle import FAMILIES, Refused
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -765,6 +765,17 @@ def test_serving_form_renders_the_same(family):
             assert results[0] == results[1]
             seen[prompt] += not results[0].startswith("refused: ")
     assert min(seen.values()) > SAMPLES // 2
+
+
+@families
+def test_no_membership_is_asked_of_an_argument_that_may_be_missing(family):
+    """jinja2 says no; llama.cpp ends with "Cannot perform operation in on undefined values", and no prompt is built."""
+    tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(serving(template(family.name)))
+    arguments, asked = meta.find_undeclared_variables(tree) - {"value"}, []  # that one is asked for first
+    for node in tree.find_all(nodes.Compare):
+        if isinstance(node.expr, nodes.Name) and {operand.op for operand in node.ops} & {"in", "notin"}:
+            asked.append(node.expr.name)
+    assert {"messages", "train_turns"} <= arguments and not arguments & {*asked}
 
 
 @families
