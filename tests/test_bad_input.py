@@ -168,7 +168,7 @@ import os
 from transformers import TrainerCallback
 class Full(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
-        if state.global_step == 4 and not os.path.exists({str(tmp_path / 'freed')!r}):
+        if state.global_step == 4 and not os.path.exists({str(tmp_path / "freed")!r}):
             os.makedirs(args.output_dir + "/checkpoint-4")
             os.symlink("/dev/full", args.output_dir + "/checkpoint-4/{name}")
 def callback(trainer):

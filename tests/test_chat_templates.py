@@ -564,6 +564,32 @@ def test_misspelt_arguments_are_refused_and_none_means_unset(family):
             render(source, conversation, **{name: "nonsense"})
 
 
+@families
+def test_true_and_false_are_on_and_off(family):
+    """YAML reads an unquoted on and off as booleans."""
+    conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "13"}]
+    source, seen = template(family.name), 0
+    for name, values in choices(family).items():
+        for word, value in (("on", True), ("off", False)):
+            if name.startswith("train_") and word in values:
+                by_word, by_value = (render(source, conversation, **{name: given}) for given in (word, value))
+                assert by_value == by_word
+                seen += 1
+    assert seen >= 2
+
+
+@families
+def test_flags_count_only_where_they_are_asked_for(family):
+    source, spans = template(family.name), {}
+    for turns in ("all", "last", "flagged"):
+        for flags in ({}, {"loss_mask": 0}, {"train": 0}):
+            conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "13", **flags}]
+            spans[(turns, *flags)] = render(source, conversation, train_turns=turns)[1]
+    trained = spans["flagged",]
+    assert trained and not spans["flagged", "loss_mask"] and not spans["flagged", "train"]
+    assert all(found == trained for (turns, *_), found in spans.items() if turns != "flagged")
+
+
 def steptron_spans(messages, tools):
     """StepTron's own way: a turn is what its prefix adds to the prefix before it, on the published Qwen3 template."""
     source = (UPSTREAM / "qwen3.jinja").read_text(encoding="utf-8")

@@ -299,9 +299,7 @@ def test_same_bytes_twice_other_bytes_by_seed(demo, tmp_path):
     assert [name for name in again if again[name] != first[name]] == []
     assert not [name for name in again if str(tmp_path).encode() in again[name] or str(ROOT).encode() in again[name]]
     run("demo_rows.py", "--out", tmp_path / "other", "--rows", 400, "--seed", 43)
-    assert (tmp_path / "other" / "chat" / "test.jsonl").read_bytes() != (
-        tmp_path / "rows/chat/test.jsonl"
-    ).read_bytes()
+    assert (tmp_path / "other" / "chat" / "test.jsonl").read_bytes() != (tmp_path / "rows/chat/test.jsonl").read_bytes()
 
 
 def test_tokenizer_follows_qwen3(tokenizer):
