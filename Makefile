@@ -15,8 +15,8 @@ demo: .venv/installed
 	rm -rf runs/demo
 	$(RUN) data_prep/demo_rows.py --out runs/demo/rows
 	$(RUN) data_prep/demo_model.py --rows runs/demo/rows --out runs/demo/init
-	$(LAUNCH) --config_file accelerate_configs/cpu.yaml recipes/qwen3_full.py --config recipes/demo_base.yaml
-	$(LAUNCH) --config_file accelerate_configs/cpu.yaml recipes/qwen3_qlora.py --config recipes/demo_qlora.yaml
+	$(LAUNCH) --config_file accelerate_configs/cpu.yaml recipes/qwen3_full.py --config recipes/configs/demo_base.yaml
+	$(LAUNCH) --config_file accelerate_configs/cpu.yaml recipes/qwen3_qlora.py --config recipes/configs/demo_qlora.yaml
 	$(RUN) eval/compare.py --base runs/demo/base --tuned runs/demo/qlora --data runs/demo/rows/chat
 
 test: .venv/installed lint
@@ -27,6 +27,7 @@ test-long: .venv/installed lint
 
 lint: .venv/installed
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check --quiet .
 
 clean:
 	rm -rf .venv runs

@@ -2,9 +2,10 @@
 
     python data_prep/compile.py data/chats --recipe recipes/qwen3_qlora.py --out data/chats-compiled
     python data_prep/compile.py data/step --recipe recipes/qwen3_full.py --packing_strategy sequential --out data/packs
-    accelerate launch recipes/qwen3_qlora.py --dataset_name data/chats-compiled
+    accelerate launch recipes/qwen3_qlora.py --config recipes/configs/compiled.yaml --dataset_name data/chats-compiled
 
-DATA is what the recipe would load, its DEFAULTS, --config and these flags say how. OUT is a dataset folder (for
+DATA is what the recipe would load, its DEFAULTS, --config and these flags say how; for a recipe of compiled sets, which
+names neither mask nor length, --assistant_only_loss and --max_length do. OUT is a dataset folder (for
 load_from_disk) with the splits that the recipe would train on and validate with, held-out rows drawn as it draws them:
   input_ids    int32; a row a pack, or a document without packing
   labels       int32; -100 where nothing is trained, which the first token of each document never is
@@ -14,8 +15,8 @@ Packs of bfd and bfd_split are TRL's own. sequential packs next-fit in the rows'
 longer than max_length is dropped and closes the open pack. Such packs are trained in order with
 --train_sampling_strategy sequential: of N processes the first takes packs 0, N, 2N …, the second 1, N + 1 …
 
-report.json holds the hashes of tokenizer and template; a recipe of another tokenizer, template or mask refuses the set
-before its weights load (hook preflight). rejected.jsonl lists the rows that cannot be rendered, those with nothing to
+report.json holds the hashes of tokenizer and template; a recipe of another tokenizer or template refuses the set before
+its weights load (recipes/hooks). rejected.jsonl lists the rows that cannot be rendered, those with nothing to
 train and, in sequential packs, those too long (file = split, line = row from 1); cut ones are counted in report.json.
 
 Exit 0: done, some rows may be refused. 1: nothing left, nothing written. 2: bad input, one sentence.
@@ -53,7 +54,17 @@ from pool import (
     told,
     write,
 )
-from render import MAP_BATCH, is_chat, load_against, load_rows, load_sets, pack, read_settings, tokenised
+from render import (
+    MAP_BATCH,
+    is_chat,
+    load_against,
+    load_rows,
+    load_sets,
+    pack,
+    read_settings,
+    refuse_unnamed_mask,
+    tokenised,
+)
 from rows import BadInput
 
 INTEGERS = {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "List"}
@@ -81,26 +92,21 @@ FLAGS = {  # of the recipe: name: type
 
 # -- which rows, in the order in which the recipe packs them ----------------------------------------------------------
 def splits_of(data, settings):
-    """{split: (rows, order)} and the numbers of rows of the first that the recipe leaves out. Raises BadInput."""
+    """{split: (rows, order)}. Raises BadInput."""
     rows, order, note = load_rows(data, settings)
     if "input_ids" in rows.column_names:
         raise BadInput(f"{data}: its rows are tokens already: pass the rows of messages that they were made of")
     name, sets = settings.dataset_test_split, load_sets(Path(data), settings.dataset_train_split)
-    splits, drawn_from, held_out = {settings.dataset_train_split: (rows, order)}, [*range(len(rows))], []
+    splits = {settings.dataset_train_split: (rows, order)}
     if name in sets:
         if name != settings.dataset_train_split and len(sets[name]):
             splits[name] = sets[name], shuffled([*range(len(sets[name]))], settings)
     elif settings.eval_rows:
-        if settings.assistant_only_loss and settings.skip_bad_rows and "messages" in rows.column_names:
-            turns = enumerate(rows["messages"])
-            drawn_from = [i for i, one in turns if any(turn["role"] == "assistant" for turn in one or [])]
-        if settings.eval_rows >= len(drawn_from):
+        if settings.eval_rows >= len(rows):
             raise BadInput(f"{data}: {note}")
-        drawn = np.random.default_rng(settings.seed).permutation(len(drawn_from))[: settings.eval_rows]
-        held_out = shuffled([drawn_from[i] for i in drawn.tolist()], settings)
-        splits[name] = rows, held_out
-    left = {*range(len(rows))} - {*order} - {*held_out} if len(order) + len(held_out) < len(rows) else ()
-    return splits, sorted(left)
+        drawn = np.random.default_rng(settings.seed).permutation(len(rows))[: settings.eval_rows]
+        splits[name] = rows, shuffled(drawn.tolist(), settings)
+    return splits
 
 
 def shuffled(order, settings):
@@ -320,7 +326,7 @@ def digest_of(values):
 
 
 def made_with(settings, against):
-    """What the tokens depend on beside the rows, as report.json and the hook preflight compare it: sha256 of what the
+    """What the tokens depend on beside the rows, as report.json and recipes/hooks compare it: sha256 of what the
     tokenizer's file says, of the template's text, and the arguments."""
     said = json.loads(against.tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
     return {
@@ -369,13 +375,14 @@ def compile_set(args):
         raise BadInput("packing_strategy wrapped: joins documents, and this set keeps them apart: pass "
                        "--packing_strategy bfd_split, or leave it to the recipe")  # fmt: skip
     settings.packing_strategy = "sequential" if sequential else settings.packing_strategy
-    splits, left = splits_of(args.data, settings)
+    refuse_unnamed_mask(settings, args.assistant_only_loss)
+    splits = splits_of(args.data, settings)
     given = json.dumps(vars(settings))
     against = prepared(given)[1]
     train, order = splits[settings.dataset_train_split]
     chat = is_chat(train[order[0]], against, settings) if order else False
     with SetWriter(args.out) as writer:
-        report, lines = compiled(writer, splits, left, partial(work, given=given, chat=chat), settings, args)
+        report, lines = compiled(writer, splits, partial(work, given=given, chat=chat), settings, args)
         if not writer.found or not writer.found[settings.dataset_train_split]["packs"]:
             print(f"{args.data}: nothing left to train ({summary(writer.refused)})", file=sys.stderr)
             return 1
@@ -385,12 +392,9 @@ def compile_set(args):
     return 0
 
 
-def compiled(writer, splits, left, job, settings, args):
+def compiled(writer, splits, job, settings, args):
     """Fill the writer; (report, lines of a table)."""
-    rows, cut, total, fit, last = Counter(), Counter(), len(left), NextFit(settings.max_length), None
-    train = splits[settings.dataset_train_split][0]
-    for number in left:
-        writer.reject(rejected(settings.dataset_train_split, number, train[number], "no assistant turn", ""))
+    rows, cut, total, fit, last = Counter(), Counter(), 0, NextFit(settings.max_length), None
     sequential = settings.packing and settings.packing_strategy == "sequential"
     for result in spread(job, blocks_of(splits, settings), args.num_proc):
         total += result.total

@@ -374,9 +374,7 @@ def main():
         return stop(f"{args.out}: not written ({error}): make room or pass another --out")
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    print(
-        f"{args.out}: {len(texts):,} texts, " + ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items())
-    )
+    print(f"{args.out}: {len(texts):,} texts, " + ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items()))
     return 0
 
 

@@ -4,7 +4,8 @@
     python data_prep/preview.py rows.jsonl --recipe recipes/qwen3_qlora.py --max_length 1024 --rows 5
 
 DATA is what recipes take: a .jsonl, .json or .parquet file or a save_to_disk folder, of chats or compiled rows. Model,
-template, length, packing, batch and epochs are the recipe's: DEFAULTS < --config run.yaml < flags. Every row is
+template, length, packing, batch and epochs are the recipe's: DEFAULTS < --config run.yaml < flags. Compiled rows are
+shown as they are, with --config recipes/configs/compiled.yaml, which a run on them needs, or without. Every row is
 rendered, tokenised, masked, cut and packed as TRL would; the first --rows are shown, in the HTML page also the first
 row of every finding. Trained text stands in brackets, and is green and underlined where there is colour.
 
@@ -31,6 +32,7 @@ from render import (
     name_of,
     pack,
     read_settings,
+    refuse_unnamed_mask,
     steps,
     within,
 )
@@ -184,6 +186,17 @@ def figures(marks, trained, order, settings, compiled):
     }
 
 
+def compiled_length(data: Path) -> int | None:
+    """Return the tokens of a full pack by the report.json that compile.py writes, None where it is not known."""
+    report = data / "report.json"
+    if not report.is_file():
+        return None
+    try:
+        return json.loads(report.read_text(encoding="utf-8")).get("max_length")
+    except ValueError:
+        return None
+
+
 def whole_steps(count, settings):
     """How many of `count` rows or packs fill optimizer steps."""
     return count // settings.global_batch_size * settings.global_batch_size
@@ -213,7 +226,7 @@ def judge(marks, found, settings, max_cut, chat):
     if found["kept_trained"] == 0:
         why = "what is trained lies behind the cut" if found["trained"] else "the mask is empty in every row"
         tell("nothing trained", f"nothing is trained: {why}")
-    elif where["untrained"] and chat and settings.assistant_only_loss and not settings.skip_bad_rows:
+    elif where["untrained"] and chat and settings.assistant_only_loss:
         text = f"{many(where['untrained'])} without a trained token: TRL stops at the first, leave them out"
         tell("nothing trained", text, where["untrained"])
     elif where["untrained"]:
@@ -279,7 +292,8 @@ def table(found, settings, compiled):
         ("newline first", of(found["newline"]), "answers that begin with a newline" if found["newline"] else ""),
     ]
     if found["packs"] is not None:
-        kind = f"{'as compiled' if compiled else settings.packing_strategy}, {settings.pack_length or 0:,} tokens"
+        kind = "as compiled" if compiled else settings.packing_strategy
+        kind += f", {settings.pack_length:,} tokens" if settings.pack_length else ""
         kind += ", of all rows in one stream" if settings.one_stream and not compiled else ""
         lines += [
             ("packs", f"{found['packs']:,}", kind),
@@ -575,8 +589,11 @@ def preview(args):
     against = load_against(settings)
     compiled = "input_ids" in rows.column_names
     settings.pack_length = settings.max_length
-    if compiled:  # recipes leave such rows as they are
+    if compiled:
+        settings.pack_length = compiled_length(Path(args.data)) or settings.max_length
         settings.max_length, settings.packing = None, False
+    else:
+        refuse_unnamed_mask(settings, args.assistant_only_loss)
     checks, marks, trained, shown, first = Checks(against, settings), [], {}, [], {}
     with tqdm(total=len(rows), unit=" rows", disable=not sys.stderr.isatty()) as bar:
         for doc in documents(rows, against, settings, bar.update):

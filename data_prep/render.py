@@ -46,9 +46,10 @@ PERSONAS = ("custom_instructions", "system_prompt", "model_identity")  # templat
 READ = {
     "model_name_or_path": None, "model_revision": "main", "chat_template_path": None, "eos_token": None,
     "assistant_only_loss": False, "completion_only_loss": None, "dataset_text_field": "text",
-    "packing": False, "packing_strategy": "bfd", "max_length": 1024, "truncation_mode": "keep_start",
+    "packing": False, "packing_strategy": "bfd", "padding_free": False, "max_length": 1024,
+    "truncation_mode": "keep_start",
     "shuffle_dataset": False, "dataset_num_proc": None, "dataset_train_split": "train", "dataset_test_split": "test",
-    "eval_rows": 0, "skip_bad_rows": False, "seed": 42,
+    "eval_rows": 0, "seed": 42,
     "global_batch_size": 16, "per_device_train_batch_size": 8, "num_train_epochs": 3.0, "max_steps": -1,
     "one_stream": False, "whole_steps": False,  # of the nanochat recipes alone
 }  # fmt: skip
@@ -71,7 +72,7 @@ def read_defaults(recipe):
     for node in tree.body:
         modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        if isinstance(node, (ast.Assign, ast.AnnAssign)) or (
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.FunctionDef)) or (
             modules and all(module.split(".")[0] in sys.stdlib_module_names for module in modules)
         ):
             keep.append(node)
@@ -114,6 +115,16 @@ def read_settings(recipe=None, config=None, flags=None):
     if settings.packing and settings.max_length is None:
         raise BadInput("max_length: packing needs one, pass --max_length or --packing false")
     return settings
+
+
+def refuse_unnamed_mask(settings: SimpleNamespace, assistant_only_loss: bool | None) -> None:
+    """Raise BadInput where a recipe or config for compiled sets, which have their labels, is to say what is trained of
+    rows of messages. assistant_only_loss: the flag, None where it was not passed."""
+    if settings.padding_free and not settings.assistant_only_loss and assistant_only_loss is None:
+        raise BadInput(
+            "assistant_only_loss: these settings are for compiled sets and name no mask: pass --assistant_only_loss "
+            "true, or false to train every token"
+        )
 
 
 def read_yaml(path):
@@ -524,8 +535,6 @@ def load_rows(data, settings):
         # also what datasets makes of a file that Arrow cannot read: every message a row
         raise unreadable(Path(data), TypeError("messages are no list"))
     order, note = [*range(len(rows))], ""
-    if settings.assistant_only_loss and settings.skip_bad_rows and "messages" in rows.column_names:
-        order = [i for i, turns in enumerate(rows["messages"]) if any(t["role"] == "assistant" for t in turns or [])]
     if settings.dataset_test_split not in sets and settings.eval_rows:
         if settings.eval_rows >= len(order):
             note = f"the recipe holds out {settings.eval_rows} rows for validation, more than the set can spare: it "

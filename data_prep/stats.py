@@ -10,7 +10,7 @@ are. `context` are tokens that are not trained, `response` those that are. OUT b
 report.json (what the table says, and lengths by power of two), rejected.jsonl (rows that cannot be rendered).
 
 The recommended max_length is the smallest that leaves at least --keep of all answer tokens and cuts the answers of at
-most 1% of the rows (--max_cut), which is what the hook preflight lets pass.
+most 1% of the rows (--max_cut), which is what recipes/hooks lets pass.
 
 Exit 0: done. 1: no row can be measured. 2: bad input, one sentence.
 """
@@ -39,7 +39,7 @@ from pool import (
     write,
     write_text,
 )
-from render import is_chat, load_rows, pack, read_settings, tokenised
+from render import is_chat, load_rows, pack, read_settings, refuse_unnamed_mask, tokenised
 from rows import BadInput
 
 LIMITS = [1 << power for power in range(9, 18)]  # 512 to 131,072
@@ -194,6 +194,7 @@ def stats(args):
     if args.out:
         check_out(args.out)
     settings = read_settings(args.recipe, args.config, {name: getattr(args, name) for name in FLAGS})
+    refuse_unnamed_mask(settings, args.assistant_only_loss)
     rows, order, note = load_rows(args.data, settings)
     if "input_ids" in rows.column_names:
         raise BadInput(f"{args.data}: its rows are tokens already: pass the rows of messages that they were made of")

@@ -85,8 +85,8 @@ def file_hash(path):
         raise BadInput(f"{path} cannot be read ({error}): repair it") from None
 
 
-def serving(template):
-    """A training template as a recipe saves it: markers are empty comments. The line of the recipes' begin()."""
+def serving_template(template: str) -> str:
+    """Turn generation markers into empty comments, as the function of this name in every recipe."""
     return re.sub(r"{%(\W?)\s*(?:end)?generation\s*(\W?)%}", r"{#\1 \2#}", template)
 
 
@@ -130,7 +130,7 @@ def fingerprint(run, config):
     source, data = REPO / "recipes" / recipe.name, locate(str(config.get("dataset_name")))
     training = locate(str(config.get("chat_template_path")), "chat_templates")
     outside = {"recipe": file_hash(source) if source.is_file() else None}
-    outside["template"] = sha256(serving(training.read_text(encoding="utf-8"))) if training else None
+    outside["template"] = sha256(serving_template(training.read_text(encoding="utf-8"))) if training else None
     if data:
         report = read(data / "report.json" if data.is_dir() else data.with_suffix(".report.json"))
         outside["data"] = report.get("hash") or (file_hash(data) if data.is_file() else None)
@@ -174,7 +174,7 @@ def table(header, rows):
 
 
 def log_figures(run):
-    """[(what, figure)] of log.jsonl, which the hooks log.py and show.py write."""
+    """[(what, figure)] of log.jsonl, which recipes/hooks writes."""
     entries, path = [], run / "log.jsonl"
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         entries += [json.loads(line)] if line.endswith("}") else []  # a killed run may have left half a line
@@ -202,7 +202,7 @@ def log_figures(run):
 
 
 def hardware_of(run):
-    """What trained, as hooks/show.py wrote it down."""
+    """What trained, as recipes/hooks wrote it down."""
     path = run / "engine.txt"
     return "; then ".join(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else NOT_RECORDED
 
@@ -265,7 +265,7 @@ def make(run, license_id, hardware):
         eval_results=results(report, reports) or None, run_card=trained,
     )  # fmt: skip
     defaults = defaults_of(recipe.read_text(encoding="utf-8"))
-    settled = {key: value for key, value in config.items() if defaults.get(key) != value and key != "hooks"}
+    settled = {key: value for key, value in config.items() if defaults.get(key) != value}
     changed = [(key, public(defaults.get(key, "")), public(value)) for key, value in sorted(settled.items())]
     kind = "LoRA adapter" if adapter else "model"
     licence = f"licence {license_id}" if license_id else f"licence {NOT_RECORDED}, that of the base model binds"

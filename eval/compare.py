@@ -31,7 +31,7 @@ import random
 import re
 import sys
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -40,8 +40,6 @@ import models
 import numpy as np
 import torch
 import xxhash
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from measure import clean_row, measure, prepare, read_rows
 from metrics import RATES, summarize
 from models import BadInput, add_adapter, add_model_arguments, check_vocabulary, load_model, load_tokenizer, positive
@@ -49,6 +47,9 @@ from page import page
 from rich.console import Console
 from rich.table import Table
 from scores import command, parser_of, write_files
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from data_prep.run_folder import plot_log, read_log
 
 # fmt: off
 METRICS = {  # metric: (its name in the table, its unit of count, 1 where more is better, -1 less, 0 neither)
@@ -216,52 +217,6 @@ def print_table(report):
     # a pipe has no width, and rich would cut the table to 80 columns; a group's name is text, not markup
     width = None if sys.stdout.isatty() else 90 + 20 * len(columns)
     Console(width=width, markup=False, emoji=False, highlight=False).print(table)
-
-
-def read_log(run):
-    """{"loss" | "eval_loss" | "learning_rate": {step: value}} of a run folder's log.jsonl, else of its newest
-    checkpoint; {} with neither. A step logged again after a resume counts as it was logged last."""
-    states = run.glob("checkpoint-*/trainer_state.json")
-    newest = max(states, key=lambda path: int(re.sub(r"\D", "", path.parent.name) or 0), default=None)
-    entries, series = [], {}
-    if (run / "log.jsonl").is_file():
-        for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):  # the line that a killed run was writing
-                entries.append(json.loads(line))
-    elif newest:
-        entries = json.loads(newest.read_text(encoding="utf-8"))["log_history"]
-    for key in ("loss", "eval_loss", "learning_rate"):
-        values = {entry["step"]: entry[key] for entry in entries if "step" in entry and entry.get(key) is not None}
-        if values:
-            series[key] = dict(sorted(values.items()))
-    return series
-
-
-def plot(series, path):
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    top, bottom = figure.subplots(2, sharex=True, height_ratios=[3, 1])
-    for axis, key, label, colour in (
-        (top, "loss", "training loss", "#1f77b4"),
-        (top, "eval_loss", "validation loss", "#d1495b"),
-        (bottom, "learning_rate", "learning rate", "#555555"),
-    ):
-        if key in series:
-            steps, values = list(series[key]), list(series[key].values())
-            marker = "o" if len(steps) < 30 else None  # a line through few points hides where they are
-            axis.plot(steps, values, label=label, color=colour, linewidth=1.5, marker=marker, markersize=4)
-    top.set_ylabel("loss (nats per token)")
-    bottom.set_ylabel("learning rate")
-    bottom.set_xlabel("optimizer step")
-    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
-    bottom.set_ylim(bottom=0)
-    bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    if top.lines:
-        top.legend(frameon=False)
-    for axis in (top, bottom):
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.align_ylabels()
-    figure.savefig(path, format="png")
 
 
 def dumps(value, **options):
@@ -537,7 +492,8 @@ def compare(args):
         "answers.jsonl": "".join(dumps(line) + "\n" for line in lines),
     }
     if one:
-        plot(one, picture := io.BytesIO())
+        picture = io.BytesIO()
+        plot_log(one, picture)
         files["loss.png"] = picture.getvalue()
     write_files(out, files)
     print_table(report)

@@ -1,105 +1,279 @@
-"""Hook: while a run trains, what its model answers: perplexity, usability, stop rate, JSON validity on a fixed subset.
+"""Measure what the model answers while a run trains: perplexity, usability, stop rate, JSON validity on fixed rows.
 
     accelerate launch recipes/qwen3_qlora.py --hooks eval/in_training.py
 
-With each evaluation (or every EVERY steps), ROWS rows drawn by the run's seed from its validation split are measured as
-compare.py measures them afterwards, under the serving template, and logged as eval_assistant_perplexity, eval_stop_rate
-and so on to log.jsonl, trackio and W&B, with the share of wall time that this takes; --metric_for_best_model and
-early_stopping.py know these names too. Losses come from TRL's fused head, which keeps no logits. Answers are greedy;
-rows whose own answer is longer than MAX_NEW_TOKENS get none, since no model could stop in time. The run trains the same
-weights with this hook as without, to the bit (tests/test_in_training.py).
+With each evaluation (or after each `every` steps), `rows` rows drawn by the run's seed from its validation split are
+measured as compare.py measures them afterwards, under the serving template, and logged as eval_assistant_perplexity,
+eval_stop_rate and so on to log.jsonl, trackio and W&B, with the share of wall time that this takes;
+--metric_for_best_model knows these names too. Losses come from TRL's fused head, which keeps no logits. Answers are
+greedy; rows whose own answer is longer than `max_new_tokens` get none, since no model could stop in time. The run
+trains the same weights with this hook as without, to the bit (tests/test_in_training.py).
 
 On several processes with whole weights (DDP, ZeRO-1, ZeRO-2) each measures its part of the rows. With sharded weights
 (ZeRO-3, FSDP) every token of an answer would gather the whole model once: there it is the perplexity only. Sequence,
 context and tensor parallelism are refused.
 
-Other settings: edit those below, or write a hook of your own with two lines or more and pass that:
+Other settings are a file of your own, passed to --hooks in place of this one:
 
-    import sys; sys.path.insert(0, "eval"); import in_training; from in_training import callback, prepare
-    in_training.ROWS = 64
+    import sys
+    sys.path.insert(0, "eval")
+    from in_training import InTraining
+
+    class Mine(InTraining):
+        rows = 64
+
+Of such a file the classes that it defines are used, not those that it imports: Mine alone. Without a recipe,
+`trainer.add_callback(Mine(trainer))` does the same for TRL's SFTTrainer; it keeps no rows of messages, so that Mine
+names a file of them as `data`.
 """
 
 import random
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl import SFTTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from measure import clean_row, measure, read_rows, without_fill  # noqa: E402
-from measure import prepare as prepare_row  # noqa: E402
-from metrics import summarize  # noqa: E402
-from models import BadInput, batches, pad  # noqa: E402
+from measure import clean_row, measure, read_rows, without_fill
+from measure import prepare as prepare_row
+from metrics import summarize
+from models import BadInput, batches, pad
 
-EVERY = 0  # optimizer steps; 0: with each evaluation
-ROWS = 32  # of the validation split
-DATA, SPLIT = None, "validation"  # a file or dataset folder of messages rows in place of the run's own split
-MAX_NEW_TOKENS = 128  # of each answer
-BATCH_SIZE = 8  # rows at a time
 PASS_TOKENS = 4096  # padded tokens of a forward pass for the losses
-METRICS = ("assistant_perplexity", "usability", "stop_rate", "loop_rate", "json_valid")  # of metrics.summarize
-RUN = {}  # the rows that the recipe hands to the trainer
 
 
-def prepare(script, args, model):
-    """Keeps the validation rows as they are before TRL tokenises them. Raises ValueError where nothing evaluates."""
-    if args.eval_strategy == "no" and not EVERY:
-        raise ValueError("in_training.py measures with evaluations: --eval_strategy steps --eval_steps 20, or epoch")
-    begin = SFTTrainer.__init__
+class InTraining(TrainerCallback):
+    """Log the figures of a few validation rows while a run trains."""
 
-    def keep(self, *rest, **named):
-        SFTTrainer.__init__ = begin
-        RUN["rows"] = named.get("eval_dataset")
-        begin(self, *rest, **named)
+    every: int = 0  # optimizer steps; 0: with each evaluation
+    rows: int = 32  # of the validation split
+    data: str | None = None  # a file or dataset folder of messages rows instead of the run's own validation split
+    split: str = "validation"  # of such a folder
+    max_new_tokens: int = 128  # of each answer
+    batch_size: int = 8  # rows at a time
+    metrics: tuple[str, ...] = ("assistant_perplexity", "usability", "stop_rate", "loop_rate", "json_valid")
 
-    SFTTrainer.__init__ = keep
+    def __init__(self, trainer: Trainer) -> None:
+        """Draw the rows.
 
-
-def raw_rows(seed):
-    """The rows to measure, drawn by seed. Raises BadInput."""
-    if DATA:
-        rows = read_rows(Path(DATA), SPLIT)
-    else:
-        rows = RUN.get("rows")
-        if not isinstance(rows, Dataset) or "messages" not in rows.column_names:
-            raise BadInput(
-                "in_training.py needs validation rows of messages, which this run does not have: --dataset_test_split "
-                "or --eval_rows gives it some, or set DATA in eval/in_training.py to a file of such rows"
+        Raises:
+            ValueError: nothing evaluates, there are no rows of messages, or a row is split over processes.
+        """
+        if trainer.args.eval_strategy == "no" and not self.every:
+            raise ValueError(
+                "in_training.py measures with evaluations: --eval_strategy steps --eval_steps 20, or epoch"
             )
-    chosen = range(len(rows))
-    if len(rows) > ROWS:
-        chosen = sorted(random.Random(seed).sample(chosen, ROWS))
-    features = getattr(rows, "features", None)
-    return [clean_row(without_fill(rows[i], features) if features else rows[i], i + 1) for i in chosen]
+        refuse_split_rows(trainer)
+        self.trainer = trainer
+        self.sharded = trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        self.seconds = 0.0  # spent on measuring
+        self.measured_step: int | None = None
+        self.figures: dict[str, float] = {}  # of that step
+        try:
+            self.drawn_rows = draw_rows(self.validation_rows(), self.rows, trainer.args.seed)
+        except BadInput as error:
+            raise ValueError(str(error)) from None
+
+    def validation_rows(self) -> Sequence[dict]:
+        """Return the rows of messages to draw from. Raises BadInput."""
+        if self.data:
+            return read_rows(Path(self.data), self.split)
+        if not hasattr(self.trainer, "validation_rows"):
+            raise BadInput(
+                f"in_training.py: {type(self.trainer).__name__} keeps no rows of messages, which the trainer of a "
+                "recipe beside recipes/hooks does: set data of InTraining to a file of such rows"
+            )
+        rows = self.trainer.validation_rows
+        if isinstance(rows, Dataset) and "messages" in rows.column_names:
+            return rows
+        raise BadInput(
+            "in_training.py needs validation rows of messages, which this run does not have: --dataset_test_split or "
+            "--eval_rows gives it some, or set data of InTraining to a file of such rows"
+        )
+
+    def say(self, text: str) -> None:
+        """Print a line once a run."""
+        if self.trainer.is_world_process_zero():
+            print(f"in_training.py: {text}", flush=True)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Render the rows now: the tokenizer has its serving template."""
+        self.began = time.perf_counter()
+        tokenizer = self.trainer.processing_class
+        self.stops = stop_tokens(tokenizer.eos_token_id, self.trainer.model)
+        limit = args.max_length or self.trainer.model.config.get_text_config().max_position_embeddings
+        skipped = []
+
+        def skip(reason: str, place: str) -> None:
+            skipped.append(reason)
+
+        rendered = [row for row in self.drawn_rows if prepare_row(row, tokenizer, self.stops, limit, skip)]
+        self.drawn_rows = [row for row in rendered if row["spans"]]
+        for row in self.drawn_rows:
+            _, start, end = row["spans"][-1]
+            if self.sharded or end - start > self.max_new_tokens:
+                row["prompt"] = None
+        self.say(self.describe_rows(skipped))
+
+    def describe_rows(self, skipped: list[str]) -> str:
+        """Return how many rows are measured. skipped: why turns are not scored."""
+        answers = sum(row["prompt"] is not None for row in self.drawn_rows)
+        text = f"perplexity of {len(self.drawn_rows)} rows, answers to {answers}"
+        if answers < len(self.drawn_rows) and self.sharded:
+            text += " (the weights are sharded)"
+        elif answers < len(self.drawn_rows):
+            text += f" (the others need more than {self.max_new_tokens} tokens)"
+        if skipped:
+            text += f"; {len(skipped)} turns are not scored (first: {skipped[0]})"
+        return text
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Measure with an evaluation of the run, and hand the figures on to the trainer."""
+        if self.every or not self.trainer.is_in_train:
+            return
+        figures = self.measure_step()
+        if metrics is not None:
+            metrics.update(figures)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Measure every so many steps."""
+        if self.every and state.global_step % self.every == 0:
+            due = control.should_log
+            self.measure_step()
+            control.should_log = due  # what is logged clears it, and the step's own loss would not be logged
+
+    def measure_step(self) -> dict[str, float]:
+        """Return {eval_METRIC: value}, {} where it failed; logged once a step even where several sets are evaluated."""
+        trainer = self.trainer
+        step = trainer.state.global_step
+        if self.measured_step == step:
+            return self.figures
+        began = time.perf_counter()
+        with unchanged(trainer.model):
+            try:
+                records = self.measure_rows()
+            except BadInput as error:
+                self.say(f"not measured: {error}")
+                return {}
+            summary = summarize(records, trainer.args.seed)
+            self.figures = {f"eval_{name}": summary[name]["value"] for name in self.metrics if name in summary}
+            self.measured_step = step
+            now = time.perf_counter()
+            self.seconds += now - began
+            share = round(self.seconds / (now - self.began), 4)
+            # still in evaluation mode: in training mode TRL would log, and forget, its means of the training steps
+            trainer.log({**self.figures, "eval_answers_time_share": share})
+        return self.figures
+
+    def measure_rows(self) -> list[dict]:
+        """Return a record a row, on every process. Raises BadInput on all where one of them could not measure."""
+        args = self.trainer.args
+        # sharded: each pass gathers the weights, so that all processes must make the same passes
+        parts = 1 if self.sharded else args.world_size
+        model = self.trainer.model_wrapped if self.sharded else self.trainer.model
+        own_rows = self.drawn_rows[args.process_index % parts :: parts]
+        tokenizer = self.trainer.processing_class
+        records: list[dict] = []
+        failure = ""
+        try:
+            records = measure(
+                model, own_rows, tokenizer, self.stops, self.batch_size, self.max_new_tokens, losses=fused_losses
+            )
+        except BadInput as error:
+            failure = str(error)
+
+        gathered = gather_object([(records, failure)])[:parts]
+        for _, reason in gathered:
+            if reason:
+                raise BadInput(reason)
+        whole = []
+        for number in range(len(self.drawn_rows)):
+            part, _ = gathered[number % parts]
+            whole.append(part[number // parts])
+        return whole
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Say what measuring took."""
+        share = self.seconds / (time.perf_counter() - self.began)
+        self.say(f"measuring took {self.seconds:.1f} s, {share:.1%} of the run")
+
+
+def refuse_split_rows(trainer: Trainer) -> None:
+    """Raise ValueError where a row is split over processes."""
+    sizes = {"sequence": trainer.get_sp_size(), "context": trainer.get_cp_size(), "tensor": trainer.get_tp_size()}
+    for kind, size in sizes.items():
+        if size > 1:
+            raise ValueError(f"in_training.py does not measure under {kind} parallelism: run without it")
+
+
+def draw_rows(rows: Sequence[dict], count: int, seed: int) -> list[dict]:
+    """Return `count` rows by seed, in their order, as measure.py wants them. Raises BadInput."""
+    numbers = range(len(rows))
+    if len(rows) > count:
+        numbers = sorted(random.Random(seed).sample(numbers, count))
+    drawn = []
+    for number in numbers:
+        row = rows[number]
+        if isinstance(rows, Dataset):
+            row = without_fill(row, rows.features)
+        drawn.append(clean_row(row, number + 1))
+    return drawn
+
+
+def stop_tokens(eos_token_id: int, model: PreTrainedModel) -> set[int]:
+    """Return the ids that end an answer: the tokenizer's and those of the generation config."""
+    stops = {eos_token_id}
+    of_config = getattr(model.generation_config, "eos_token_id", None)
+    if isinstance(of_config, list):
+        stops.update(of_config)
+    else:
+        stops.add(of_config)
+    return stops - {None}
 
 
 @torch.no_grad()
-def fused_losses(model, sequences, batch_size, fill, label):
-    """models.token_losses by TRL's fused head: the same numbers, a few hundred tokens' logits at a time."""
-    losses = [None] * len(sequences)
+def fused_losses(
+    model: PreTrainedModel, sequences: list[list[int]], batch_size: int, fill: int, label: str
+) -> list[np.ndarray]:
+    """Return models.token_losses by TRL's fused head: the same numbers, a few hundred tokens' logits at a time.
+
+    A float64 array (length - 1) of nats a sequence. fill: the token for padding; label: of the progress bar.
+    """
+    losses: list[np.ndarray] = [np.zeros(0)] * len(sequences)
     for group in batches(sequences, batch_size, label, PASS_TOKENS):
         ids, mask = pad([sequences[i] for i in group], fill, False, model.device)
         labels = ids.masked_fill(mask == 0, -100)
-        found = -model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs
+        log_probs = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs
         for row, i in enumerate(group):
-            losses[i] = found[row, : len(sequences[i]) - 1].double().cpu().numpy()
+            losses[i] = -log_probs[row, : len(sequences[i]) - 1].double().cpu().numpy()
     return losses
 
 
 @contextmanager
-def unchanged(model):
-    """Evaluation mode; afterwards every module, generation config and random state is what it was."""
+def unchanged(model: PreTrainedModel) -> Iterator[None]:
+    """Run in evaluation mode; afterwards every module, generation config and random state is what it was."""
     modes = [(module, module.training) for module in model.modules()]
     configs = [(module, vars(module).get("generation_config")) for module in model.modules()]
-    cuda = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(cuda):
+    devices = []
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        devices.append(torch.cuda.current_device())
+    with torch.random.fork_rng(devices):
         model.eval()
         try:
             yield
@@ -110,99 +284,3 @@ def unchanged(model):
                 vars(module).pop("generation_config", None)
                 if config is not None:
                     module.generation_config = config
-
-
-class InTraining(TrainerCallback):
-    def __init__(self, trainer):
-        self.trainer, self.sharded = trainer, trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-        self.seconds, self.step, self.found = 0.0, None, {}
-
-    def say(self, text):
-        if self.trainer.is_world_process_zero():
-            print(f"in_training.py: {text}", flush=True)
-
-    def on_train_begin(self, args, state, control, **_):
-        """Prepares the rows now: the tokenizer has the serving template since the recipe's begin()."""
-        self.began, skipped = time.perf_counter(), []
-        tokenizer, model = self.trainer.processing_class, self.trainer.model
-        eos = getattr(model.generation_config, "eos_token_id", None)
-        self.stops = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-        limit = args.max_length or model.config.get_text_config().max_position_embeddings
-        rows = [
-            row
-            for row in self.rows
-            if prepare_row(row, tokenizer, self.stops, limit, lambda reason, place: skipped.append(reason))
-        ]
-        self.rows = [row for row in rows if row["spans"]]
-        for row in self.rows:
-            start, end = row["spans"][-1][1:]
-            if self.sharded or end - start > MAX_NEW_TOKENS:
-                row["prompt"] = None
-        answers = sum(row["prompt"] is not None for row in self.rows)
-        reason = "the weights are sharded" if self.sharded else f"the others need more than {MAX_NEW_TOKENS} tokens"
-        self.say(
-            f"perplexity of {len(self.rows)} rows, answers to {answers}"
-            + (f" ({reason})" if answers < len(self.rows) else "")
-            + (f"; {len(skipped)} turns are not scored (first: {skipped[0]})" if skipped else "")
-        )
-
-    def on_evaluate(self, args, state, control, metrics=None, **_):
-        if not EVERY and self.trainer.is_in_train:
-            (metrics if metrics is not None else {}).update(self.measured())
-
-    def on_step_end(self, args, state, control, **_):
-        if EVERY and state.global_step % EVERY == 0:
-            due = control.should_log
-            self.measured()
-            control.should_log = due  # what is logged clears it, and the step's own loss would not be logged
-
-    def measured(self):
-        """{eval_METRIC: value}, logged once a step even where several sets are evaluated; {} where it failed."""
-        trainer, since = self.trainer, time.perf_counter()
-        if self.step == trainer.state.global_step:
-            return self.found
-        with unchanged(trainer.model):
-            records = self.records()
-            if isinstance(records, str):
-                self.say(f"not measured: {records}")
-                return {}
-            metrics = summarize(records, trainer.args.seed)
-            self.found = {f"eval_{name}": metrics[name]["value"] for name in METRICS if name in metrics}
-            self.step, now = trainer.state.global_step, time.perf_counter()
-            self.seconds += now - since
-            share = round(self.seconds / (now - self.began), 4)
-            # still in evaluation mode: in training mode TRL would log, and forget, its means of the training steps
-            trainer.log(self.found | {"eval_answers_time_share": share})
-        return self.found
-
-    def records(self):
-        """A record of every row on every process; a sentence where one of them could not measure."""
-        trainer, args = self.trainer, self.trainer.args
-        # sharded: each pass gathers the weights, so that all processes must make the same passes
-        parts = 1 if self.sharded else args.world_size
-        model = trainer.model_wrapped if self.sharded else trainer.model
-        mine, tokenizer = self.rows[args.process_index % parts :: parts], trainer.processing_class
-        try:
-            found = measure(model, mine, tokenizer, self.stops, BATCH_SIZE, MAX_NEW_TOKENS, losses=fused_losses)
-        except BadInput as error:
-            found = str(error)
-        every = gather_object([found])[:parts]
-        if told := next((part for part in every if isinstance(part, str)), None):
-            return told
-        return [every[i % parts][i // parts] for i in range(len(self.rows))]
-
-    def on_train_end(self, args, state, control, **_):
-        share = self.seconds / (time.perf_counter() - self.began)
-        self.say(f"measuring took {self.seconds:.1f} s, {share:.1%} of the run")
-
-
-def callback(trainer):
-    sizes = {"sequence": trainer.get_sp_size(), "context": trainer.get_cp_size(), "tensor": trainer.get_tp_size()}
-    if split := [kind for kind, size in sizes.items() if size > 1]:
-        raise ValueError(f"in_training.py does not measure under {split[0]} parallelism: run without it")
-    hook = InTraining(trainer)
-    try:
-        hook.rows = raw_rows(trainer.args.seed)
-    except BadInput as error:
-        raise ValueError(str(error)) from None  # the type that guard.py turns into a sentence
-    return hook

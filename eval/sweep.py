@@ -1,7 +1,7 @@
 """Train a recipe once for each value of an option, and compare the runs: a table and a plot.
 
     python eval/sweep.py recipes/qwen3_qlora.py --dataset_name data/chats --eval_rows 200
-    python eval/sweep.py recipes/smollm3_sft.py --config recipes/smollm3_hybrid.yaml --values 1e-5 3e-5
+    python eval/sweep.py recipes/smollm3_sft.py --config recipes/configs/smollm3_hybrid.yaml --values 1e-5 3e-5
     python eval/sweep.py recipes/qwen3_lora.py --option learning_rate --values 1e-4 3e-4 --option lora_r --values 8 32
 
 Without --option it is the learning rate, without --values 1e-6 3e-6 1e-5 3e-5 1e-4 (the SmolLM3 playbook's); several
@@ -13,7 +13,7 @@ The same command again goes on: an arm that has ended is not launched again, one
 newest checkpoint. An arm is known by the hash of its resolved arguments and its recipe's file; a folder of other
 arguments is refused. Ctrl-C and SIGTERM let the running arm save.
 
-States: finished; diverged (hooks/stop.py ended it, or its last loss is no number): final too, the next arm is launched;
+States: finished; diverged (recipes/hooks ended it, or its last loss is no number): final too, the next arm is launched;
 failed (any other exit, the end of its log is shown): launched again next time; stopped.
 
 Writes report.json, report.md and sweep.png to OUT. Evaluation loss: the last one logged, where the run evaluates (at
@@ -34,6 +34,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from compare import read_log
@@ -47,7 +48,8 @@ from scores import command, parser_of, write_files
 RATES = ["1e-6", "3e-6", "1e-5", "3e-5", "1e-4"]
 LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch"]
 OURS = "--output_dir", "--resume_from_checkpoint"  # flags that the sweep passes itself
-DIVERGED = re.compile(r"step \d+, rank \d+: the (?:loss|gradient norm) is .*?; rows")  # what hooks/stop.py says
+NO_FOLDER = "runs/no-such-folder-of-a-sweep"
+DIVERGED = re.compile(r"step \d+, rank \d+: the (?:loss|gradient norm) is .*?; rows")  # what recipes/hooks says
 FINAL = "finished", "diverged"
 TAIL = 400  # characters of a log that are shown
 
@@ -69,8 +71,8 @@ def arms_of(args, flags):
         named = dict(zip(options, chosen, strict=True))
         name = "_".join(f"{option}-{re.sub(r'[^A-Za-z0-9.+-]', '.', value)}" for option, value in named.items())
         own = [*flags, *(word for option, value in named.items() for word in (f"--{option}", value))]
-        told = resolved(module, args.recipe, own)
-        text = json.dumps(told, sort_keys=True, default=str).encode()
+        settings = resolve_settings(module, args.recipe, own)
+        text = json.dumps(settings, sort_keys=True, default=str).encode()
         digest = hashlib.sha256(source + text).hexdigest()[:16]
         arms.append({"name": name, "values": named, "flags": own, "hash": digest, "folder": args.out / name})
     if len({arm["hash"] for arm in arms}) < len(arms) or len({arm["name"] for arm in arms}) < len(arms):
@@ -78,17 +80,39 @@ def arms_of(args, flags):
     return arms
 
 
-def resolved(module, recipe, flags):
-    """The arguments that a recipe makes of these flags, without where it writes. Raises BadInput."""
-    said, words = io.StringIO(), [recipe, *flags, "--output_dir", "runs/no-such-folder-of-a-sweep"]
-    with mock.patch("sys.argv", words), contextlib.redirect_stderr(said):
+def resolve_settings(module: dict[str, Any], recipe: str, flags: list[str]) -> dict[str, Any]:
+    """Return what DEFAULTS, --config and flags say, as plain values, without where a run writes: the names of DEFAULTS,
+    and those that differ from TRL's own defaults. module: what runpy made of the recipe. Raises BadInput."""
+    words = [*flags, "--output_dir", NO_FOLDER]
+    message = io.StringIO()
+    with mock.patch("sys.argv", [recipe, *words]), contextlib.redirect_stderr(message):
         try:
-            script, *_ = module["parse_args"]()
+            parser = module["make_parser"]()
+            trl_values = vars(parser.parse_args([]))
+            module["parse_args"](parser)  # DEFAULTS and YAML are the parser's defaults from here on
+            values = vars(parser.parse_args(without_config(words)))
         except SystemExit:
-            raise BadInput(f"{recipe} refuses its flags: {said.getvalue().strip().splitlines()[-1]}") from None
+            last_line = message.getvalue().strip().splitlines()[-1]
+            raise BadInput(f"{recipe} refuses its flags: {last_line}") from None
         except (ValueError, TypeError, OSError) as error:
             raise BadInput(f"{recipe} refuses its flags: {' '.join(str(error).split())}") from None
-    return {name: value for name, value in script.resolved.items() if f"--{name}" not in OURS and name != "config"}
+
+    settings = {}
+    for name, value in values.items():
+        named = name in module["DEFAULTS"] or value != trl_values.get(name)
+        if named and f"--{name}" not in OURS:
+            settings[name] = value
+    return settings
+
+
+def without_config(words: list[str]) -> list[str]:
+    """Return the words of a command line without --config and its file."""
+    for position, word in enumerate(words):
+        if word == "--config":
+            return words[:position] + words[position + 2 :]
+        if word.startswith("--config="):
+            return words[:position] + words[position + 1 :]
+    return words
 
 
 # -- one arm ----------------------------------------------------------------------------------------------------------

@@ -2,158 +2,271 @@
 
     accelerate launch recipes/nanochat_midtrain.py
     accelerate launch --config_file accelerate_configs/ddp_8gpu.yaml recipes/nanochat_midtrain.py --max_steps 100
+
+DEFAULTS < --config run.yaml < flags. The values are nanochat's; which are ours: recipes/README.md#nanochat.
 """
 
-import importlib.metadata
-import json
+import importlib.util
+import math
 import re
-import runpy
-import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
+
+if (Path(__file__).resolve().parent / "hooks" / "__init__.py").is_file():
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    import hooks  # refuses what would waste the run, verifies checkpoints, shows progress; trains the same
+    from hooks import SFTTrainer, TrlParser  # TRL's own, with that in them
+else:
+    hooks = None  # a copy elsewhere
+    from trl import SFTTrainer, TrlParser
 
 import torch
-import yaml
 from accelerate import ParallelismConfig
-from datasets import load_dataset, load_from_disk
-from transformers import AutoTokenizer
+from datasets import Dataset, load_dataset, load_from_disk
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
-from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, pack_dataset
-from trl.chat_template_utils import has_generation_markers
+from trl import ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_quantization_config, pack_dataset
 
-HERE = Path(__file__).resolve()
-TEMPLATES, HOOKS = HERE.parents[1] / "chat_templates", HERE.parent / "hooks"  # a copy passes --chat_template_path
+RECIPE = Path(__file__).resolve()
 
-DEFAULTS = dict(  # nanochat's values; which are ours: recipes/README.md
-    model_name_or_path="nanochat-students/base-d20", dtype="float32", eos_token="<|assistant_end|>",  # fp32 masters
-    dataset_name="data/nanochat_mid", dataset_test_split="validation", save_total_limit=2,  # the mix of this name
-    chat_template_path=str(TEMPLATES / "nanochat.jinja"), assistant_only_loss=False, packing=True, max_length=2048,
-    packing_strategy="wrapped", one_stream=True, train_sampling_strategy="sequential", global_batch_size=256,
-    optimizer=str(HERE.parent / "optimizers/nanochat.py"), learning_rate=1.0, optim_args="momentum_warmup_steps=300",
-    lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": 0.2, "decay_type": "linear"},
-    weight_decay=0.0, max_grad_norm=0.0, num_train_epochs=1, per_device_train_batch_size=8, logging_steps=1,
-    output_dir=f"runs/{HERE.stem}", activation_checkpointing=True, save_steps=100, logging_nan_inf_filter=False,
-    hooks=[str(HOOKS / f"{name}.py") for name in (  # safer and nicer, not needed
-        "guard", "quiet", "preflight", "parity", "survive", "stop", "heartbeat", "log", "show", "memory", "end")],
+
+def find_template(name: str) -> str:
+    """Return the path of a chat template: beside this file, as a copy may have it, else in the repository."""
+    beside = RECIPE.parent / name
+    return str(beside if beside.is_file() else RECIPE.parents[1] / "chat_templates" / name)
+
+
+DEFAULTS = dict(
+    # model: fp32 master weights, bf16 compute by autocast
+    model_name_or_path="nanochat-students/base-d20",
+    dtype="float32",
+    eos_token="<|assistant_end|>",
+    pad_token="<|user_start|>",  # nothing that means stop
+    # data
+    dataset_name="data/nanochat_mid",  # the mix of this name
+    dataset_test_split="validation",
+    train_sampling_strategy="sequential",  # in the order of the mix
+    chat_template_path=find_template("nanochat.jinja"),
+    assistant_only_loss=False,  # every token
+    packing=True,
+    packing_strategy="wrapped",  # rows see those before them in their pack, and go on in the next
+    one_stream=True,
+    max_length=2048,  # tokens in a pack
+    # optimization
+    global_batch_size=256,  # packs per optimizer step over all processes: 524,288 tokens
+    per_device_train_batch_size=8,
+    optimizer=str(RECIPE.parent / "optimizers" / "nanochat.py"),
+    optim_args="momentum_warmup_steps=300",
+    learning_rate=1.0,  # a factor: times the optimizer's three rates
+    lr_scheduler_type="warmup_stable_decay",
+    lr_scheduler_kwargs={
+        "num_decay_steps": 0.2,
+        "decay_type": "linear",
+    },  # below 1 a share of the steps: the last fifth
+    num_train_epochs=1,
+    weight_decay=0.0,
+    max_grad_norm=0.0,  # no clipping
+    activation_checkpointing=True,
+    # run
+    output_dir=f"runs/{RECIPE.stem}",
+    logging_steps=1,
+    logging_nan_inf_filter=False,  # a NaN must be seen
+    save_steps=100,
+    save_total_limit=2,
 )
 
 
-def to_messages(row):
+def to_messages(row: dict) -> dict:
+    # your own columns: write their names for "question" and "answer", a system prompt as one more message before them;
+    # sets with a column messages, completion, text or input_ids are taken as they are
     return {"messages": [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]}
 
 
-# -- shared: the same in every recipe, at most 70 lines of code (tests/test_recipes.py) -------------------------------
+# -- the same in every recipe (tests/test_recipes.py) --
 @dataclass
 class RecipeArguments(ScriptArguments):
-    global_batch_size: int = field(default=16, metadata={"help": "rows or packs per optimizer step over all processes"})
-    eval_rows: int = field(default=0, metadata={"help": "validation rows drawn by seed, where there is no such split"})
-    skip_bad_rows: bool = field(default=False, metadata={"help": "go on without the rows that have no assistant turn"})
-    hooks: list[str] = field(default_factory=list, metadata={"action": "extend", "help": "files, added to ours"})
-    allow: list[str] = field(default_factory=list, metadata={"help": "what a hook would refuse, by the name it gives"})
+    global_batch_size: int = field(default=16, metadata={"help": "rows or packs per optimizer step, all processes"})
+    eval_rows: int = field(default=0, metadata={"help": "validation rows drawn from train, without such a split"})
+    hooks: list[str] = field(default_factory=list, metadata={"help": "more hook files, as eval/in_training.py"})
+    allow: list[str] = field(default_factory=list, metadata={"help": "what a hook would refuse, by its name"})
 
 
-def parse_args():
-    parser = TrlParser((RecipeArguments, SFTConfig, ModelConfig), allow_abbrev=False, usage="%(prog)s [--name value]")
-    plain = vars(parser.parse_args([])) | {"gradient_accumulation_steps": None}  # None, so that even a passed 1 is seen
-    parser.add_argument("--config", help="YAML file of these names: DEFAULTS < YAML < flags")
-    unknown = parser.set_defaults_with_config(**DEFAULTS, gradient_accumulation_steps=None)
-    script, args, model, _ = parser.parse_args_and_config()
-    script.resolved = {k: v for k, v in vars(parser.parse_args()).items() if k in DEFAULTS or v != plain.get(k, v)}
-    out, template, resume = Path(args.output_dir), Path(str(args.chat_template_path)), str(args.resume_from_checkpoint)
-    rows = args.per_device_train_batch_size * args.world_size // ParallelismConfig().non_data_parallel_size
-    if reason := (
-        unknown and f"DEFAULTS holds names that nobody knows: {unknown}"
-        or args.gradient_accumulation_steps and "gradient_accumulation_steps is derived: pass --global_batch_size"
-        or script.global_batch_size % rows and f"--global_batch_size must be a multiple of {rows}, the rows of one pass"
-        or not (template.is_file() and (has_generation_markers(template.read_text()) or not args.assistant_only_loss))
-        and f"--chat_template_path {template}: no such file, or no {{% generation %}} markers in it"
-        or resume.lower() in ("none", "false") and out.is_dir() and any(out.iterdir())
-        and f"{out} is in use: --resume_from_checkpoint true goes on there, another --output_dir starts afresh"
-    ):
-        parser.error(reason)
-    # trainer_state.json is written last: a checkpoint whose save was cut short has none, or one without its end
-    states = [path for path in out.glob("checkpoint-*/trainer_state.json") if path.read_text().endswith("\n}\n")]
-    newest = max((str(path.parent) for path in states), key=lambda path: int(path.split("-")[-1]), default=None)
-    args.resume_from_checkpoint = {"none": None, "false": None, "true": newest}.get(resume.lower(), resume)
-    args.gradient_accumulation_steps = script.global_batch_size // rows
-    cuda = torch.cuda.is_available() and not args.use_cpu
-    args.use_liger_kernel &= cuda and is_liger_kernel_available()
-    fast = "flash_attention_2" if is_flash_attn_2_available() else "flex_attention"
-    chosen = {"dtype": model.dtype, "attn_implementation": model.attn_implementation or (fast if cuda else "sdpa")}
-    args.model_init_kwargs = chosen | {"revision": model.model_revision} | (args.model_init_kwargs or {})
-    return script, args, model
+def load_splits(script_args: RecipeArguments, seed: int) -> tuple[Dataset, Dataset | None]:
+    """Load (train, validation or None) from a hub id, a .jsonl, .json or .parquet file, or a save_to_disk folder."""
+    path = Path(script_args.dataset_name)
+    if path.is_dir():
+        splits = load_from_disk(path)
+    elif path.is_file():
+        builder = "parquet" if path.suffix == ".parquet" else "json"
+        splits = load_dataset(builder, data_files={script_args.dataset_train_split: str(path)})
+    else:
+        splits = load_dataset(script_args.dataset_name, script_args.dataset_config)
 
-
-def load_data(script, args, model):
-    tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, revision=model.model_revision)
-    stops = args.eos_token, tokenizer.eos_token
-    if tokenizer.pad_token in (None, stops[0] or stops[1]):  # padding that means stop gives empty answers once served
-        tokenizer.pad_token = min(tokenizer.get_added_vocab(), key=lambda token: (token in stops, "pad" not in token))
-    name, kind = script.dataset_name, Path(script.dataset_name).suffix[1:].replace("jsonl", "json")
-    sets = load_from_disk(name) if Path(name).is_dir() else (
-        load_dataset(kind, data_files={script.dataset_train_split: name}) if kind in ("json", "parquet") else
-        load_dataset(name, script.dataset_config))
-    train, held_out = sets[script.dataset_train_split], sets.get(script.dataset_test_split)
-    if not {"messages", "prompt", "text", "input_ids"} & {*train.column_names}:
+    train = splits[script_args.dataset_train_split]
+    validation = splits.get(script_args.dataset_test_split)
+    if not {"messages", "completion", "text", "input_ids"} & set(train.column_names):
         train = train.map(to_messages, remove_columns=train.column_names)
-    if "input_ids" in train.column_names:  # packed already: left alone, TRL would pack or mix these rows again
-        vars(args).update(packing=False, assistant_only_loss=False, padding_free=True, max_length=None)
-    if args.assistant_only_loss and "messages" in train.column_names:
-        bad = [i for i, turns in enumerate(train["messages"]) if all(turn["role"] != "assistant" for turn in turns)]
-        if bad:
-            (print if script.skip_bad_rows else sys.exit)(f"{HERE.name}: {len(bad)} rows of {name} have no assistant "
-                                                          f"turn: {bad[:9]} from 0; --skip_bad_rows leaves them out")
-        train = train.select(sorted({*range(len(train))} - {*bad}))
-    if held_out is None and script.eval_rows:
-        train, held_out = train.train_test_split(script.eval_rows, seed=args.seed).values()
-    return tokenizer, train, held_out
+        if validation is not None:
+            validation = validation.map(to_messages, remove_columns=validation.column_names)
+    if validation is None and script_args.eval_rows:
+        splits = train.train_test_split(script_args.eval_rows, seed=seed)
+        train = splits["train"]
+        validation = splits["test"]
+    return train, validation
 
 
-def begin(trainer, script):
-    for weight in (w for w in trainer.model.parameters() if w.requires_grad and not hasattr(w, "ds_id")):
-        # QLoRA adapters come from TRL as bf16, from a resume as fp32
-        weight.data = weight.data if "bf16_weights" in script.allow else weight.data.float()
-    # on a CPU, bitsandbytes repacks 4-bit weights for an evaluation, and from then on no gradient passes them
-    [vars(layer).update(support_avx512bf16_for_cpu=False) for layer in trainer.model.modules()]
-    args, tokenizer, out = trainer.args, trainer.processing_class, Path(trainer.args.output_dir)
-    # what is saved carries the serving form of the template: markers become empty comments, which render nothing
-    tokenizer.chat_template = re.sub(r"{%(\W?)\s*(?:end)?generation\s*(\W?)%}", r"{#\1 \2#}", tokenizer.chat_template)
-    if trainer.is_world_process_zero():
-        print(args.model_init_kwargs, f"{args.use_liger_kernel=}", args.resume_from_checkpoint or "from=start")
-        shutil.copy(HERE, out / HERE.name)
-        (out / "config.yaml").write_text(yaml.safe_dump(script.resolved))
-        (out / "versions.json").write_text(json.dumps({d.name: d.version for d in importlib.metadata.distributions()}))
+def choose_attention(training_args: SFTConfig) -> str:
+    if not torch.cuda.is_available() or training_args.use_cpu:
+        return "sdpa"
+    return "flash_attention_2" if is_flash_attn_2_available() else "flex_attention"
 
 
+def choose_checkpoint(training_args: SFTConfig) -> str | None:
+    """Turn `--resume_from_checkpoint true` into the newest checkpoint of output_dir, or None to start afresh."""
+    choice = str(training_args.resume_from_checkpoint).lower()
+    if choice in ("none", "false"):
+        return None
+    if choice != "true":
+        return training_args.resume_from_checkpoint
+    return get_last_checkpoint(training_args.output_dir) if Path(training_args.output_dir).is_dir() else None
+
+
+def serving_template(template: str) -> str:
+    """Turn generation markers into empty comments, which render nothing and which every engine takes."""
+    return re.sub(r"{%(\W?)\s*(?:end)?generation\s*(\W?)%}", r"{#\1 \2#}", template)
+
+
+def parse_args(parser: TrlParser) -> tuple[RecipeArguments, SFTConfig, ModelConfig]:
+    """Read DEFAULTS < --config < flags, and derive what depends on the number of processes and on the hardware."""
+    unknown = parser.set_defaults_with_config(**DEFAULTS)
+    if unknown:
+        parser.error(f"DEFAULTS holds names that nobody knows: {unknown}")
+    script_args, training_args, model_args = parser.parse_args_and_config()
+    if script_args.hooks and not hooks:
+        parser.error("--hooks: needs the folder recipes/hooks beside this recipe")
+    if training_args.gradient_accumulation_steps != 1:
+        parser.error("--gradient_accumulation_steps is derived: pass --global_batch_size")
+
+    # the batch is global: another accelerate config changes the speed, not the experiment
+    data_parallel_size = training_args.world_size // ParallelismConfig().non_data_parallel_size
+    micro_batch_size = training_args.per_device_train_batch_size * data_parallel_size
+    if script_args.global_batch_size % micro_batch_size:
+        parser.error(f"--global_batch_size must be a multiple of {micro_batch_size}: what all processes take at a time")
+    training_args.gradient_accumulation_steps = script_args.global_batch_size // micro_batch_size
+    training_args.model_init_kwargs = {
+        "dtype": model_args.dtype,
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation or choose_attention(training_args),
+        **(training_args.model_init_kwargs or {}),
+    }
+    if not torch.cuda.is_available() or training_args.use_cpu or not is_liger_kernel_available():
+        training_args.use_liger_kernel = False
+    return script_args, training_args, model_args
+
+
+def prepare_weights(trainer: SFTTrainer, model_args: ModelConfig) -> None:
+    """Hold adapters in fp32, and keep 4-bit layers as they were loaded."""
+    for weight in trainer.model.parameters():
+        if model_args.use_peft and weight.requires_grad and not hasattr(weight, "ds_id"):
+            weight.data = weight.data.float()  # TRL makes QLoRA's bf16, and a resume makes them fp32
+    for module in trainer.model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack the weights in an evaluation on a CPU, and gradients would stop there
+            module.support_avx512bf16_for_cpu = False
+
+
+# -- this recipe: an optimizer from a file, one stream of packs, and a decay in shares of the steps --
 @dataclass
 class NanochatArguments(RecipeArguments):
-    optimizer: str = field(default="", metadata={"help": "Python file whose build(model, args) makes the optimizer"})
-    one_stream: bool = field(default=False, metadata={"help": "pack all rows as one, no short step"})
-RecipeArguments = NanochatArguments  # fmt: skip
+    optimizer: str = field(
+        default="", metadata={"help": "Python file with `check` and `Factory`, as optimizers/nanochat.py"}
+    )
+    one_stream: bool = field(default=False, metadata={"help": "pack all rows as one stream, without a short last step"})
 
-def main():
-    hooks = {path: runpy.run_path(path) for path in DEFAULTS["hooks"] if Path(path).is_file()}
-    script, args, model = parse_args()
-    if not Path(script.optimizer).is_file():
-        sys.exit(f"{HERE.name}: --optimizer {script.optimizer}: no such file: pass the path of optimizers/nanochat.py")
-    hooks |= {p: runpy.run_path(p) for p in (script.optimizer, *script.hooks) if p not in hooks and Path(p).is_file()}
-    if missing := [path for path in script.hooks if path not in hooks]:
-        print(f"{HERE.name}: runs on without its hooks, which are not there: {' '.join(missing)}")
-    [hook["prepare"](script, args, model) for hook in hooks.values() if "prepare" in hook]
-    tokenizer, script.rows, held_out = load_data(script, args, model)
-    sys.modules[SFTTrainer.__module__].pack_dataset = pack_dataset if not script.one_stream else (
-        lambda *a: pack_dataset(*a[:3], {"batch_size": None}))  # TRL packs each 1,000 rows by themselves
+
+def import_optimizer(path: str) -> ModuleType:
+    """Import a Python file that holds `check(training_args)` and `Factory`, which transformers makes and calls."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_parser() -> TrlParser:
+    return TrlParser((NanochatArguments, SFTConfig, ModelConfig), allow_abbrev=False)
+
+
+def pack_one_stream(rows: Dataset, max_length: int) -> Dataset:
+    """Split the stream of all rows' tokens into packs. TRL itself packs each 1,000 rows by themselves."""
+    tokens = rows.select_columns(["input_ids", "labels"])
+    return pack_dataset(tokens, max_length, "wrapped", {"batch_size": None})
+
+
+def count_steps(training_args: SFTConfig, packs: int, global_batch_size: int) -> int:
+    if training_args.max_steps > 0:
+        return training_args.max_steps
+    return math.ceil(training_args.num_train_epochs * math.ceil(packs / global_batch_size))
+
+
+def main() -> None:
+    parser = make_parser()
+    script_args, training_args, model_args = parse_args(parser)
+    if not Path(script_args.optimizer).is_file():
+        parser.error(f"--optimizer {script_args.optimizer}: no such file: pass the path of optimizers/nanochat.py")
+    optimizer = import_optimizer(script_args.optimizer)
+    try:
+        optimizer.check(training_args)
+    except ValueError as error:
+        parser.error(str(error))
+    if hooks:
+        hooks.before_load(parser, script_args, training_args, model_args)
+    elif training_args.process_index == 0:
+        print(
+            f"{RECIPE.name}: recipes/hooks is not beside it: trains the same, without checks and verified checkpoints"
+        )
+    training_args.resume_from_checkpoint = choose_checkpoint(training_args)
+
+    train, validation = load_splits(script_args, training_args.seed)
+    if hooks:
+        hooks.check_rows(script_args, training_args, train, validation)
+    max_length = training_args.max_length
+    if script_args.one_stream:  # the trainer tokenizes whole rows, which are packed below
+        training_args.packing = False
+        training_args.max_length = None
     trainer = SFTTrainer(
-        model.model_name_or_path, args, train_dataset=script.rows, eval_dataset=held_out, processing_class=tokenizer,
-        optimizer_cls_and_kwargs=(lambda: hooks[script.optimizer]["build"], {"args": args}))
-    whole = (len(trainer.train_dataset) - 1) // script.global_batch_size * script.global_batch_size  # the last is short
-    trainer.train_dataset = trainer.train_dataset.select(range(script.one_stream * whole or len(trainer.train_dataset)))
-    [trainer.add_callback(hook["callback"](trainer)) for hook in hooks.values() if "callback" in hook]
-    begin(trainer, script)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        model_args.model_name_or_path,
+        training_args,
+        train_dataset=train,
+        eval_dataset=validation,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+        optimizer_cls_and_kwargs=(optimizer.Factory, {"training_args": training_args}),
+    )
+    if script_args.one_stream:
+        training_args.packing = True
+        training_args.max_length = max_length
+        trainer.train_dataset = pack_one_stream(trainer.train_dataset, max_length)
+        # the last pack is short, and goes with what fills no step
+        whole = (len(trainer.train_dataset) - 1) // script_args.global_batch_size * script_args.global_batch_size
+        if whole:
+            trainer.train_dataset = trainer.train_dataset.select(range(whole))
+        if trainer.eval_dataset is not None:
+            trainer.eval_dataset = pack_one_stream(trainer.eval_dataset, max_length)
+    steps = count_steps(training_args, len(trainer.train_dataset), script_args.global_batch_size)
+    schedule = training_args.lr_scheduler_kwargs or {}
+    if 0 < schedule.get("num_decay_steps", 0) < 1:
+        training_args.lr_scheduler_kwargs = {**schedule, "num_decay_steps": schedule["num_decay_steps"] * steps}
+    prepare_weights(trainer, model_args)
+    trainer.processing_class.chat_template = serving_template(trainer.processing_class.chat_template)
+
+    if hooks:
+        hooks.before_train(trainer, parser, script_args, model_args)
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
-    [hook["after"](trainer) for hook in hooks.values() if "after" in hook]
+    if hooks:
+        hooks.after_train(trainer, script_args, model_args)
 
 
 if __name__ == "__main__":

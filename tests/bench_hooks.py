@@ -32,7 +32,7 @@ def demo(recipes, out):
         ("qwen3_full.py", "demo_base.yaml", "--output_dir", out / "base"),
         ("qwen3_qlora.py", "demo_qlora.yaml", "--output_dir", out / "qlora", "--model_name_or_path", out / "base"),
     ):
-        command = [*launch, recipes / recipe, "--config", REPO / "recipes" / config, *flags]
+        command = [*launch, recipes / recipe, "--config", REPO / "recipes" / "configs" / config, *flags]
         done = subprocess.run(command, cwd=REPO, env=os.environ | ENV, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stdout + done.stderr)
@@ -49,7 +49,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         alone = Path(folder, "alone")
         alone.mkdir()
-        [shutil.copy(REPO / "recipes" / name, alone) for name in ("qwen3_full.py", "qwen3_qlora.py")]
+        for name in ("qwen3_full.py", "qwen3_qlora.py"):
+            shutil.copy(REPO / "recipes" / name, alone)
         for number in range(given.pairs):
             arms = [("hooks", REPO / "recipes"), ("copy", alone)]
             found = {name: demo(path, Path(folder, name)) for name, path in (arms[::-1] if number % 2 else arms)}

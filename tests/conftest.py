@@ -53,11 +53,13 @@ def run_recipe(demo, monkeypatch, tmp_path):
                      "--chat_template_path", str(template), "--output_dir", str(tmp_path / out), *given]  # fmt: skip
         monkeypatch.setattr(sys, "argv", [str(path), *given])
         monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+        monkeypatch.setattr(sys, "path", list(sys.path))
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             runpy.run_path(str(path))["main"]()
         finally:  # a run that is refused ends its process and leaves them
-            [signal.signal(*pair) for pair in handlers.items()]
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         return tmp_path / out
 
     return run
@@ -73,6 +75,20 @@ def hook(tmp_path):
         return ["--hooks", str(path)]
 
     return write
+
+
+def load_recipe(recipe):
+    """Return the globals of a recipe: a name in recipes/, or a Path."""
+    path = recipe if isinstance(recipe, Path) else REPO / "recipes" / f"{recipe}.py"
+    return runpy.run_path(str(path))
+
+
+def parse(recipe, *flags):
+    """Return (script_args, training_args, model_args) as a recipe reads these flags; on a CPU, in a fresh folder."""
+    module = load_recipe(recipe)
+    given = ["--use_cpu", "true", "--output_dir", "runs/no_such_folder", *map(str, flags)]
+    with mock.patch("sys.argv", [f"{recipe}.py", *given]):
+        return module["parse_args"](module["make_parser"]())
 
 
 def run_script(script, *args):

@@ -18,53 +18,72 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-def prepare(script, args, model):
-    if args.deepspeed_plugin is not None:  # ZeRO-3 keeps weights below 100,000 numbers whole: here, all of them
-        args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
 
-def held(weight):  # numbers of a weight on this rank, and in all
+def sizes(weight):  # numbers of a weight on this rank, and in all
     if hasattr(weight, "ds_id"):
-        return (weight.ds_tensor if weight.numel() == 0 else weight).numel(), weight.ds_numel
-    return (weight.to_local() if hasattr(weight, "to_local") else weight).numel(), weight.numel()
+        own = weight.ds_tensor if weight.numel() == 0 else weight
+        return own.numel(), weight.ds_numel
+    own = weight.to_local() if hasattr(weight, "to_local") else weight
+    return own.numel(), weight.numel()
 
-def look(trainer):
-    engine, model = trainer.model_wrapped, trainer.model
-    optimizer = trainer.optimizer
+
+def weight_sizes(model):  # [(module's class, numbers on this rank, numbers in all)], a tied weight once
+    found = {}
+    for module in model.modules():
+        for weight in module.parameters(recurse=False):
+            found[id(weight)] = (type(module).__name__, *sizes(weight))
+    return list(found.values())
+
+
+def state_size(optimizer):  # numbers of the first moment on this rank
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
-    states = [state.get("exp_avg", state.get("state1")) for state in optimizer.state.values()]
-    states = [state.to_local() if hasattr(state, "to_local") else state for state in states if state is not None]
-    weights = {id(weight): (held(weight), type(module).__name__) for module in model.modules()
-               for weight in module.parameters(recurse=False)}.values()
+    total = 0
+    for state in optimizer.state.values():
+        moment = state.get("exp_avg", state.get("state1"))
+        if moment is not None:
+            total += (moment.to_local() if hasattr(moment, "to_local") else moment).numel()
+    return total
+
+
+def describe(trainer):
+    engine, model = trainer.model_wrapped, trainer.model
+    weights = weight_sizes(model)
+    four_bit = [weight for weight in weights if weight[0] == "Linear4bit"]
+    trained = sum(sizes(weight)[1] for weight in model.parameters() if weight.requires_grad)
     return {
         "engine": type(engine).__name__,
         "stage": engine.zero_optimization_stage() if hasattr(engine, "zero_optimization_stage") else None,
-        "weights": [sum(here for (here, _), _ in weights), sum(whole for (_, whole), _ in weights)],
-        "four_bit": [sum(size[i] for size, kind in weights if kind == "Linear4bit") for i in (0, 1)],
-        "states": [sum(state.numel() for state in states),
-                   sum(held(weight)[1] for weight in model.parameters() if weight.requires_grad)],
+        "weights": [sum(weight[1] for weight in weights), sum(weight[2] for weight in weights)],
+        "four_bit": [sum(weight[1] for weight in four_bit), sum(weight[2] for weight in four_bit)],
+        "states": [state_size(trainer.optimizer), trained],
     }
+
 
 def logits(trainer):  # of one fixed row
     trainer.model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
         return trainer.model_wrapped(input_ids=torch.arange(5, 69)[None]).logits.float()
 
-def callback(trainer):
-    args, seen, plain = trainer.args, [], trainer.training_step
-    backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else None
-    def training_step(model, inputs, *rest, **kwargs):
-        seen.append(inputs["input_ids"].flatten().tolist())
-        return plain(model, inputs, *rest, **kwargs)
-    trainer.training_step = training_step
-    class Probe(TrainerCallback):
-        def on_step_end(self, *_, **__):  # in training: after an evaluation ZeRO-3 holds small weights whole
-            self.found = {"world": args.world_size, "backend": backend, "seen": seen} | look(trainer)
-        def on_train_end(self, *_, **__):
-            found = self.found
-            Path(args.output_dir, f"rank{args.process_index}.json").write_text(json.dumps(found))
-            torch.save(logits(trainer), f"{args.output_dir}/logits{args.process_index}.pt")
-    return Probe()
+
+class Probe(TrainerCallback):
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.seen = []
+        self.training_step = trainer.training_step
+        trainer.training_step = self.watch_step
+
+    def watch_step(self, model, inputs, *rest, **kwargs):
+        self.seen.append(inputs["input_ids"].flatten().tolist())
+        return self.training_step(model, inputs, *rest, **kwargs)
+
+    def on_step_end(self, args, state, control, **_):  # in training: an evaluation leaves small weights whole (ZeRO-3)
+        backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else None
+        self.report = {"world": args.world_size, "backend": backend, "seen": self.seen, **describe(self.trainer)}
+
+    def on_train_end(self, args, state, control, **_):
+        Path(args.output_dir, f"rank{args.process_index}.json").write_text(json.dumps(self.report))
+        torch.save(logits(self.trainer), f"{args.output_dir}/logits{args.process_index}.pt")
 """
 
 
@@ -81,7 +100,11 @@ class Engine:
     def command(self, recipe, *flags, launch=()):
         """`accelerate launch` with the shipped config; only the number of processes and the CPU are ours."""
         fsdp = self.config.startswith("fsdp")
-        shim = [REPO / "tests" / "fsdp_cpu_shim.py"] if fsdp else []
+        shim = []
+        if fsdp:
+            shim.append(REPO / "tests" / "fsdp_cpu_shim.py")
+        elif self.stage:
+            shim.append(REPO / "tests" / "zero_shim.py")
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
         command += [REPO / "accelerate_configs" / f"{self.config}.yaml", "--num_processes", self.processes]
         command += [*(launch or ["--main_process_port", 0]), *self.launch, *shim, REPO / "recipes" / f"{recipe}.py"]

@@ -7,12 +7,11 @@ stage 2.
 """
 
 import json
-import runpy
 import sys
 
 import pytest
 import yaml
-from conftest import REPO, run_script
+from conftest import REPO, load_recipe, run_script
 from datasets import load_from_disk
 from transformers import AutoConfig, AutoTokenizer
 
@@ -52,7 +51,7 @@ def raw_rows(stage, count):
 
 @pytest.mark.parametrize("name", VALUES)
 def test_values(name):
-    found = runpy.run_path(str(RECIPES / f"{name}.py"))["DEFAULTS"]
+    found = load_recipe(name)["DEFAULTS"]
     wanted = VALUES[name] | SHARED_VALUES | {"dataset_name": f"data/blossom{name[-1]}"}
     assert {key: found[key] for key in wanted} == wanted
     assert found.get("packing_strategy", "bfd") == "bfd" and found["chat_template_path"].endswith("chatml.jinja")
@@ -116,18 +115,26 @@ import hashlib
 import json
 from pathlib import Path
 from transformers import TrainerCallback
-def weights(model):
+
+
+def hash_weights(model):
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         digest.update(weight.detach().float().numpy().tobytes())
     return digest.hexdigest()
-def callback(trainer):
-    class Probe(TrainerCallback):
-        def on_train_begin(self, args, state, control, model, **_):
-            self.found = {"first": weights(model), "epochs": args.num_train_epochs, "steps": state.max_steps}
-        def on_train_end(self, args, state, control, model, **_):
-            Path(args.output_dir, "probe.json").write_text(json.dumps(self.found | {"last": weights(model)}))
-    return Probe()
+
+
+class Probe(TrainerCallback):
+    def __init__(self, trainer):
+        self.report = {"epochs": trainer.args.num_train_epochs}
+
+    def on_train_begin(self, args, state, control, model, **_):
+        self.report["first"] = hash_weights(model)
+        self.report["steps"] = state.max_steps
+
+    def on_train_end(self, args, state, control, model, **_):
+        self.report["last"] = hash_weights(model)
+        Path(args.output_dir, "probe.json").write_text(json.dumps(self.report))
 """
 
 

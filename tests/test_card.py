@@ -35,10 +35,11 @@ def home(tmp_path, monkeypatch):
     (tmp_path / "recipes" / "qwen3_qlora.py").write_text(recipe)
     (run / "qwen3_qlora.py").write_text(recipe)
     (tmp_path / "chat_templates" / "qwen3.jinja").write_text(template)
-    (run / "chat_template.jinja").write_text(card.serving(template))
+    (run / "chat_template.jinja").write_text(card.serving_template(template))
     alice = "/home/alice"
     settings = {"model_name_or_path": f"{alice}/models/Qwen3-4B", "dataset_name": "data/chats", "learning_rate": 3e-3,
-                "chat_template_path": f"{alice}/chat_templates/qwen3.jinja", "hooks": [f"{alice}/hooks/log.py"],
+                "chat_template_path": f"{alice}/chat_templates/qwen3.jinja",
+                "hooks": [f"{alice}/mine.py", "eval/in_training.py"],
                 "max_length": 2048, "model_init_kwargs": {"cache": f"{alice}/cache"}, "output_dir": "../alice/run",
                 }  # fmt: skip
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
@@ -123,6 +124,7 @@ def test_it_tells_what_is_known(home, capsys):
         "![loss](loss.png)",
         "| learning_rate | 0.0002 | 0.003 |",
         "| dataset_name | openai/gsm8k | data/chats |",
+        "| hooks |  | ['mine.py', 'eval/in_training.py'] |",
         "| model_name_or_path | Qwen/Qwen3-4B-Instruct-2507 | Qwen3-4B |",
         "`chats`, made by mix.py from 90 rows: train 80, validation 4; refused: empty 6.",
         "| train | sums | 80 |",
@@ -187,7 +189,7 @@ def test_comments_docstrings_and_layout_do_not(home, capsys):
     run_card(capsys, run)
     edit(recipe, '"""', '"""Another first line. ')
     edit(recipe, "# model", "# the model and")
-    edit(recipe, "def main():\n", 'def main():\n    """Begins."""\n\n')
+    edit(recipe, "def main() -> None:\n", 'def main() -> None:\n    """Begins."""\n\n')
     edit(recipe, "learning_rate=2e-4,", "learning_rate = 0.0002 ,")
     edit(run / "config.yaml", "learning_rate: 0.003", "learning_rate: 3.0e-3  # tried")
     assert run_card(capsys, run, "--check")[:2] == (0, "up to date\n")

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import EXACT, REPO, SHARED
+from conftest import EXACT, REPO, SHARED, TINY
 
 sys.path.insert(0, str(REPO / "data_prep"))
 import compile  # noqa: E402
@@ -24,16 +24,21 @@ PROBE = """
 import json
 from pathlib import Path
 from transformers import TrainerCallback
-def callback(trainer):
-    step, out = trainer.compute_loss, Path(trainer.args.output_dir, "batches.jsonl")
-    out.write_text(json.dumps({"eval": trainer.eval_dataset["input_ids"][:]}) + chr(10))
-    def compute_loss(model, inputs, *args, **kwargs):
-        names = "input_ids", "labels", "position_ids", "cu_seq_lens_q"
-        with out.open("a") as file:
-            file.write(json.dumps({name: inputs[name].tolist() for name in names}) + chr(10))
-        return step(model, inputs, *args, **kwargs)
-    trainer.compute_loss = compute_loss
-    return TrainerCallback()
+
+NAMES = "input_ids", "labels", "position_ids", "cu_seq_lens_q"
+
+
+class Probe(TrainerCallback):
+    def __init__(self, trainer):
+        self.out = Path(trainer.args.output_dir, "batches.jsonl")
+        self.out.write_text(json.dumps({"eval": trainer.eval_dataset["input_ids"][:]}) + chr(10))
+        self.compute_loss = trainer.compute_loss
+        trainer.compute_loss = self.write_batch
+
+    def write_batch(self, model, inputs, *args, **kwargs):
+        with self.out.open("a") as file:
+            file.write(json.dumps({name: inputs[name].tolist() for name in NAMES}) + chr(10))
+        return self.compute_loss(model, inputs, *args, **kwargs)
 """
 
 
@@ -62,6 +67,22 @@ def make(demo, tmp_path, monkeypatch, capsys):
         code = compile.main()
         said = capsys.readouterr()
         return code, out, said.out + said.err
+
+    return run
+
+
+@pytest.fixture
+def train_compiled(run_recipe, demo, tmp_path):
+    """train_compiled(folder, *flags) trains a compiled set with recipes/configs/compiled.yaml, as conftest's TINY."""
+
+    def run(folder, *flags, out="run"):
+        length = TINY.index("--max_length")
+        tiny = TINY[:length] + TINY[length + 2 :]  # the config says null, which no flag can
+        config = REPO / "recipes" / "configs" / "compiled.yaml"
+        given = ["--config", config, "--dataset_name", folder, "--output_dir", tmp_path / out]
+        given += ["--model_name_or_path", demo / "init", "--chat_template_path", TEMPLATES / "qwen3.jinja"]
+        run_recipe("qwen3_full", *tiny, *given, *flags, defaults=False)
+        return tmp_path / out
 
     return run
 
@@ -105,12 +126,12 @@ def masked(ids, mask):
 
 
 # -- the same run -----------------------------------------------------------------------------------------------------
-def test_a_run_on_the_compiled_set_is_the_run_on_the_messages(run_recipe, hook, demo, make):
+def test_a_run_on_the_compiled_set_is_the_run_on_the_messages(run_recipe, train_compiled, hook, demo, make):
     code, out, said = make(demo / "rows" / "chat", "--max_length", 512)
     assert code == 0, said
-    flags = [*EXACT, *hook(PROBE), "--packing_strategy", "bfd", "--max_length", 512, "--max_steps", 3]
-    one = run_recipe("qwen3_full", *flags, out="messages")
-    other = run_recipe("qwen3_full", *flags, "--dataset_name", out, out="compiled")
+    flags = [*EXACT, *hook(PROBE), "--max_steps", 3]
+    one = run_recipe("qwen3_full", *flags, "--packing_strategy", "bfd", "--max_length", 512, out="messages")
+    other = train_compiled(out, *flags, out="compiled")
     batches = [(folder / "batches.jsonl").read_text() for folder in (one, other)]
     assert batches[0].count("\n") == 13 and batches[0] == batches[1]
     assert any(len(json.loads(line)["cu_seq_lens_q"]) > 3 for line in batches[0].splitlines()[1:]), "nothing was packed"
@@ -121,27 +142,43 @@ def test_a_run_on_the_compiled_set_is_the_run_on_the_messages(run_recipe, hook, 
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"template": "0"}, "template"), ({"tokenizer": "0"}, "tokenizer"), ({"kwargs": {}}, "kwargs")],
+    [({"template": "0"}, "template"), ({"tokenizer": "0"}, "tokenizer"), ({"kwargs": {}}, "special tokens")],
     ids=lambda part: part if isinstance(part, str) else "",
 )
-def test_a_recipe_refuses_a_set_made_with_another(run_recipe, demo, make, change, named):
+def test_a_recipe_refuses_a_set_made_with_another(train_compiled, demo, make, change, named):
     """Before weights load: the model's folder holds none here."""
     _, out, _ = make(demo / "rows" / "chat", "--max_length", 512)
     report = json.loads((out / "report.json").read_text())
     (out / "report.json").write_text(json.dumps(report | change))
     with pytest.raises(ValueError, match=f"compiled with another {named} than this recipe's.*other_tokenizer"):
+        train_compiled(out)
+
+
+def test_another_template_is_really_seen(train_compiled, demo, make):
+    _, out, _ = make(demo / "rows" / "chat", "--max_length", 512)
+    flags = ["--chat_template_path", TEMPLATES / "chatml.jinja"]
+    with pytest.raises(ValueError, match="compiled with another template than"):
+        train_compiled(out, *flags)
+    train_compiled(out, *flags, "--allow", "other_tokenizer", "--max_steps", 1)
+
+
+def test_a_recipe_without_the_settings_of_compiled_sets_refuses_one(run_recipe, demo, make):
+    _, out, _ = make(demo / "rows" / "chat", "--max_length", 512)
+    with pytest.raises(ValueError, match="is a compiled set: --config recipes/configs/compiled.yaml"):
         run_recipe("qwen3_full", "--dataset_name", out)
 
 
-def test_another_template_or_mask_is_really_seen(run_recipe, demo, make):
-    _, out, _ = make(demo / "rows" / "chat", "--max_length", 512)
-    chatml = TEMPLATES / "chatml.jinja"
-    with pytest.raises(ValueError, match="compiled with another template than"):
-        run_recipe("qwen3_full", "--dataset_name", out, "--chat_template_path", chatml)
-    with pytest.raises(ValueError, match="compiled with another kwargs than"):
-        run_recipe("qwen3_full", "--dataset_name", out, "--assistant_only_loss", "false")
-    run_recipe("qwen3_full", "--dataset_name", out, "--chat_template_path", chatml, "--allow", "other_tokenizer",
-               "--max_steps", 1)  # fmt: skip
+def test_a_recipe_of_compiled_sets_names_no_mask_and_no_length(tmp_path, demo, make):
+    """Left to its DEFAULTS, every token would be trained."""
+    data = save(tmp_path / "x.jsonl", chats(20))
+    recipe = REPO / "recipes" / "step35_sft.py"
+    sequential = ["--packing_strategy", "sequential"]
+    code, out, said = make(data, *sequential, "--max_length", 64, recipe=recipe)
+    assert code == 2 and "pass --assistant_only_loss true" in said and said.count("\n") == 1 and not out.exists()
+    code, out, said = make(data, *sequential, "--assistant_only_loss", "true", recipe=recipe)
+    assert code == 2 and "pass --max_length" in said and said.count("\n") == 1 and not out.exists()
+    code, out, said = make(data, *sequential, "--assistant_only_loss", "true", "--max_length", 512, recipe=recipe)
+    assert code == 0 and any(-100 in labels[1:] for labels in load(out)["train"]["labels"]), said
 
 
 # -- packs and masks --------------------------------------------------------------------------------------------------

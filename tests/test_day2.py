@@ -7,12 +7,11 @@ left out of the mix; another weight in it; eval/in_training.py left out of the c
 
 import json
 import re
-import runpy
 import sys
 
 import pytest
 import yaml
-from conftest import REPO, SHARED, run_script
+from conftest import REPO, SHARED, parse, run_script
 from datasets import load_from_disk
 from transformers import AutoConfig, AutoTokenizer
 from trl import get_peft_config, get_quantization_config
@@ -36,14 +35,13 @@ PUBLISHED = {  # what differs: the tutorial's text, and its config.py where a la
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_published_values(name, monkeypatch, tmp_path):
+def test_published_values(name, monkeypatch):
     """What the trainer would get, from the launch line at the config's head."""
-    text = (REPO / "recipes" / f"{name}.yaml").read_text()
+    text = (REPO / "recipes" / "configs" / f"{name}.yaml").read_text()
     recipe, flags = re.search(r"^#   accelerate launch (\S+) (.*)$", text, re.M).groups()
-    assert flags == f"--config recipes/{name}.yaml" and recipe == "recipes/qwen3_qlora.py"
+    assert flags == f"--config recipes/configs/{name}.yaml" and recipe == "recipes/qwen3_qlora.py"
     monkeypatch.chdir(REPO)
-    monkeypatch.setattr(sys, "argv", [recipe, *flags.split(), "--use_cpu", "true", "--output_dir", str(tmp_path / "x")])
-    script, args, model = runpy.run_path(recipe)["parse_args"]()
+    script, args, model = parse(REPO / recipe, *flags.split())
     bits, lora = get_quantization_config(model), get_peft_config(model)
     found = {
         "model": model.model_name_or_path, "bits": (bits.bnb_4bit_quant_type, str(bits.bnb_4bit_compute_dtype)),
@@ -124,22 +122,27 @@ PROBE = """
 import json
 from pathlib import Path
 from transformers import TrainerCallback
-def callback(trainer):
-    rows, text = trainer.train_dataset, []
-    for row in rows:
-        trained = [token for token, label in zip(row["input_ids"], row["labels"]) if label != -100]
-        text.append(trainer.processing_class.decode(trained))
-    Path(trainer.args.output_dir, "trained.json").write_text(json.dumps(text))
-    return TrainerCallback()
+
+
+class Probe(TrainerCallback):
+    def __init__(self, trainer):
+        texts = []
+        for row in trainer.train_dataset:
+            trained = [token for token, label in zip(row["input_ids"], row["labels"]) if label != -100]
+            texts.append(trainer.processing_class.decode(trained))
+        Path(trainer.args.output_dir, "trained.json").write_text(json.dumps(texts))
 """
 
 
 FEWER = """
 import sys
 sys.path.insert(0, "eval")
-import in_training
-from in_training import callback, prepare
-in_training.ROWS, in_training.MAX_NEW_TOKENS = 8, 16
+from in_training import InTraining
+
+
+class Fewer(InTraining):
+    rows = 8
+    max_new_tokens = 16
 """
 
 
@@ -147,7 +150,7 @@ def test_from_raw_rows_to_an_adapter(data, demo, run_recipe, hook, monkeypatch, 
     """The shipped config on a tiny Qwen3: last answers only, the held-out loss falls, answers are measured."""
     monkeypatch.chdir(REPO)  # the config names a hook of the repository
     out, fewer, probe = tmp_path / "run", hook(FEWER, "fewer.py")[1], hook(PROBE)[1]
-    config = (REPO / "recipes" / "day2_4080.yaml").read_text().replace("eval/in_training.py", fewer)
+    config = (REPO / "recipes" / "configs" / "day2_4080.yaml").read_text().replace("eval/in_training.py", fewer)
     (tmp_path / "day2.yaml").write_text(config)
     run_recipe("qwen3_qlora", "--config", tmp_path / "day2.yaml", "--model_name_or_path", demo / "init",
                "--dataset_name", data, "--output_dir", out, "--use_cpu", "true", "--bf16", "false",

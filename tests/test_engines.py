@@ -30,7 +30,6 @@ def train(demo, tmp_path_factory):
     (folder / "probe.py").write_text(PROBE)
     data = ["--model_name_or_path", demo / "init", "--dataset_name", demo / "rows" / "chat"]
     data += ["--chat_template_path", REPO / "chat_templates" / "qwen3.jinja", "--hooks", folder / "probe.py"]
-    data += [REPO / "recipes" / "hooks" / "parity.py"]
 
     def start(recipe, engine, *flags):
         key = (recipe, engine, *map(str, flags))

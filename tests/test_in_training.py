@@ -3,12 +3,12 @@
 The rigged models say one text whatever they are asked. Breaks tried, each seen red: a measurement between evaluations
 that clears the trainer's should_log, after which the steps' own losses are missing from log.jsonl; training mode kept
 or not restored, all modules left training, generation configs not restored, logged in training mode; gradients on;
-losses off by one, or of whole logits; steps off by one, once per set, at evaluations too where EVERY is set, outside
+losses off by one, or of whole logits; steps off by one, once per set, at evaluations too where `every` is set, outside
 the run, or not handed on to the trainer; rows by another seed, of another split, all of them, with what Arrow fills in,
 or without their template's arguments; max_length, the budget (also by one) or the generation config's stop tokens
 ignored; figures of an earlier step where measuring failed; every process measuring the same rows, or the first one's
-alone told; a wrong share of time; parallelism within a row taken; the trainer's class left changed. Two change no
-figure and stay green: labels on the padding (the mask saves its head) and the seed of a bootstrap that is not logged.
+alone told; a wrong share of time; parallelism within a row taken. Two change no figure and stay green: labels on the
+padding (the mask saves its head) and the seed of a bootstrap that is not logged.
 """
 
 import json
@@ -33,14 +33,13 @@ import models
 from test_compare import STOP, chat, make_model, make_tokenizer, rigged, save, write_rows
 
 EVALUATED = ["--eval_strategy", "steps", "--eval_steps", "2"]
-SETTINGS = {"EVERY": 0, "ROWS": 8, "DATA": None, "SPLIT": "validation", "MAX_NEW_TOKENS": 64, "BATCH_SIZE": 3}
+SETTINGS = {"every": 0, "rows": 8, "data": None, "split": "validation", "max_new_tokens": 64, "batch_size": 3}
 
 
 def watching(hook, name="watch.py", **settings):
     """Flags for a hook of a user's own with these settings, written as the docstring says."""
-    lines = [f"import sys; sys.path.insert(0, {str(REPO / 'eval')!r}); import in_training"]
-    lines += ["from in_training import callback, prepare"]
-    lines += [f"in_training.{key} = {value!r}" for key, value in (SETTINGS | settings).items()]
+    lines = ["import sys", f"sys.path.insert(0, {str(REPO / 'eval')!r})", "from in_training import InTraining"]
+    lines += ["class Mine(InTraining):", *(f"    {key} = {value!r}" for key, value in (SETTINGS | settings).items())]
     return hook("\n".join(lines), name)
 
 
@@ -58,7 +57,7 @@ def weights(folder):
 
 LOOSE = {  # recipe: flags under which it draws random numbers, checkpoints activations or casts; the hook's settings
     # dropout of the adapters, 4-bit weights, packs; measured in training mode, between evaluations
-    "qwen3_qlora": (["--activation_checkpointing", "true"], {"EVERY": 1, "ROWS": 3, "MAX_NEW_TOKENS": 24}),
+    "qwen3_qlora": (["--activation_checkpointing", "true"], {"every": 1, "rows": 3, "max_new_tokens": 24}),
     # fp32 masters under autocast, checkpointed activations; measured with the evaluations
     "qwen3_full": (["--bf16", "true", "--packing", "false"], {}),
 }
@@ -77,7 +76,7 @@ def test_a_run_with_it_trains_the_same_weights_to_the_bit(run_recipe, hook, reci
     for name in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "eval_loss", "eval_entropy"):
         curves = [[line[name] for line in logged(folder) if name in line] for folder in (plain, watched)]
         assert curves[0] == curves[1] and curves[0], name
-    assert f"in_training.py: perplexity of {settings.get('ROWS', 8)} rows, answers to " in said
+    assert f"in_training.py: perplexity of {settings.get('rows', 8)} rows, answers to " in said
     assert "% of the run" in said
 
 
@@ -122,7 +121,7 @@ def test_a_planted_model_has_its_figures_in_the_log(run_recipe, hook, tmp_path, 
     flags += ["--chat_template_path", REPO / "chat_templates" / "qwen3_instruct_2507.jinja", "--learning_rate", "0"]
     flags += ["--packing", "false", "--bf16", "false", "--max_steps", "1", *EVALUATED[:3], "1"]
     # an end over and over is seen from 64 characters on
-    [line] = measurements(run_recipe("qwen3_full", *flags, *watching(hook, MAX_NEW_TOKENS=80)))
+    [line] = measurements(run_recipe("qwen3_full", *flags, *watching(hook, max_new_tokens=80)))
     assert tuple(line[f"eval_{name}"] for name in FIGURES[1:]) == expected
     assert 0 < line["eval_answers_time_share"] < 1
 
@@ -147,7 +146,7 @@ def test_a_reference_above_the_budget_asks_for_no_answer(run_recipe, hook, tmp_p
     flags = ["--model_name_or_path", tmp_path / "model", "--dataset_name", tmp_path / "rows.jsonl", "--eval_rows", "0"]
     flags += ["--chat_template_path", REPO / "chat_templates" / "qwen3_instruct_2507.jinja", "--learning_rate", "0"]
     flags += ["--packing", "false", "--bf16", "false", "--max_steps", "1"]
-    settings = {"EVERY": 1, "DATA": str(data), "MAX_NEW_TOKENS": 6, "ROWS": 10}  # five characters and the stop token
+    settings = {"every": 1, "data": str(data), "max_new_tokens": 6, "rows": 10}  # five characters and the stop token
     [line] = measurements(run_recipe("qwen3_full", *flags, *watching(hook, **settings)))
     assert "perplexity of 10 rows, answers to 2 (the others need more than 6 tokens)" in capsys.readouterr().out
     assert (line["eval_stop_rate"], line["eval_json_valid"]) == (1, 1)
@@ -166,10 +165,8 @@ class Wrapped:
         return self.model(**named)
 
 
-def hooked(monkeypatch, rows, model=None, sizes=(1, 1, 1), max_length=None, sharded=False, **settings):
+def hooked(messages, model=None, sizes=(1, 1, 1), max_length=None, sharded=False, evaluates="steps", **settings):
     """(the hook on a trainer that does nothing else, that trainer, what it logs) after the run began."""
-    for key, value in (SETTINGS | settings).items():
-        monkeypatch.setattr(in_training, key, value)
     model = model or rigged("[1,2]")
     add_fused_lm_head(model)
     log, control = [], SimpleNamespace(should_log=True)
@@ -180,14 +177,16 @@ def hooked(monkeypatch, rows, model=None, sizes=(1, 1, 1), max_length=None, shar
         control.should_log = False  # as the trainer's own log() leaves it
 
     trainer = SimpleNamespace(
-        args=SimpleNamespace(seed=42, max_length=max_length, world_size=1, process_index=0),
+        args=SimpleNamespace(
+            seed=42, max_length=max_length, world_size=1, process_index=0, eval_strategy=evaluates
+        ),
+        validation_rows=Dataset.from_list(messages),
         model=model.train(), model_wrapped=Wrapped(model), processing_class=make_tokenizer("qwen3"),
         log=written, control=control, state=SimpleNamespace(global_step=0), is_in_train=True, is_fsdp_enabled=sharded,
         is_world_process_zero=lambda: True,
         **{f"get_{kind}_size": lambda size=size: size for kind, size in zip(("sp", "cp", "tp"), sizes, strict=True)},
     )  # fmt: skip
-    monkeypatch.setitem(in_training.RUN, "rows", Dataset.from_list(rows))
-    hook = in_training.callback(trainer)
+    hook = type("Mine", (in_training.InTraining,), SETTINGS | settings)(trainer)
     hook.on_train_begin(trainer.args, trainer.state, None)
     return hook, trainer, log
 
@@ -203,8 +202,8 @@ def step(hook, trainer, number, evaluations=0):
     return found
 
 
-def test_it_measures_with_each_evaluation_or_every_so_many_steps(monkeypatch):
-    hook, trainer, log = hooked(monkeypatch, CHATS[:2])
+def test_it_measures_with_each_evaluation_or_every_so_many_steps():
+    hook, trainer, log = hooked(CHATS[:2])
     assert step(hook, trainer, 1) == [] and not log
     for number in (2, 4):  # two sets are evaluated: measured once, known to both
         for metrics in step(hook, trainer, number, evaluations=2):
@@ -212,21 +211,19 @@ def test_it_measures_with_each_evaluation_or_every_so_many_steps(monkeypatch):
     assert len(log) == 2 and "eval_answers_time_share" in log[0] and trainer.model.training
     trainer.is_in_train = False  # evaluate() after the run
     assert step(hook, trainer, 5, evaluations=1) == [{"eval_loss": 1.0}] and len(log) == 2
-    hook, trainer, log = hooked(monkeypatch, CHATS[:2], EVERY=3)
+    hook, trainer, log = hooked(CHATS[:2], every=3)
     seen = []
     for number in range(1, 8):
         assert step(hook, trainer, number, evaluations=number == 4) in ([], [{"eval_loss": 1.0}])
         seen.append(len(log))
     assert seen == [0, 0, 1, 1, 1, 2, 2]
-    monkeypatch.setattr(in_training.SFTTrainer, "__init__", in_training.SFTTrainer.__init__)  # put back afterwards
-    in_training.prepare(None, SimpleNamespace(eval_strategy="no"), None)  # needs no evaluations
-    monkeypatch.setattr(in_training, "EVERY", 0)
+    hooked(CHATS[:2], every=3, evaluates="no")  # needs no evaluations
     with pytest.raises(ValueError, match="measures with evaluations"):
-        in_training.prepare(None, SimpleNamespace(eval_strategy="no"), None)
+        hooked(CHATS[:2], evaluates="no")
 
 
-def test_a_failed_measurement_gives_no_figures_of_another_step(monkeypatch, capsys):
-    hook, trainer, log = hooked(monkeypatch, CHATS[:2])
+def test_a_failed_measurement_gives_no_figures_of_another_step(capsys):
+    hook, trainer, log = hooked(CHATS[:2])
     assert all("eval_stop_rate" in metrics for metrics in step(hook, trainer, 2, 2))
     with torch.no_grad():
         trainer.model.lm_head.weight[0, 0] = float("nan")
@@ -242,27 +239,27 @@ def test_answers_have_a_budget_and_rows_a_seed(monkeypatch, tmp_path):
         chat("A?", "abcd", id="fits"),
         chat("B?", "abcde", id="long"),
     ]  # an empty think block before, four tokens, and a stop token
-    hook, trainer, _ = hooked(monkeypatch, rows, rigged("xy", stops=False), MAX_NEW_TOKENS=9)
+    hook, trainer, _ = hooked(rows, rigged("xy", stops=False), max_new_tokens=9)
     step(hook, trainer, 2, 1)
     assert [record["answer_tokens"] for record in said[0]] == [9, None] and said[0][0]["answer"] == "xyyyyyyyy"
-    hook, *_ = hooked(monkeypatch, CHATS, ROWS=4)
-    assert [int(row["id"]) for row in hook.rows] == sorted(random.Random(42).sample(range(16), 4))
+    hook, *_ = hooked(CHATS, rows=4)
+    assert [int(row["id"]) for row in hook.drawn_rows] == sorted(random.Random(42).sample(range(16), 4))
     DatasetDict({"test": Dataset.from_list(CHATS), "other": Dataset.from_list(rows)}).save_to_disk(tmp_path / "set")
-    hook, *_ = hooked(monkeypatch, CHATS, DATA=str(tmp_path / "set"), SPLIT="other")
-    assert [row["id"] for row in hook.rows] == ["fits", "long"]
+    hook, *_ = hooked(CHATS, data=str(tmp_path / "set"), split="other")
+    assert [row["id"] for row in hook.drawn_rows] == ["fits", "long"]
 
 
 def test_its_share_of_the_time(monkeypatch, capsys):
     clock = iter([100.0, 110.0, 113.0, 120.0, 125.0, 160.0])  # began; twice since and now; the end
     monkeypatch.setattr(in_training, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    hook, trainer, log = hooked(monkeypatch, CHATS[:1])
+    hook, trainer, log = hooked(CHATS[:1])
     step(hook, trainer, 2, 1), step(hook, trainer, 4, 1)
     assert [line["eval_answers_time_share"] for line in log] == [round(3 / 13, 4), 8 / 25]
     hook.on_train_end(trainer.args, trainer.state, None)
     assert "measuring took 8.0 s, 13.3% of the run" in capsys.readouterr().out
 
 
-def test_the_rows_are_what_the_recipe_was_given(monkeypatch, capsys):
+def test_the_rows_are_what_the_recipe_was_given(capsys):
     """Without what Arrow fills in, with their template's arguments; what cannot be scored is told and left out."""
 
     def call(**arguments):
@@ -276,29 +273,29 @@ def test_the_rows_are_what_the_recipe_was_given(monkeypatch, capsys):
         chat("D?", "word " * 60, id="d"),
         chat("E?", "7", id="e") | {"messages": [{"role": "user", "content": "E?"}]},
     ]
-    hook, trainer, _ = hooked(monkeypatch, rows, max_length=150)
-    assert [row["id"] for row in hook.rows] == ["a", "b", "c"]
-    assert [row["messages"] for row in hook.rows] == [row["messages"] for row in rows[:3]]
-    assert [row["kwargs"] for row in hook.rows] == [{"enable_thinking": False}, {}, {}]
+    hook, trainer, _ = hooked(rows, max_length=150)
+    assert [row["id"] for row in hook.drawn_rows] == ["a", "b", "c"]
+    assert [row["messages"] for row in hook.drawn_rows] == [row["messages"] for row in rows[:3]]
+    assert [row["kwargs"] for row in hook.drawn_rows] == [{"enable_thinking": False}, {}, {}]
     tail = "; 2 turns are not scored (first: conversation longer than the limit)"
     assert f"perplexity of 3 rows, answers to 3{tail}" in capsys.readouterr().out
-    hook, *_ = hooked(monkeypatch, rows)  # without --max_length, what the model has room for
-    assert [row["id"] for row in hook.rows] == ["a", "b", "c", "d"]
+    hook, *_ = hooked(rows)  # without --max_length, what the model has room for
+    assert [row["id"] for row in hook.drawn_rows] == ["a", "b", "c", "d"]
 
 
-def test_stop_tokens_of_the_generation_config_count(monkeypatch):
+def test_stop_tokens_of_the_generation_config_count():
     model, [b] = rigged("ab", stops=False), make_tokenizer("qwen3")("b")["input_ids"]
     for eos in (b, [b]):
         model.generation_config.eos_token_id = eos
-        hook, trainer, _ = hooked(monkeypatch, [chat("A?", "a", id="a")], model)
+        hook, trainer, _ = hooked([chat("A?", "a", id="a")], model)
         assert step(hook, trainer, 2, 1)[0]["eval_stop_rate"] == 1 and hook.stops == {STOP, b}
         model.generation_config.eos_token_id = None
-        hook, trainer, _ = hooked(monkeypatch, [chat("A?", "a", id="a")], model)
+        hook, trainer, _ = hooked([chat("A?", "a", id="a")], model)
         assert step(hook, trainer, 2, 1)[0]["eval_stop_rate"] == 0  # "abbb…"
 
 
 def test_sharded_weights_are_asked_for_no_answers(monkeypatch, capsys):
-    hook, trainer, _ = hooked(monkeypatch, CHATS[:5], sharded=True, BATCH_SIZE=2)
+    hook, trainer, _ = hooked(CHATS[:5], sharded=True, batch_size=2)
     trainer.args.world_size, trainer.args.process_index = 2, 1  # gathered weights: every process passes all rows
     monkeypatch.setattr(in_training, "gather_object", lambda found: found * 2)
     assert "perplexity of 5 rows, answers to 0 (the weights are sharded)" in capsys.readouterr().out
@@ -307,23 +304,45 @@ def test_sharded_weights_are_asked_for_no_answers(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("sizes", "kind"), [((2, 1, 1), "sequence"), ((1, 2, 1), "context"), ((1, 1, 2), "tensor")])
-def test_parallelism_within_a_row_is_refused(monkeypatch, sizes, kind):
+def test_parallelism_within_a_row_is_refused(sizes, kind):
     with pytest.raises(ValueError, match=f"does not measure under {kind} parallelism: run without it"):
-        hooked(monkeypatch, CHATS, sizes=sizes)
+        hooked(CHATS, sizes=sizes)
 
 
-def test_the_trainer_itself_stays_as_it_is(monkeypatch):
-    begun = []
+def test_a_trainer_of_trl_alone_needs_a_file_of_rows(demo, tmp_path):
+    """Without a recipe and its hooks: the rows come from `data`, and the run trains what it trains without it."""
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
 
-    def begin(self, *rest, **named):
-        begun.append((self, rest, named))
+    rows = [*load_from_disk(str(demo / "rows" / "chat"))["validation"].select(range(12))]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    template = (REPO / "chat_templates" / "qwen3.jinja").read_text()
 
-    monkeypatch.setattr(in_training.SFTTrainer, "__init__", begin)
-    monkeypatch.setattr(in_training, "RUN", {})
-    in_training.prepare(None, SimpleNamespace(eval_strategy="steps"), None)
-    trainer = in_training.SFTTrainer("model", eval_dataset=CHATS)
-    assert begun == [(trainer, ("model",), {"eval_dataset": CHATS})] and in_training.RUN == {"rows": CHATS}
-    assert in_training.SFTTrainer.__init__ is begin
+    def train(out, **settings):
+        tokenizer = AutoTokenizer.from_pretrained(demo / "init")
+        tokenizer.chat_template = template
+        args = SFTConfig(
+            str(tmp_path / out), use_cpu=True, bf16=False, max_steps=2, max_length=512, assistant_only_loss=True,
+            eval_strategy="steps", eval_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+            model_init_kwargs={"dtype": "float32"}, learning_rate=1e-2,
+        )  # fmt: skip
+        messages = [{"messages": row["messages"]} for row in rows if not row.get("tools")]
+        trainer = SFTTrainer(
+            str(demo / "init"), args, train_dataset=Dataset.from_list(messages),
+            eval_dataset=Dataset.from_list(messages[:4]), processing_class=tokenizer,
+        )  # fmt: skip
+        if settings:
+            trainer.add_callback(type("Mine", (in_training.InTraining,), SETTINGS | settings)(trainer))
+        trainer.train()
+        return trainer
+
+    with pytest.raises(ValueError, match="SFTTrainer keeps no rows of messages.*set data of InTraining"):
+        train("refused", rows=4)
+    watched, plain = train("watched", rows=4, data=str(data)), train("plain")
+    found = [line["eval_stop_rate"] for line in watched.state.log_history if "eval_stop_rate" in line]
+    assert len(found) == 2
+    pairs = zip(watched.model.parameters(), plain.model.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
 
 
 # -- nothing is left behind --------------------------------------------------------------------------------------------
@@ -362,14 +381,14 @@ def test_runs_that_have_nothing_to_measure_are_refused(run_recipe, hook, demo, t
     write_rows(tmp_path / "rows.jsonl", [*load_from_disk(str(demo / "rows" / "chat"))["train"].select(range(40))])
     rows = ["--dataset_name", tmp_path / "rows.jsonl", "--eval_rows", "0"]
     with pytest.raises(ValueError, match="needs validation rows of messages.*--eval_rows"):
-        run_recipe("qwen3_qlora", *rows, *watching(hook, EVERY=1), out="second")
+        run_recipe("qwen3_qlora", *rows, *watching(hook, every=1), out="second")
 
 
 # -- several processes -------------------------------------------------------------------------------------------------
-def start(demo, tmp_path, engine, out, *flags):
+def start(demo, tmp_path, engine, out, *flags, hooks=()):
     (tmp_path / "probe.py").write_text(PROBE)
     data = ["--model_name_or_path", demo / "init", "--dataset_name", demo / "rows" / "chat", *EVALUATED, *EXACT]
-    data += ["--chat_template_path", REPO / "chat_templates" / "qwen3.jinja", "--hooks", tmp_path / "probe.py"]
+    data += ["--chat_template_path", REPO / "chat_templates" / "qwen3.jinja", "--hooks", tmp_path / "probe.py", *hooks]
     data += ["--max_steps", 4, "--global_batch_size", 4, "--max_length", 512, "--learning_rate", "1e-2"]
     data += ["--save_strategy", "no", "--disable_tqdm", "true", "--output_dir", tmp_path / out]
     run(ENGINES[engine].command("qwen3_full", *data, *flags))
@@ -378,9 +397,9 @@ def start(demo, tmp_path, engine, out, *flags):
 
 def test_two_processes_measure_what_one_measures(demo, run_recipe, hook, tmp_path):
     """13 rows, so that the ranks have unequal parts and another number of passes."""
-    flags = watching(hook, ROWS=13)
+    flags = watching(hook, rows=13)
     one = run_recipe("qwen3_full", *EVALUATED, *EXACT, *flags)
-    two = start(demo, tmp_path, "ddp", "two", *flags)
+    two = start(demo, tmp_path, "ddp", "two", hooks=flags[1:])
     assert [rank["world"] for rank in ranks(two)] == [2, 2]
     pairs = list(zip(measurements(one), measurements(two), strict=True))
     assert [line["step"] for line, _ in pairs] == [2, 4]
@@ -392,8 +411,8 @@ def test_two_processes_measure_what_one_measures(demo, run_recipe, hook, tmp_pat
 @pytest.mark.long
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2", "zero2"])
 def test_sharded_weights_are_measured_by_perplexity_and_train_the_same(demo, hook, tmp_path, run_recipe, engine):
-    flags = watching(hook, ROWS=13)
-    plain, watched = start(demo, tmp_path, engine, "plain"), start(demo, tmp_path, engine, "watched", *flags)
+    flags = watching(hook, rows=13)
+    plain, watched = start(demo, tmp_path, engine, "plain"), start(demo, tmp_path, engine, "watched", hooks=flags[1:])
     found = ranks(watched)
     assert [rank["world"] for rank in found] == [2, 2]
     for name in ("loss", "eval_loss"):
@@ -412,4 +431,4 @@ def test_sharded_weights_are_measured_by_perplexity_and_train_the_same(demo, hoo
 @pytest.mark.long
 def test_sequence_parallelism_is_refused_in_a_sentence(demo, hook, tmp_path):
     with pytest.raises(AssertionError, match="does not measure under sequence parallelism: run without it"):
-        start(demo, tmp_path, "sp", "sp", *ENGINES["sp"].flags, *watching(hook))
+        start(demo, tmp_path, "sp", "sp", *ENGINES["sp"].flags, hooks=watching(hook)[1:])

@@ -1,81 +1,99 @@
-"""When memory runs out: every kind of such an error is known, and the ladder carries this run's own numbers."""
+"""When memory runs out: every kind of such an error is known, and the suggestions carry this run's own numbers."""
 
-import runpy
 import sys
 
 import pytest
 import torch
-from conftest import REPO
+from conftest import parse
+from hooks.memory import explain, ran_out_of_memory, suggestions
+from hooks.refusals import Refusals
 
-HOOK = REPO / "recipes" / "hooks" / "memory.py"
 RAISES = """
 import torch
 from transformers import TrainerCallback
 class Probe(TrainerCallback):
+    def __init__(self, trainer):
+        pass
     def on_step_end(self, args, state, control, **_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB")
-def callback(trainer):
-    return Probe()
 """
+TRAINING = ["main", "train", "training_step"]
+EVALUATION = ["main", "train", "evaluate", "prediction_step"]
+LOADING = ["main", "__init__", "from_pretrained"]
 
 
 @pytest.fixture
-def parsed(monkeypatch, tmp_path):
-    """parsed(recipe, *flags) returns the rungs of such a run for given functions on the stack."""
+def suggest(tmp_path):
+    """suggest(recipe, *flags) returns what is suggested to such a run, with these functions on the stack."""
 
-    def parse(recipe, *flags, frames=("main", "train", "training_step"), run=True):
-        monkeypatch.setattr(sys, "argv", ["x", "--use_cpu", "true", "--output_dir", str(tmp_path / "none"), *flags])
-        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-        module = runpy.run_path(str(HOOK))
-        script, args, model = runpy.run_path(str(REPO / "recipes" / f"{recipe}.py"))["parse_args"]()
-        return module["rungs"](script, args, model, frames) if run else (script, args, model)
+    def suggest(recipe, *flags, frames=TRAINING):
+        arguments = parse(recipe, "--output_dir", str(tmp_path / "none"), *flags)
+        return suggestions(*arguments, frames)
 
-    return parse
+    return suggest
 
 
-def test_the_tutorials_order_with_this_runs_numbers(parsed):
+def test_the_tutorials_order_with_this_runs_numbers(suggest):
     flags = ["--per_device_train_batch_size", "4", "--global_batch_size", "32", "--lora_r", "64", "--lora_alpha", "128"]
-    found = parsed("qwen3_qlora", *flags, "--per_device_eval_batch_size", "8")
-    assert [(flags, str(now)) for flags, now, _ in found] == [
+    found = suggest("qwen3_qlora", *flags, "--per_device_eval_batch_size", "8")
+    assert [(suggestion.flags, suggestion.value_now) for suggestion in found] == [
         ("--max_length 1024", "2048"),
         ("--per_device_train_batch_size 1", "4"),
         ("--lora_r 16 --lora_alpha 32", "64, 128"),
         ("--per_device_eval_batch_size 1", "8"),
     ]
-    assert "accumulation becomes 32 (now 8)" in found[1][2] and "stays 32" in found[1][2]
+    assert "accumulation becomes 32 (now 8)" in found[1].reason and "stays 32" in found[1].reason
 
 
-def test_only_rungs_that_are_left(parsed):
+def flags_of(found):
+    return [suggestion.flags for suggestion in found]
+
+
+def test_only_suggestions_that_are_left(suggest):
     flags = ["--max_length", "256", "--lora_r", "8", "--eval_strategy", "no"]
-    assert parsed("qwen3_qlora", *flags) == []
-    assert [rung[0] for rung in parsed("qwen3_qlora", *flags[:4])] == ["--eval_steps 40"]
-    full = [rung[0] for rung in parsed("qwen3_full", *flags[:2], "--eval_strategy", "no", "--optim", "adamw_torch")]
-    assert full == ["--optim paged_adamw_8bit", "recipes/qwen3_lora.py"]
-    assert parsed("qwen3_qlora", "--activation_checkpointing", "false")[0][0] == "--activation_checkpointing true"
+    assert suggest("qwen3_qlora", *flags) == []
+    assert flags_of(suggest("qwen3_qlora", *flags[:4])) == ["--eval_steps 40"]
+    full = suggest("qwen3_full", *flags[:2], "--eval_strategy", "no", "--optim", "adamw_torch")
+    assert flags_of(full) == ["--optim paged_adamw_8bit", "recipes/qwen3_lora.py"]
+    first = suggest("qwen3_qlora", "--activation_checkpointing", "false")[0]
+    assert first.flags == "--activation_checkpointing true"
 
 
-def test_an_evaluation_that_does_not_fit(parsed):
-    frames = ("main", "train", "evaluate", "prediction_step")
-    assert parsed("qwen3_qlora", "--per_device_eval_batch_size", "4", frames=frames)[0][0].endswith("eval_batch_size 1")
-    assert parsed("qwen3_qlora", frames=frames)[0][0] == "--eval_strategy no"
+def test_dropout_after_shorter_rows(suggest):
+    found = suggest("qwen3_qlora", "--lora_dropout", "0.05", "--per_device_train_batch_size", "2")
+    assert flags_of(found)[:3] == ["--max_length 1024", "--lora_dropout 0", "--per_device_train_batch_size 1"]
+    assert found[1].value_now == "0.05" and "175 KiB" in found[1].reason
+    assert "--lora_dropout 0" not in flags_of(suggest("qwen3_qlora", "--lora_dropout", "0"))
+    assert "--lora_dropout 0" not in flags_of(suggest("qwen3_full", "--lora_dropout", "0.05"))  # has no adapters
+    for frames in (EVALUATION, LOADING):  # it does not act there
+        assert "--lora_dropout 0" not in flags_of(suggest("qwen3_qlora", "--lora_dropout", "0.05", frames=frames))
 
 
-def test_weights_that_do_not_fit(parsed):
-    frames = ("main", "__init__", "from_pretrained")
-    assert [rung[0] for rung in parsed("qwen3_qlora", frames=frames)] == ["--model_name_or_path SMALLER"]
-    found = [rung[0] for rung in parsed("qwen3_full", "--dtype", "float32", frames=frames)]
-    assert found == ["--dtype bfloat16", "recipes/qwen3_qlora.py", "--model_name_or_path SMALLER"]
+def test_an_evaluation_that_does_not_fit(suggest):
+    found = suggest("qwen3_qlora", "--per_device_eval_batch_size", "4", frames=EVALUATION)
+    assert found[0].flags == "--per_device_eval_batch_size 1"
+    assert suggest("qwen3_qlora", frames=EVALUATION)[0].flags == "--eval_strategy no"
 
 
-def test_every_flag_is_one_that_the_recipe_takes(parsed):
+def test_weights_that_do_not_fit(suggest):
+    assert flags_of(suggest("qwen3_qlora", frames=LOADING)) == ["--model_name_or_path SMALLER"]
+    found = suggest("qwen3_full", "--dtype", "float32", frames=LOADING)
+    assert flags_of(found) == ["--dtype bfloat16", "recipes/qwen3_qlora.py", "--model_name_or_path SMALLER"]
+    found = suggest("qwen3_lora", frames=LOADING)
+    assert flags_of(found) == ["--load_in_4bit true", "--model_name_or_path SMALLER"]
+
+
+def test_every_flag_is_one_that_the_recipe_takes(suggest):
     long = ["--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "4", "--lora_r", "64"]
-    for recipe, more in (("qwen3_qlora", ["--activation_checkpointing", "false"]), ("qwen3_full", [])):
-        found = parsed(recipe, *long, *more)
-        flags = [word for rung in found for word in rung[0].split() if not rung[0].startswith("recipes/")]
-        assert len(flags) > 6
-        now = [(rung[0], rung[1]) for rung in parsed(recipe, *long, *more, *flags)]
-        again = {flag for flag, _ in now} & {rung[0] for rung in found}  # a rung that is taken is not offered again
-        assert again <= {"recipes/qwen3_lora.py"}, again
+    for recipe, extra in (
+        ("qwen3_qlora", ["--activation_checkpointing", "false", "--lora_dropout", "0.05"]),
+        ("qwen3_full", []),
+    ):
+        found = flags_of(suggest(recipe, *long, *extra))
+        words = [word for flags in found for word in flags.split() if not flags.startswith("recipes/")]
+        assert len(words) > 6
+        left = set(flags_of(suggest(recipe, *long, *extra, *words)))
+        assert left & set(found) <= {"recipes/qwen3_lora.py"}  # one that is taken is not offered again
 
 
 @pytest.mark.parametrize(
@@ -91,26 +109,39 @@ def test_every_flag_is_one_that_the_recipe_takes(parsed):
         (KeyError("out of memory"), False),  # a name in someone's data
     ],
 )
-def test_what_counts_as_memory(error, memory, monkeypatch):
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    ran_out = runpy.run_path(str(HOOK))["ran_out"]
-    assert ran_out(error) is memory
+def test_what_counts_as_memory(error, memory):
+    assert ran_out_of_memory(error) is memory
     wrapped = ValueError("batch 3")
     wrapped.__cause__ = error
-    assert ran_out(wrapped) is memory
+    assert ran_out_of_memory(wrapped) is memory
 
 
-def test_a_cpu_that_really_cannot(monkeypatch):
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+def test_a_cpu_that_really_cannot():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
-    assert runpy.run_path(str(HOOK))["ran_out"](caught.value)
+    assert ran_out_of_memory(caught.value)
+
+
+def test_lines_of_a_run_that_can_save(tmp_path, monkeypatch):
+    flags = ["--eval_strategy", "no", "--lora_r", "8", "--output_dir", str(tmp_path)]
+    arguments = parse("qwen3_qlora", *flags)
+    short = parse("qwen3_qlora", *flags, "--max_length", "256")
+    (tmp_path / "checkpoint-3").mkdir()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert explain(*arguments, TRAINING) == [
+        "rank 1: memory ran out. In this order, one more at a time:",
+        "  1. --max_length 1024  now 2048: fewer activations; longer rows are truncated",
+        f"{tmp_path} holds this try: --resume_from_checkpoint true goes on from the newest checkpoint, but not with "
+        "another length or rank; or pass another --output_dir.",
+    ]
+    event = explain(*short, TRAINING)[0]
+    assert event.startswith("rank 1: memory ran out, and no setting that saves some is left: ")
 
 
 def test_printed_once_after_the_traceback(run_recipe, hook, capsys):
-    flags = ["--max_length", 2048, "--hooks", HOOK, *hook(RAISES)[1:]]
     with pytest.raises(torch.OutOfMemoryError) as caught:
-        run_recipe("qwen3_qlora", *flags)
+        run_recipe("qwen3_qlora", "--max_length", 2048, *hook(RAISES))
     sys.excepthook(caught.type, caught.value, caught.tb)  # as the interpreter would
     after = capsys.readouterr().err.split("OutOfMemoryError: CUDA out of memory. Tried 2 GiB\n", 1)[1]
     assert after.startswith("memory ran out. In this order, one more at a time:\n")
@@ -118,14 +149,8 @@ def test_printed_once_after_the_traceback(run_recipe, hook, capsys):
     assert "/run holds this try: with --resume_from_checkpoint true" in after
 
 
-def test_silent_for_other_errors(parsed, monkeypatch, capsys):
-    seen = []
-    monkeypatch.setattr(sys, "excepthook", lambda *error: seen.append(error))
-    module = runpy.run_path(str(HOOK))
-    assert sys.excepthook is module["told"]
-    script, args, model = parsed("qwen3_qlora", run=False)
-    module["prepare"](script, args, model)
+def test_silent_for_other_errors(tmp_path, capsys):
+    refusals = Refusals(*parse("qwen3_qlora", "--output_dir", str(tmp_path)))
     for error, lines in ((RuntimeError("a bug"), 0), (MemoryError(), 1)):
-        module["told"](type(error), error, None)
-        assert seen.pop()[1] is error and not seen
+        refusals.show(type(error), error, None)
         assert capsys.readouterr().err.count("memory ran out") == lines

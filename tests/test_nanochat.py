@@ -24,12 +24,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import REPO, SHARED, launch, run_script
+from conftest import REPO, SHARED, launch, parse, run_script
 from datasets import Dataset, DatasetDict, load_from_disk
 from engines import ENGINES, curve, gap, ranks
 from engines import PROBE as LOOK
 from engines import run as run_command
-from trl.trainer import sft_trainer
 
 sys.path[:0] = [str(REPO / "data_prep"), str(REPO / "eval")]
 SPECIAL = ("bos", "user_start", "user_end", "assistant_start", "assistant_end", "python_start", "python_end",
@@ -135,38 +134,48 @@ import json
 from pathlib import Path
 from transformers import TrainerCallback
 
-def callback(trainer):
-    seen, plain = [], trainer.training_step
-    def training_step(model, inputs, *rest, **kwargs):
-        ids, mask = inputs["input_ids"].tolist(), inputs["attention_mask"].tolist()
-        seen.append([[i for i, m in zip(*pair) if m] for pair in zip(ids, mask)])
-        return plain(model, inputs, *rest, **kwargs)
-    trainer.training_step = training_step
-    class Probe(TrainerCallback):
-        steps = []
-        def on_step_begin(self, args, state, control, **_):
-            optimizer = trainer.optimizer
-            while hasattr(optimizer, "optimizer"):
-                optimizer = optimizer.optimizer
-            self.rates = [group["lr"] for group in optimizer.param_groups]
-            self.optimizer = optimizer
-        def on_step_end(self, args, state, control, **_):
-            groups = self.optimizer.param_groups
-            self.steps.append({"rates": self.rates, "momentum": groups[0]["momentum"]})
-        def on_train_end(self, args, state, control, **_):
-            groups = [sum(weight.numel() for weight in group["params"]) for group in self.optimizer.param_groups]
-            rows = trainer.train_dataset
-            told = {"rows": [list(map(list, pair)) for pair in zip(rows["input_ids"], rows["labels"])], "seen": seen,
-                    "steps": self.steps, "groups": groups, "config": type(trainer.model.config).__name__}
-            Path(args.output_dir, "probe.json").write_text(json.dumps(told))
-    return Probe()
+
+class Probe(TrainerCallback):
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.steps = []
+        self.seen = []  # the rows of each micro-batch, without padding
+        self.training_step = trainer.training_step
+        trainer.training_step = self.watch_step
+
+    def watch_step(self, model, inputs, *rest, **kwargs):
+        rows = []
+        for ids, mask in zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist()):
+            rows.append([token for token, real in zip(ids, mask) if real])
+        self.seen.append(rows)
+        return self.training_step(model, inputs, *rest, **kwargs)
+
+    def on_step_begin(self, args, state, control, **_):
+        self.optimizer = self.trainer.optimizer
+        while hasattr(self.optimizer, "optimizer"):
+            self.optimizer = self.optimizer.optimizer
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    def on_step_end(self, args, state, control, **_):
+        momentum = self.optimizer.param_groups[0]["momentum"]
+        self.steps.append({"rates": self.rates, "momentum": momentum})
+
+    def on_train_end(self, args, state, control, **_):
+        rows = self.trainer.train_dataset
+        report = {
+            "rows": [[list(ids), list(labels)] for ids, labels in zip(rows["input_ids"], rows["labels"])],
+            "seen": self.seen,
+            "steps": self.steps,
+            "groups": [sum(weight.numel() for weight in group["params"]) for group in self.optimizer.param_groups],
+            "config": type(self.trainer.model.config).__name__,
+        }
+        Path(args.output_dir, "probe.json").write_text(json.dumps(report))
 """
 
 
 @pytest.fixture
-def train(nano, run_recipe, hook, tmp_path, monkeypatch):
+def train(nano, run_recipe, hook, tmp_path):
     """train(recipe, *flags) runs nanochat_RECIPE on the tiny model and returns what the probe saw, and the folder."""
-    monkeypatch.setattr(sft_trainer, "pack_dataset", sft_trainer.pack_dataset)  # which the recipe replaces
 
     def run(recipe, *flags, out="run", data=None):
         given = ["--model_name_or_path", nano / "base", "--dataset_name", data or nano / "data" / f"nanochat_{recipe}"]
@@ -374,10 +383,9 @@ def previewed(nano, tmp_path, recipe, found, *flags, **names):
     assert told["steps"] == len(found["steps"])
 
 
-def test_published_values_of_both_recipes(monkeypatch, tmp_path):
+def test_published_values_of_both_recipes():
     for name, tokens, rate in (("midtrain", 524_288, 1.0), ("sft", 32 * 2048, 0.02)):
-        monkeypatch.setattr(sys, "argv", ["x", "--use_cpu", "true", "--output_dir", str(tmp_path / "none")])
-        script, args, model = runpy.run_path(str(REPO / "recipes" / f"nanochat_{name}.py"))["parse_args"]()
+        script, args, model = parse(f"nanochat_{name}")
         assert script.global_batch_size * args.max_length == tokens and args.learning_rate == rate
         assert (args.max_grad_norm, args.weight_decay, args.num_train_epochs, args.warmup_steps) == (0, 0, 1, 0)
         assert args.packing is (name == "midtrain") is not args.assistant_only_loss
@@ -446,7 +454,7 @@ def test_muon_and_adamw_equal_float64_references(nano, monkeypatch, exact, toler
     module, model = runpy.run_path(str(OPTIMIZER)), small_model(nano)
     if exact:  # torch's Muon orthogonalises in bf16 whatever it is given
         monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
-    optimizer = module["build"](model, settings(0.5, "momentum_warmup_steps=4"))
+    optimizer = module["Factory"]()(model, settings(0.5, "momentum_warmup_steps=4"))
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     grads = {name: [] for name in before}
     for seed in range(6):
@@ -472,7 +480,7 @@ def test_muon_and_adamw_equal_float64_references(nano, monkeypatch, exact, toler
 
 def test_optimizer_groups_by_parameter_count(nano):
     model = small_model(nano)
-    groups = runpy.run_path(str(OPTIMIZER))["build"](model, settings()).param_groups
+    groups = runpy.run_path(str(OPTIMIZER))["Factory"]()(model, settings()).param_groups
     counts = [sum(weight.numel() for weight in group["params"]) for group in groups]
     words = model.config.vocab_size
     assert counts == [2 * (4 * 96 * 96 + 2 * 96 * 384), words * 96, words * 96]  # matrices, unembedding, embedding
@@ -485,7 +493,7 @@ def test_optimizer_groups_by_parameter_count(nano):
 
 
 def test_state_of_the_optimizer_resumes_bitwise(nano, tmp_path):
-    build, plain = runpy.run_path(str(OPTIMIZER))["build"], small_model(nano)
+    build, plain = runpy.run_path(str(OPTIMIZER))["Factory"](), small_model(nano)
     options = settings(0.5, "momentum_warmup_steps=8")
     optimizer = build(plain, options)
     for seed in range(6):
@@ -507,15 +515,16 @@ def test_state_of_the_optimizer_resumes_bitwise(nano, tmp_path):
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
-def test_refusals(nano, run_recipe, tmp_path):
+def test_refusals(nano, run_recipe, tmp_path, capsys):
     module = runpy.run_path(str(OPTIMIZER))
     with pytest.raises(ValueError, match="whole matrices.*ddp_8gpu.yaml or fsdp2_8gpu.yaml"):
-        module["prepare"](None, SimpleNamespace(optim_args=None, deepspeed_plugin=object()), None)
+        module["check"](SimpleNamespace(optim_args=None, deepspeed_plugin=object()))
     for options in ("momentum=3", "momentum_warmup_steps=x"):
         with pytest.raises(ValueError, match="knows momentum_warmup_steps=NUMBER only"):
-            module["prepare"](None, settings(options=options), None)
-    with pytest.raises(SystemExit, match="gone.py: no such file: pass the path of optimizers/nanochat.py"):
+            module["check"](settings(options=options))
+    with pytest.raises(SystemExit):
         run_recipe("nanochat_sft", "--optimizer", tmp_path / "gone.py")
+    assert "gone.py: no such file: pass the path of optimizers/nanochat.py" in capsys.readouterr().err
 
 
 # -- from raw rows to a trained model ---------------------------------------------------------------------------------

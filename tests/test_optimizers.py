@@ -30,6 +30,8 @@ from transformers import (
 FILES = REPO / "recipes" / "optimizers"
 MUON = runpy.run_path(str(FILES / "muon.py"))
 ADAM = runpy.run_path(str(FILES / "adam_l2.py"))
+build_muon = MUON["Factory"]()
+build_adam = ADAM["Factory"]()
 SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
          "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 256}  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -144,7 +146,7 @@ def test_steps_are_those_of_the_reference(make, tied, dtype, bound):
     """Three steps, so that momentum and bias correction count. float16 is what ships."""
     model = make(tie_word_embeddings=tied, attention_bias=True)
     args = given(optim_args=f"dtype={dtype}", learning_rate=0.05)  # far above what rounds a norm's weight of 1
-    optimizer = MUON["build"](model, args)
+    optimizer = build_muon(model, args)
     reference = Reference(
         model, lambda name: name.endswith(("weight", "proj")) and matrices(name) and "norm" not in name,
         lambda name: 2 if "gate_up" in name else 1, args,
@@ -180,7 +182,7 @@ def test_torchs_muon_agrees_but_for_the_polynomials(monkeypatch):
     monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", ours_for_theirs)
     ours, theirs = (torch.nn.Linear(24, 40, bias=False) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
-    optimizer = MUON["build"](ours, given(optim_args="dtype=float32"))
+    optimizer = build_muon(ours, given(optim_args="dtype=float32"))
     other = torch.optim.Muon(theirs.parameters(), lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for seed in range(4):
         start = ours.weight.detach().clone()
@@ -195,7 +197,7 @@ def test_groups_of_a_mixture_by_parameter_count():
     """Worked by hand: hidden 32, 2 layers, 4 + 2 + 2 heads of 8, 4 experts of 24, vocabulary 96."""
     model = mixture()
     assert type(model.config) is Qwen3MoeConfig and model.model.layers[0].mlp.experts.gate_up_proj.shape == (4, 48, 32)
-    optimizer = MUON["build"](model, given())
+    optimizer = build_muon(model, given())
     counts = {(group["muon"], group["parts"]): size(group["params"]) for group in optimizer.param_groups}
     attention, router = 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32), 2 * 4 * 32
     gate_up, down = 2 * 4 * 48 * 32, 2 * 4 * 32 * 24
@@ -203,12 +205,12 @@ def test_groups_of_a_mixture_by_parameter_count():
     assert counts == {(True, 1): attention + router + down + head, (True, 2): gate_up, (False, 1): embedding + norms}
     assert sum(counts.values()) == sum(weight.numel() for weight in model.parameters())
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1}, "norms are decayed"
-    to_adamw = MUON["build"](model, given(optim_args="experts=adamw")).param_groups
+    to_adamw = build_muon(model, given(optim_args="experts=adamw")).param_groups
     assert sum(size(group["params"]) for group in to_adamw if group["muon"]) == attention + router + head
 
 
 def test_a_tied_head_is_the_embedding_and_a_bias_is_not_decayed():
-    optimizer = MUON["build"](dense(attention_bias=True), given())
+    optimizer = build_muon(dense(attention_bias=True), given())
     others = [group for group in optimizer.param_groups if not group["muon"]]
     decays = {group["weight_decay"]: {tuple(w.shape) for w in group["params"]} for group in others}
     assert (96, 32) in decays[0.1] and decays[0.0] == {(32,), (16,)}
@@ -217,7 +219,7 @@ def test_a_tied_head_is_the_embedding_and_a_bias_is_not_decayed():
 def test_adam_is_torchs_with_coupled_decay():
     """Against the formula by hand: the decay goes through the moments. Norms and biases have none, as upstream."""
     model = dense(attention_bias=True)
-    optimizer = ADAM["build"](model, given(weight_decay=0.5))
+    optimizer = build_adam(model, given(weight_decay=0.5))
     assert type(optimizer) is torch.optim.Adam
     start = {name: weight.detach().double().clone() for name, weight in model.named_parameters()}
     fill(model, 0)
@@ -237,7 +239,7 @@ def test_adam_is_torchs_with_coupled_decay():
 )
 def test_unknown_options_are_refused(words, said):
     with pytest.raises(ValueError, match=rf"--optim_args .*cannot use {said}, it knows dtype=float16\|bfloat16"):
-        MUON["prepare"](None, given(optim_args=words), None)
+        MUON["check"](given(optim_args=words))
 
 
 def test_matrices_that_it_cannot_part_are_refused():
@@ -247,14 +249,14 @@ def test_matrices_that_it_cannot_part_are_refused():
             self.qkv_proj = torch.nn.Linear(8, 24)
 
     with pytest.raises(ValueError, match="qkv_proj.weight holds several matrices"):
-        MUON["build"](Attention(), given())
+        build_muon(Attention(), given())
     config = AutoConfig.for_model("gpt_oss", **SIZES | {"num_local_experts": 2, "num_experts_per_tok": 1})
     with pytest.raises(ValueError, match="gate_up_proj holds several matrices"):  # interleaved and transposed there
-        MUON["build"](AutoModelForCausalLM.from_config(config), given())
+        build_muon(AutoModelForCausalLM.from_config(config), given())
 
 
 # -- it resumes, and any engine gives the same ------------------------------------------------------------------------
-@pytest.mark.parametrize("build", [MUON["build"], ADAM["build"]], ids=["muon", "adam_l2"])
+@pytest.mark.parametrize("build", [build_muon, build_adam], ids=["muon", "adam_l2"])
 def test_state_dict_resumes_bitwise(build, tmp_path):
     whole, cut = mixture(), mixture()
     optimizers = [build(model, given()) for model in (whole, cut)]
@@ -302,6 +304,7 @@ def train(demo, moe_init, tmp_path_factory):
             given += ["--hooks", folder / "probe.py", "--max_steps", 8, "--learning_rate", "2e-3"]
             given += ["--lr_scheduler_type", "constant_with_warmup", "--lr_scheduler_kwargs", "{}"]
             given += ["--disable_tqdm", "true", "--save_strategy", "no"]
+            given += ["--assistant_only_loss", "true", "--padding_free", "false"]  # rows, not packs
             given += ["--optim_args", "dtype=float32"] if optimizer == "muon" else []
             run(ENGINES[engine].command("step35_sft", *given, *flags))
             done[key] = out
@@ -338,12 +341,12 @@ def test_engines_give_what_one_process_gives(train, optimizer, engine):
 def test_zero_is_refused_before_anything_loads(stage):
     plugin = SimpleNamespace(zero_stage=stage)
     with pytest.raises(ValueError, match="DeepSpeed's ZeRO cuts weights into flat pieces.*ddp_8gpu.yaml"):
-        MUON["prepare"](None, given(deepspeed_plugin=plugin), None)
+        MUON["check"](given(deepspeed_plugin=plugin))
 
 
 def test_flat_pieces_are_refused():
     """What ZeRO-1 hands an optimizer, had it got that far: one flat tensor of all weights of a group."""
-    optimizer = MUON["build"](dense(), given())
+    optimizer = build_muon(dense(), given())
     group = next(group for group in optimizer.param_groups if group["muon"])
     flat = torch.nn.Parameter(torch.cat([weight.detach().flatten() for weight in group["params"]]))
     flat.grad, group["params"] = torch.ones_like(flat), [flat]

@@ -15,16 +15,21 @@ GRADIENTS = """
 from pathlib import Path
 import torch
 from transformers import TrainerCallback
+
+
 class Probe(TrainerCallback):
+    def __init__(self, trainer):
+        Path(trainer.args.output_dir, "rows").write_text(str(len(trainer.train_dataset)))
+
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        grads = {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.grad is not None}
-        whole = {name: g.full_tensor() if hasattr(g, "full_tensor") else g.clone() for name, g in grads.items()}
+        gradients = {}
+        for name, weight in model.named_parameters():
+            if weight.grad is not None:
+                whole = weight.grad.full_tensor() if hasattr(weight.grad, "full_tensor") else weight.grad.clone()
+                gradients[name.removeprefix("module.")] = whole
         if args.process_index == 0:
-            torch.save(whole, f"{args.output_dir}/gradients.pt")
+            torch.save(gradients, f"{args.output_dir}/gradients.pt")
             Path(args.output_dir, "world").write_text(str(args.world_size))
-def callback(trainer):
-    Path(trainer.args.output_dir, "rows").write_text(str(len(trainer.train_dataset)))
-    return Probe()
 """
 
 
@@ -66,8 +71,8 @@ def first_step(run_recipe, hook, sixteen, demo, tmp_path):
         flags = [*EXACT, *hook(GRADIENTS), "--dataset_name", sixteen, *FIXED, *flags]
         if engine is None:
             return read(run_recipe(recipe, *flags, out=out))
-        template, parity = REPO / "chat_templates" / "qwen3.jinja", REPO / "recipes" / "hooks" / "parity.py"
-        data = ["--model_name_or_path", demo / "init", "--chat_template_path", template, "--hooks", parity]
+        template = REPO / "chat_templates" / "qwen3.jinja"
+        data = ["--model_name_or_path", demo / "init", "--chat_template_path", template]
         run(ENGINES[engine].command(recipe, *TINY, *data, *flags, "--output_dir", tmp_path / out))
         assert (tmp_path / out / "world").read_text() == str(ENGINES[engine].processes)
         return read(tmp_path / out)

@@ -9,14 +9,14 @@ import json
 import random
 import re
 import resource
-import runpy
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
-from conftest import EXACT, REPO, SHARED
+from conftest import EXACT, REPO, SHARED, TINY, load_recipe
+from datasets import Dataset, DatasetDict
 
 sys.path.insert(0, str(REPO / "data_prep"))
 import preview  # noqa: E402
@@ -223,14 +223,20 @@ def test_packs_are_those_of_pack_dataset(strategy, num_proc):
 
 
 STOPPED = """
-import json, sys
-def callback(trainer):
-    rows = trainer.train_dataset
-    steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
-    labels = [[label for label in row if label != -100] for row in rows["labels"]]
-    found = {"ids": [*rows["input_ids"]], "trained": [*map(len, labels)], "epoch": steps[1], "steps": steps[-1]}
-    open(trainer.args.output_dir + "/found.json", "w").write(json.dumps(found))
-    sys.exit(77)
+import json
+import sys
+from pathlib import Path
+from transformers import TrainerCallback
+
+
+class Stop(TrainerCallback):
+    def __init__(self, trainer):
+        rows = trainer.train_dataset
+        steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+        trained = [sum(label != -100 for label in labels) for labels in rows["labels"]]
+        report = {"ids": [*rows["input_ids"]], "trained": trained, "epoch": steps[1], "steps": steps[-1]}
+        Path(trainer.args.output_dir, "found.json").write_text(json.dumps(report))
+        sys.exit(77)
 """
 
 
@@ -248,7 +254,7 @@ def mixed(demo, count=120):
 LONG = [pytest.param(case, marks=pytest.mark.long) for case in ("shuffled", "pairs")]
 
 
-@pytest.mark.parametrize("case", ["packed", "unpacked", "held_out", "text", "compiled", *LONG])
+@pytest.mark.parametrize("case", ["packed", "unpacked", "held_out", "text", *LONG])
 def test_account_equals_the_trainer(case, demo, tmp_path, run_recipe, hook, look):
     flags = ["--max_length", 192, "--num_train_epochs", 2.5, "--max_steps", -1, "--global_batch_size", 6]
     flags += ["--per_device_train_batch_size", 2, "--eval_rows", 31 if case == "held_out" else 0]
@@ -264,13 +270,6 @@ def test_account_equals_the_trainer(case, demo, tmp_path, run_recipe, hook, look
     if case == "text":
         rows = [{"text": turn["content"]} for row in rows for turn in row["messages"]]
         recipe, flags = "qwen3_full", [*flags, "--assistant_only_loss", "false"]
-    if case == "compiled":
-        draw = random.Random(1)
-        ids = [[draw.randint(0, 90) for _ in range(draw.randint(4, 250))] for _ in range(50)]
-        labels = [[token if draw.random() < 0.5 else -100 for token in row] for row in ids]
-        labels[-1] = [-100] * len(ids[-1])
-        rows = [{"input_ids": a, "labels": b, "seq_lengths": [len(a)]} for a, b in zip(ids, labels, strict=True)]
-        flags[flags.index("--per_device_train_batch_size") + 1] = 1
     data = save(tmp_path / "mixed.jsonl", rows)
     with pytest.raises(SystemExit) as stopped:
         allowed = ["--allow", "cut_answers", "masked_packs"]  # there are such on purpose
@@ -305,12 +304,55 @@ def test_account_equals_the_trainer(case, demo, tmp_path, run_recipe, hook, look
     assert ("held out" in out) == (case == "held_out")
 
 
+def test_account_of_a_compiled_set_equals_the_trainer(demo, tmp_path, run_recipe, hook, look):
+    """With the config that a run needs and without it: the rows are what they are."""
+    draw = random.Random(1)
+    ids = [[draw.randint(0, 90) for _ in range(draw.randint(4, 250))] for _ in range(50)]
+    labels = [[token if draw.random() < 0.5 else -100 for token in row] for row in ids]
+    labels[-1] = [-100] * len(ids[-1])
+    rows = [{"input_ids": a, "labels": b, "seq_lengths": [len(a)]} for a, b in zip(ids, labels, strict=True)]
+    data = save(tmp_path / "compiled.jsonl", rows)
+    flags = ["--num_train_epochs", 2.5, "--max_steps", -1, "--global_batch_size", 6, "--eval_rows", 0]
+    config = ["--config", REPO / "recipes" / "configs" / "compiled.yaml"]
+    template, length = TEMPLATES / "qwen3.jinja", TINY.index("--max_length")
+    with pytest.raises(SystemExit) as stopped:
+        run_recipe("qwen3_qlora", *TINY[:length], *TINY[length + 2 :], *EXACT, *hook(STOPPED), *config, *flags,
+                   "--allow", "masked_packs", "--model_name_or_path", demo / "init", "--chat_template_path", template,
+                   "--dataset_name", data, "--output_dir", tmp_path / "run", defaults=False)  # fmt: skip
+    assert stopped.value.code == 77
+    found = json.loads((tmp_path / "run" / "found.json").read_text())
+    for more, limit in ((config, max(map(len, ids))), ([], 2048), (["--max_length", 192], 192)):
+        given = [*flags, "--per_device_train_batch_size", 1, *more]
+        _, out, _, report = look(data, *given, model=demo / "init", template=template)
+        ours = report["totals"]
+        assert ours["units"] == ours["packs"] == len(found["ids"]) == 50 and ours["truncated"] == 0
+        assert ours["kept_tokens"] == sum(map(len, found["ids"])) and ours["kept_trained"] == sum(found["trained"])
+        assert ours["masked_packs"] == found["trained"].count(0) == 1
+        assert (ours["steps_per_epoch"], ours["steps"]) == (found["epoch"], found["steps"])
+        assert ours["fill"] == pytest.approx(sum(map(len, ids)) / len(ids) / limit)
+        assert ("as compiled, " in " ".join(out.split())) == (more is not config)
+
+
+def test_a_compiled_set_knows_its_length_and_messages_want_a_mask(demo, tmp_path, look):
+    folder = tmp_path / "set"
+    DatasetDict({"train": Dataset.from_list([{"input_ids": [5, 6], "labels": [5, 6]}])}).save_to_disk(folder)
+    (folder / "report.json").write_text(json.dumps({"script": "compile.py", "max_length": 64}))
+    config = ["--config", REPO / "recipes" / "configs" / "compiled.yaml"]
+    for more in (config, []):
+        _, out, _, report = look(folder, *more, model=demo / "init", template=TEMPLATES / "qwen3.jinja")
+        assert report["totals"]["fill"] == pytest.approx(2 / 64) and "as compiled, 64 tokens" in " ".join(out.split())
+    code, out, err, _ = look(FINE, *config)
+    assert code == 2 and "name no mask: pass --assistant_only_loss true" in err and not out
+    _, _, _, report = look(FINE, *config, "--assistant_only_loss", "true")
+    assert 0 < report["totals"]["trained"] < report["totals"]["tokens"]
+
+
 def test_the_values_of_a_silent_recipe_are_trls(monkeypatch):
     from trl import SFTConfig
 
     args = [SFTConfig(use_cpu=True, bf16=False)]
     for recipe in (RECIPE.stem, "nanochat_midtrain", "nanochat_sft"):  # these have names of their own
-        script = runpy.run_path(str(REPO / "recipes" / f"{recipe}.py"))
+        script = load_recipe(recipe)
         args.insert(0, script.get("NanochatArguments", script["RecipeArguments"])(dataset_name="x"))
     for name, value in render.READ.items():
         if name not in ("model_name_or_path", "model_revision", "chat_template_path"):
@@ -319,7 +361,7 @@ def test_the_values_of_a_silent_recipe_are_trls(monkeypatch):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_defaults_are_those_of_the_recipe_without_its_imports(path):
-    assert len(RECIPES) >= 2 and render.read_defaults(path) == runpy.run_path(str(path))["DEFAULTS"]
+    assert len(RECIPES) >= 2 and render.read_defaults(path) == load_recipe(path)["DEFAULTS"]
     code = f"import sys; sys.path.insert(0, 'data_prep'); import render; render.read_defaults({str(path)!r})\n"
     code += "assert not {'torch', 'trl', 'transformers', 'datasets'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
@@ -446,13 +488,6 @@ def test_persona_lost(look, tmp_path):
     kwargs = {"custom_instructions": "Be brief as a telegram."}
     code, out, _, _ = look([chat(("user", "q"), ("assistant", "a"), chat_template_kwargs=kwargs)])
     assert code == 1 and "Be brief as a telegram." in out
-
-
-def test_rows_that_a_recipe_skips(look, tmp_path):
-    (tmp_path / "run.yaml").write_text("skip_bad_rows: true\n")
-    code, out, _, report = look(NOTHING, "--config", tmp_path / "run.yaml")
-    assert code == 0 and report["totals"]["training_rows"] == 8 and "8 of them trained" in out
-    assert "note, nothing to train: 1 row" in out
 
 
 def test_our_templates_pass_on_the_demo(look, demo, tmp_path):

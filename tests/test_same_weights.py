@@ -9,10 +9,11 @@ a loop in plain PyTorch, and where that differs here, the recipes' hashes cannot
 
 import hashlib
 import json
-import os
-import subprocess
+import runpy
+import signal
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -131,7 +132,7 @@ def hash_plain_torch(folder: Path) -> str:
 
 
 def train(case: str, folder: Path, recipe: Path | None = None, flags: tuple = ()) -> str:
-    """Run a recipe of RECIPES on its tiny model for five steps and return the hash of the weights that it saves."""
+    """Run a recipe of RECIPES on its tiny model for five steps, here; return the hash of the weights that it saves."""
     name, case_flags = CASES[case]
     architecture, template, kind, recipe_flags = RECIPES[name]
     model, rows = folder / architecture, folder / f"{kind}.jsonl"
@@ -141,7 +142,8 @@ def train(case: str, folder: Path, recipe: Path | None = None, flags: tuple = ()
         write_rows(kind, rows)
     output = folder / f"{case} of {recipe.parent.name if recipe else 'the repository'}"
     eos_token = "<|assistant_end|>" if architecture == "nanochat" else "<|im_end|>"
-    command = [sys.executable, recipe or REPO / "recipes" / f"{name}.py", "--use_cpu", "true", "--output_dir", output]
+    path = recipe or REPO / "recipes" / f"{name}.py"
+    command = [path, "--use_cpu", "true", "--disable_tqdm", "true", "--output_dir", output]
     command += ["--model_name_or_path", model, "--eos_token", eos_token, "--dataset_name", rows]
     command += ["--chat_template_path", REPO / "chat_templates" / f"{template}.jinja"]
     if kind == "chats":
@@ -150,9 +152,11 @@ def train(case: str, folder: Path, recipe: Path | None = None, flags: tuple = ()
     command += ["--global_batch_size", "4", "--per_device_train_batch_size", "1", "--learning_rate", "1e-2"]
     command += ["--eval_rows", "8", "--eval_strategy", "no", "--save_strategy", "no"]
     command += [*recipe_flags, *case_flags, *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*map(str, command)], env=environment, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with mock.patch("sys.argv", [*map(str, command)]), mock.patch("sys.path", list(sys.path)):
+        runpy.run_path(str(path))["main"]()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     (weights,) = output.glob("*model.safetensors")
     return hash_tensors(load_file(weights))
 
@@ -169,7 +173,8 @@ def recorded(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_recipe_trains_the_recorded_weights(case, recorded, tmp_path):
+def test_a_recipe_trains_the_recorded_weights(case, recorded, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     assert train(case, tmp_path) == recorded[case]
 
 

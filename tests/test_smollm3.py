@@ -12,7 +12,6 @@ context and response swapped in the card.
 import json
 import random
 import re
-import runpy
 import shutil
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import REPO, SHARED, run_script
+from conftest import REPO, SHARED, load_recipe, parse, run_script
 from datasets import load_from_disk
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, SmolLM3Config
 
@@ -30,7 +29,7 @@ import mix  # noqa: E402
 import normalize  # noqa: E402
 
 RECIPES, MIXES, TEMPLATE = REPO / "recipes", REPO / "data_prep" / "mixes", REPO / "chat_templates" / "smollm3.jinja"
-CONFIGS = sorted(RECIPES.glob("smollm3_*.yaml"))
+CONFIGS = sorted((RECIPES / "configs").glob("smollm3_*.yaml"))
 HOUSE = ["--use_cpu", "true", "--bf16", "false", "--dtype", "float32", "--disable_tqdm", "true"]
 
 # -- the published template in plain Python: (text, trained [start, end) spans) ---------------------------------------
@@ -211,6 +210,14 @@ def save_model(tokenizer, folder, **sizes):
     return folder
 
 
+def of(model):
+    """Flags of a tiny model on a CPU; the demo's tokenizer lacks the recipes' pad token."""
+    flags = [*HOUSE, "--model_name_or_path", model]
+    if "<|finetune_right_pad_id|>" not in AutoTokenizer.from_pretrained(model).get_vocab():
+        flags += ["--pad_token", "<|endoftext|>"]
+    return flags
+
+
 @pytest.fixture(scope="module", params=["real", "small"])
 def given(request, demo, tmp_path_factory):
     """(raw rows, model folder)"""
@@ -240,18 +247,20 @@ PROBE = """
 import json
 from pathlib import Path
 from transformers import TrainerCallback
-def callback(trainer):
-    rows = trainer.train_dataset.remove_columns([n for n in trainer.train_dataset.column_names
-                                                 if n not in ("input_ids", "labels", "seq_lengths")])
-    rows.to_json(Path(trainer.args.output_dir, "train.jsonl"))
-    trainer.args.max_steps = 1
-    return TrainerCallback()
+
+
+class Probe(TrainerCallback):
+    def __init__(self, trainer):
+        rows = trainer.train_dataset
+        kept = [name for name in ("input_ids", "labels", "seq_lengths") if name in rows.column_names]
+        rows.select_columns(kept).to_json(Path(trainer.args.output_dir, "train.jsonl"))
+        trainer.args.max_steps = 1
 """
 
 
 def prepared(run_recipe, hook, recipe, data, model, *flags):
     """What the recipe's trainer holds before its first step."""
-    folder = run_recipe(recipe, *HOUSE, *hook(PROBE), "--model_name_or_path", model, "--dataset_name", data,
+    folder = run_recipe(recipe, *of(model), *hook(PROBE), "--dataset_name", data,
                         "--output_dir", data.parent / "run", "--max_steps", 1, "--global_batch_size", 1,
                         "--save_strategy", "no", *flags, defaults=False)  # fmt: skip
     assert folder
@@ -306,8 +315,8 @@ def test_midtraining_trains_every_token(demo, run_recipe, hook, tmp_path):
 def settings(name):
     """All options of a config as the recipe resolves them: DEFAULTS < YAML."""
     recipe = "smollm3_midtrain" if name == "midtrain" else "smollm3_sft"
-    defaults = runpy.run_path(str(RECIPES / f"{recipe}.py"))["DEFAULTS"]
-    path = RECIPES / f"smollm3_{name}.yaml"
+    defaults = load_recipe(recipe)["DEFAULTS"]
+    path = RECIPES / "configs" / f"smollm3_{name}.yaml"
     return defaults | (yaml.safe_load(path.read_text()) if path.is_file() else {})
 
 
@@ -360,14 +369,13 @@ def test_an_ablation_differs_in_one_option(name):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_configs_parse_by_their_launch_line(path, monkeypatch, tmp_path):
+def test_configs_parse_by_their_launch_line(path, monkeypatch):
     line = re.search(r"^#   accelerate launch (?:--config_file (\S+) )?(\S+) (.*)$", path.read_text(), re.M)
     assert line[1] is None or (REPO / line[1]).is_file()
     monkeypatch.chdir(REPO)
-    flags = [*line[3].split(), "--use_cpu", "true", "--output_dir", str(tmp_path / "none")]
-    monkeypatch.setattr(sys, "argv", [line[2], *flags])
-    script, args, model = runpy.run_path(str(REPO / line[2]))["parse_args"]()
-    assert args.gradient_accumulation_steps == script.global_batch_size == 128 and f"recipes/{path.name}" in line[3]
+    script, args, model = parse(REPO / line[2], *line[3].split())
+    assert args.gradient_accumulation_steps == script.global_batch_size == 128
+    assert f"recipes/configs/{path.name}" in line[3]
     assert args.lr_scheduler_kwargs == {"min_lr_rate": 0.1} and model.dtype == "float32"
     told = yaml.safe_load(path.read_text())
     assert args.learning_rate == told.get("learning_rate", 1e-5) and args.max_length == told["max_length"]
@@ -460,7 +468,7 @@ def persona_run(demo, run_recipe, tmp_path, capsys):
         (folder / "template.jinja").write_text(template)
         data = make_set(rows, folder)
         try:
-            run_recipe("smollm3_sft", *HOUSE, "--model_name_or_path", model, "--dataset_name", data, "--max_steps", 1,
+            run_recipe("smollm3_sft", *of(model), "--dataset_name", data, "--max_steps", 1,
                        "--chat_template_path", folder / "template.jinja", "--output_dir", folder / "run",
                        "--global_batch_size", 1, "--max_length", 1024, "--save_strategy", "no", *flags,
                        defaults=False)  # fmt: skip
@@ -501,7 +509,7 @@ def test_from_raw_rows_to_a_trained_model(demo, run_recipe, tmp_path):
             for row in small_rows(240) if row["messages"][0]["role"] != "system"]  # fmt: skip
     data = make_set(rows, tmp_path, validation={"share": 0.1, "min": 20}, dedup=False)
     out = tmp_path / "run"
-    run_recipe("smollm3_sft", *HOUSE, "--model_name_or_path", model, "--dataset_name", data, "--output_dir", out,
+    run_recipe("smollm3_sft", *of(model), "--dataset_name", data, "--output_dir", out,
                "--dataset_test_split", "validation", "--eval_strategy", "steps", "--eval_steps", 40, "--eval_on_start",
                "true", "--max_steps", 40, "--global_batch_size", 4, "--per_device_train_batch_size", 4, "--max_length",
                512, "--learning_rate", "1e-2", "--save_strategy", "no", "--activation_checkpointing", "false",

@@ -9,14 +9,14 @@ over, another lowest rate, raw rows let through, passes that only fill the last 
 """
 
 import json
-import runpy
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXACT, REPO, SHARED, run_script
+from conftest import EXACT, REPO, SHARED, parse, run_script
 from datasets import DatasetDict, load_from_disk
 from engines import ENGINES, Engine, run
 from safetensors.torch import load_file
@@ -200,6 +200,7 @@ def prepare(tmp_path, rows, model, length, *flags, count=12, template="step3_qwe
     done = run_script(
         compile, tmp_path / "rows", "--recipe", RECIPE, "--model_name_or_path", model, "--chat_template_path",
         TEMPLATES / f"{template}.jinja", "--packing_strategy", "sequential", "--max_length", length,
+        "--assistant_only_loss", "true",
         "--out", tmp_path / "packs", "--num_proc", 1, *flags,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -262,16 +263,25 @@ ORDER = """
 import json
 from pathlib import Path
 from transformers import TrainerCallback
-def callback(trainer):
-    args, plain = trainer.args, trainer.training_step
-    def training_step(model, inputs, *rest, **kwargs):
+
+
+class Probe(TrainerCallback):
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.training_step = trainer.training_step
+        trainer.training_step = self.write_pack
+
+    def write_pack(self, model, inputs, *rest, **kwargs):
+        args = self.trainer.args
+        line = {
+            "step": self.trainer.state.global_step,
+            "world": args.world_size,
+            "starts": (inputs["position_ids"][0] == 0).nonzero()[:, 0].tolist(),
+            "ids": inputs["input_ids"][0].tolist(),
+        }
         with Path(args.output_dir, f"order{args.process_index}.jsonl").open("a") as file:
-            starts = (inputs["position_ids"][0] == 0).nonzero()[:, 0].tolist()
-            found = {"step": trainer.state.global_step, "world": args.world_size, "starts": starts}
-            file.write(json.dumps(found | {"ids": inputs["input_ids"][0].tolist()}) + chr(10))
-        return plain(model, inputs, *rest, **kwargs)
-    trainer.training_step = training_step
-    return TrainerCallback()
+            file.write(json.dumps(line) + chr(10))
+        return self.training_step(model, inputs, *rest, **kwargs)
 """
 
 
@@ -393,12 +403,6 @@ def test_an_uneven_last_step_is_the_mean_of_its_own_packs(demo, tmp_path, run_re
 
 
 # -- values and refusals ----------------------------------------------------------------------------------------------
-def parsed(monkeypatch, tmp_path, *flags):
-    monkeypatch.setattr(sys, "argv", ["x", *flags, "--use_cpu", "true", "--output_dir", str(tmp_path / "none")])
-    monkeypatch.chdir(REPO)
-    return runpy.run_path(str(RECIPE))["parse_args"]()
-
-
 PUBLISHED = {  # yaml: model, template, optimizer, length, packs, rate, schedule, its arguments, warm-up, decay
     None: ("Qwen/Qwen3-1.7B-Base", "step3_qwen3", "muon", 131072, 32, 1e-5, "cosine_with_min_lr",
            {"min_lr_rate": 0.5}, 140, 0.1),
@@ -412,26 +416,32 @@ PUBLISHED = {  # yaml: model, template, optimizer, length, packs, rate, schedule
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_values(monkeypatch, tmp_path, name):
-    path = REPO / "recipes" / f"step35_{name}.yaml"
-    script, args, model = parsed(monkeypatch, tmp_path, *(["--config", str(path)] if name else []))
+def test_published_values(monkeypatch, name):
+    """The length is that of the packs, which compile.py is asked for: the config's comment, or the page's command."""
+    monkeypatch.chdir(REPO)
+    path = REPO / "recipes" / "configs" / f"step35_{name}.yaml"
+    script, args, model = parse("step35_sft", *(["--config", path] if name else []))
+    told = path if name else REPO / "recipes" / "README.md"
+    [length] = {*re.findall(r"--max_length (\d+) *\\?$", told.read_text(), re.M)}
     assert PUBLISHED[name] == (
-        model.model_name_or_path, Path(args.chat_template_path).stem, Path(script.optimizer).stem, args.max_length,
+        model.model_name_or_path, Path(args.chat_template_path).stem, Path(script.optimizer).stem, int(length),
         script.global_batch_size, args.learning_rate, args.lr_scheduler_type.value, args.lr_scheduler_kwargs,
         args.warmup_steps, args.weight_decay,
     )  # fmt: skip
+    assert (args.packing, args.assistant_only_loss, args.padding_free, args.max_length) == (False, False, True, None)
     assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon, args.max_grad_norm) == (0.9, 0.95, 1e-8, 1.0)
     assert (args.seed, args.num_train_epochs, args.per_device_train_batch_size) == (1234, 1, 1)
     assert args.train_sampling_strategy == "sequential" and script.micro_batch_mean and args.bf16
     assert model.dtype == "float32" and args.router_aux_loss_coef == 0.0 and Path(script.optimizer).is_file()
     if name:
         head = path.read_text().split("model_name_or_path")[0]
-        assert f"recipes/step35_sft.py --config recipes/{path.name}" in head and "Published:" in head
+        assert f"recipes/step35_sft.py --config recipes/configs/{path.name}" in head and "Published:" in head
 
 
-def test_a_missing_optimizer_ends_the_run(demo, tmp_path, run_recipe):
-    with pytest.raises(SystemExit, match=r"--optimizer .*none.py: no such file: pass its path"):
+def test_a_missing_optimizer_ends_the_run(demo, tmp_path, run_recipe, capsys):
+    with pytest.raises(SystemExit):
         run_recipe("step35_sft", "--optimizer", tmp_path / "none.py")
+    assert re.search(r"--optimizer .*none.py: no such file: pass the path", capsys.readouterr().err)
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
@@ -448,21 +458,20 @@ def test_step_3_5_itself_is_refused_before_weights_load(demo, tmp_path, run_reci
 
 def test_packs_of_another_tokenizer_or_template_are_refused(demo, tmp_path, run_recipe):
     folder, _, _ = numbered(demo, tmp_path)
-    flags = ["--dataset_name", folder, "--max_steps", 1]
+    flags = flags_for(demo, folder, tmp_path / "run", "--use_cpu", "true", "--max_steps", 1)
     with pytest.raises(ValueError, match="compiled with another template than this recipe's"):
-        run_recipe("step35_sft", *flags, "--chat_template_path", TEMPLATES / "step3_5.jinja")
+        run_recipe("step35_sft", *flags, "--chat_template_path", TEMPLATES / "step3_5.jinja", defaults=False)
     shutil.copytree(demo / "init", tmp_path / "other")
     saved = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
     saved["model"]["merges"].pop()
     (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(saved))
-    template = ["--chat_template_path", TEMPLATES / "step3_qwen3.jinja"]
     with pytest.raises(ValueError, match="compiled with another tokenizer than this recipe's"):
-        run_recipe("step35_sft", *flags, *template, "--model_name_or_path", tmp_path / "other")
+        run_recipe("step35_sft", *flags, "--model_name_or_path", tmp_path / "other", defaults=False)
 
 
 def test_raw_shards_are_no_training_set(demo, tmp_path, run_recipe):
     shard = write_shards(tmp_path / "json", [raw(*next(demo_turns(demo)))], 1) / "chunk_0.json"
-    with pytest.raises(ValueError, match="normalize.py step35 makes them of the raw shards"):
+    with pytest.raises(ValueError, match="rows are no packs: the commands at the head of data_prep/mixes/step35.yaml"):
         run_recipe("step35_sft", "--dataset_name", shard)
 
 
@@ -471,17 +480,27 @@ GROUPS = """
 import json
 from pathlib import Path
 from transformers import TrainerCallback
+
+
 class Probe(TrainerCallback):
-    def on_train_end(self, args, state, control, model=None, optimizer=None, **_):
+    def __init__(self, trainer):
+        self.model = trainer.model
+
+    def on_train_end(self, args, state, control, optimizer=None, **_):
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
-        groups = [{"muon": group.get("muon"), "parts": group.get("parts"), "decay": group["weight_decay"],
-                   "size": sum(weight.numel() for weight in group["params"])} for group in optimizer.param_groups]
-        found = {"config": type(model.config).__name__, "mlp": type(model.model.layers[1].mlp).__name__,
-                 "optimizer": type(optimizer).__name__, "groups": groups}
-        Path(args.output_dir, "groups.json").write_text(json.dumps(found))
-def callback(trainer):
-    return Probe()
+        groups = []
+        for group in optimizer.param_groups:
+            size = sum(weight.numel() for weight in group["params"])
+            about = {"muon": group.get("muon"), "parts": group.get("parts"), "decay": group["weight_decay"]}
+            groups.append({**about, "size": size})
+        report = {
+            "config": type(self.model.config).__name__,
+            "mlp": type(self.model.model.layers[1].mlp).__name__,
+            "optimizer": type(optimizer).__name__,
+            "groups": groups,
+        }
+        Path(args.output_dir, "groups.json").write_text(json.dumps(report))
 """
 
 

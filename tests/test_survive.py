@@ -5,7 +5,6 @@ import os
 import random
 import re
 import resource
-import runpy
 import shutil
 import signal
 import subprocess
@@ -18,11 +17,15 @@ import pytest
 import torch
 from conftest import REPO, TINY
 from datasets import Dataset, load_from_disk
+from hooks.checkpoints import choose_checkpoint, find_fault
+from hooks.early_stopping import EarlyStopping
+from hooks.identity import check_same_run
+from hooks.step_watch import Explosion
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
+from transformers.trainer_utils import IntervalStrategy
 
-HOOKS = REPO / "recipes" / "hooks"
-SURVIVE = ["--hooks", *(str(HOOKS / f"{name}.py") for name in ("survive", "stop", "heartbeat"))]
+EARLY = ["--hooks", str(REPO / "recipes" / "hooks" / "early_stopping.py")]
 SAVES = ["--max_steps", "6", "--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "no"]
 ON = ["--resume_from_checkpoint", "true"]
 
@@ -42,7 +45,12 @@ def run(run_recipe, demo, tmp_path, capfd, monkeypatch):
         handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
         code = 0
         try:
-            run_recipe(recipe, *SURVIVE, *([path] if probe else []), *SAVES, *flags, out=out)
+            flags = [str(flag) for flag in flags]
+            if probe and "--hooks" in flags:
+                flags.insert(flags.index("--hooks") + 1, str(path))
+            elif probe:
+                flags += ["--hooks", str(path)]
+            run_recipe(recipe, *SAVES, *flags, out=out)
         except SystemExit as stop:
             code = stop.code
         except Exception:
@@ -71,7 +79,7 @@ def command(demo, folder, *flags, recipe="qwen3_qlora", config=None):
     launcher = ["-m", "accelerate.commands.launch", "--config_file", REPO / "accelerate_configs" / f"{config}.yaml"]
     given = [sys.executable, *(launcher if config else []), REPO / "recipes" / f"{recipe}.py", *TINY]
     given += ["--model_name_or_path", demo / "init", "--dataset_name", demo / "rows" / "chat", "--output_dir", folder]
-    given += ["--chat_template_path", REPO / "chat_templates" / "qwen3.jinja", *SURVIVE, *SAVES, *flags]
+    given += ["--chat_template_path", REPO / "chat_templates" / "qwen3.jinja", *SAVES, *flags]
     return [str(word) for word in given]
 
 
@@ -131,61 +139,54 @@ def cut_short(folder):
     ],
 )
 def test_broken_checkpoint_is_named_and_the_one_before_taken(whole, tmp_path, capfd, monkeypatch, harm, words):
-    """Of the prepare() hook alone: nothing has been loaded when it has chosen."""
-    survive, folder = hook("survive"), copy_of(whole, tmp_path)
+    """Nothing has been loaded when it is chosen."""
+    folder = copy_of(whole, tmp_path)
     harm(folder / "checkpoint-6")
-    script, args = asked("true", folder, folder / "checkpoint-6")
-    survive["prepare"](script, args, None)
+    assert choose_checkpoint(asked("true", folder)) == str(folder / "checkpoint-4")
     said = capfd.readouterr().out
-    assert args.resume_from_checkpoint == str(folder / "checkpoint-4")
     assert all(word in said for word in ["checkpoint-6", "broken-checkpoint-6", *words]), said
     assert steps_of(folder) == [4] and (folder / "broken-checkpoint-6").is_dir()
     harm(folder / "checkpoint-4")
-    script, args = asked(folder / "checkpoint-4", folder, folder / "checkpoint-4")
     with pytest.raises(ValueError, match="checkpoint-4 is broken"):
-        survive["prepare"](script, args, None)
-    script, args = asked("true", folder, folder / "checkpoint-4")
-    survive["prepare"](script, args, None)
-    assert args.resume_from_checkpoint is None and "starts afresh" in capfd.readouterr().out
+        choose_checkpoint(asked(folder / "checkpoint-4", folder))
+    assert choose_checkpoint(asked("true", folder)) is None and "starts afresh" in capfd.readouterr().out
 
 
-def hook(name):
-    return runpy.run_path(str(HOOKS / f"{name}.py"))
-
-
-def asked(value, out, chosen):
-    script = SimpleNamespace(resolved={"resume_from_checkpoint": str(value)}, allow=[], rows=None)
-    return script, SimpleNamespace(output_dir=str(out), resume_from_checkpoint=str(chosen))
+def asked(value, out):
+    return SimpleNamespace(output_dir=str(out), resume_from_checkpoint=str(value))
 
 
 def test_lone_checkpoints_are_taken_unverified(whole, tmp_path, capfd):
-    survive, folder = hook("survive"), copy_of(whole, tmp_path)
+    folder = copy_of(whole, tmp_path)
     (folder / "run.json").unlink()
-    [path.unlink() for path in folder.glob("*/manifest.json")]
+    for path in folder.glob("*/manifest.json"):
+        path.unlink()
     for said in ("checkpoint-6 was saved without checksums: taken unverified", ""):
-        script, args = asked("true", folder, folder / "checkpoint-6")
-        survive["prepare"](script, args, None)
-        assert args.resume_from_checkpoint == str(folder / "checkpoint-6") and said in capfd.readouterr().out
+        assert choose_checkpoint(asked("true", folder)) == str(folder / "checkpoint-6")
+        assert said in capfd.readouterr().out
 
 
 def test_sealed_before_the_old_one_goes(run, whole):
     """With --save_total_limit 1, a kill between the save and its seal must not leave the run without a checkpoint."""
     probe = """
-import os, transformers.trainer
+import os, shutil
 from transformers import TrainerCallback
-real = transformers.trainer.rotate_checkpoints
-def rotate(output_dir, **limits):
-    names = sorted(os.listdir(output_dir))
-    print("ROTATES", [os.path.exists(f"{output_dir}/{name}/manifest.json") for name in names if "checkpoint" in name])
-    real(output_dir=output_dir, **limits)
-def prepare(script, args, model):
-    transformers.trainer.rotate_checkpoints = rotate
-def after(trainer):
-    transformers.trainer.rotate_checkpoints = real
+class Deletions(TrainerCallback):
+    def __init__(self, trainer):
+        self.remove = shutil.rmtree
+        def remove(path, *rest, **kwargs):
+            folder = os.path.dirname(str(path))
+            names = [name for name in sorted(os.listdir(folder)) if "checkpoint" in name]
+            if names:
+                print("DELETES", [os.path.exists(f"{folder}/{name}/manifest.json") for name in names])
+            self.remove(path, *rest, **kwargs)
+        shutil.rmtree = remove
+    def on_train_end(self, *_, **__):
+        shutil.rmtree = self.remove
 """
     folder, code, said = run("--save_total_limit", 1, probe=probe)
     assert code == 0 and steps_of(folder) == [6]
-    assert said.count("ROTATES [True]") == 1 and said.count("ROTATES [True, True]") == 2
+    assert said.count("DELETES [True, True]") == 2 == said.count("DELETES")
     assert_same(folder, whole)
 
 
@@ -216,15 +217,13 @@ def test_what_makes_another_run(change, words, demo, tmp_path, monkeypatch):
     template.write_text("{{ messages }}")
 
     def resume(chosen, name="qwen3_qlora.py"):
-        survive = hook("survive")
-        survive["SCRIPT"]["script"] = SimpleNamespace(allow=[])
         monkeypatch.setattr(sys, "argv", [name])
         args = SimpleNamespace(
             chat_template_path=template, output_dir=str(tmp_path), resume_from_checkpoint=chosen and str(chosen)
         )
-        survive["same_run"](
-            SimpleNamespace(args=args, processing_class=tokenizer, train_dataset=Dataset.from_list(rows))
-        )
+        rows_now = Dataset.from_list(rows)
+        trainer = SimpleNamespace(args=args, processing_class=tokenizer, train_dataset=rows_now)
+        check_same_run(trainer, [])
 
     tokenizer = AutoTokenizer.from_pretrained(demo / "init")
     resume(None)
@@ -255,12 +254,13 @@ def test_what_makes_another_run(change, words, demo, tmp_path, monkeypatch):
 POISON = """
 import json
 from pathlib import Path
-from types import SimpleNamespace
+import trl
 from transformers import TrainerCallback
-def callback(trainer):
-    plain, seen = trainer.compute_loss, []
-    def compute_loss(model, inputs, *rest, **kwargs):
-        loss = plain(model, inputs, *rest, **kwargs)
+PLAIN = trl.SFTTrainer.compute_loss  # below what the hooks see of a loss
+def poison(trainer):
+    seen = []
+    def compute_loss(self, model, inputs, *rest, **kwargs):
+        loss = PLAIN(self, model, inputs, *rest, **kwargs)
         seen.append(1)
         if len(seen) == CALL and trainer.args.process_index == RANK:
             ids, places = inputs["input_ids"][0].tolist(), inputs["position_ids"][0].tolist()
@@ -269,15 +269,16 @@ def callback(trainer):
             Path(trainer.args.output_dir, "texts.json").write_text(json.dumps(texts))
             loss = loss * VALUE
         return loss
-    trainer.compute_loss = compute_loss
-    class Count(TrainerCallback):
-        def on_train_begin(self, *_, optimizer, **__):
-            real = optimizer.step
-            def step(*args, **kwargs):
-                print("STEPPED")
-                return real(*args, **kwargs)
-            optimizer.step = step
-    return Count()
+    trl.SFTTrainer.compute_loss = compute_loss
+class Count(TrainerCallback):
+    def __init__(self, trainer):
+        poison(trainer)
+    def on_train_begin(self, *_, optimizer, **__):
+        real = optimizer.step
+        def step(*args, **kwargs):
+            print("STEPPED")
+            return real(*args, **kwargs)
+        optimizer.step = step
 """
 
 
@@ -313,12 +314,12 @@ def test_a_bad_batch_stops_the_run(run, demo, value, words):
     assert "step 4, rank 0" in line and words in line and "checkpoint-2" in line
     named = re.findall(r"train-[\w-]+", line)
     assert named == wanted
-    assert steps_of(folder) == [2] and hook("survive")["fault"](folder / "checkpoint-2") is None
+    assert steps_of(folder) == [2] and find_fault(folder / "checkpoint-2") is None
     assert not list(folder.glob("*.safetensors"))
 
 
 def test_the_rule_lets_healthy_runs_pass():
-    rule, noise = hook("stop")["Explosion"], random.Random(0)
+    rule, noise = Explosion, random.Random(0)
     healthy = {
         "fine-tuning": [1.5 * 0.99**i + 0.4 + noise.gauss(0, 0.2) for i in range(400)],
         "from scratch": [12.3 * 0.995**i + 1 for i in range(400)],
@@ -328,14 +329,14 @@ def test_the_rule_lets_healthy_runs_pass():
     for name, losses in healthy.items():
         watch = rule(151_669)
         norms = [noise.lognormvariate(0, 2) for _ in losses]
-        assert [watch.told(*pair) for pair in zip(losses, norms, strict=True)] == [None] * len(losses), name
+        assert [watch.check(*pair) for pair in zip(losses, norms, strict=True)] == [None] * len(losses), name
     for losses, norms, at in (
         ([1.0] * 20 + [30.0], [1.0] * 21, 20),
         ([1.0] * 20 + [13.0, 14.0, 15.0], [1.0] * 23, 22),
         ([1.0] * 21, [1.0] * 20 + [2000.0], 20),
     ):
         watch = rule(151_669)
-        told = [watch.told(*pair) for pair in zip(losses, norms, strict=True)]
+        told = [watch.check(*pair) for pair in zip(losses, norms, strict=True)]
         assert [i for i, wrong in enumerate(told) if wrong] == [at]
 
 
@@ -347,8 +348,6 @@ class Signal(TrainerCallback):
     def on_step_begin(self, args, state, control, **_):
         if state.global_step == 2:
             os.kill(os.getpid(), signal.NAME)
-def callback(trainer):
-    return Signal()
 """
 
 
@@ -375,24 +374,21 @@ class Lost(TrainerCallback):
             if AFTER:
                 subprocess.Popen(["sh", "-c", f"sleep AFTER; kill -9 {os.getpid()}"])
             os.kill(os.getpid(), signal.NAME)
-def callback(trainer):
-    return Lost()
 """
 SLOW = """
 import time
 from transformers import TrainerCallback
-class Slow(globals().get("Lost", TrainerCallback)):
+class Slow(TrainerCallback):
+    def __init__(self, trainer):
+        plain = trainer.save_model
+        def save_model(*args, **kwargs):
+            if not kwargs:
+                time.sleep(10 * trainer.args.process_index)
+            plain(*args, **kwargs)
+        trainer.save_model = save_model
     def on_save(self, args, state, control, **_):
         if state.global_step == 2 and args.process_index == 0:
             time.sleep(10)
-def callback(trainer):
-    plain = trainer.save_model
-    def save_model(*args, **kwargs):
-        if not kwargs:
-            time.sleep(10 * trainer.args.process_index)
-        plain(*args, **kwargs)
-    trainer.save_model = save_model
-    return Slow()
 """
 
 
@@ -422,7 +418,7 @@ def test_a_lost_rank_ends_the_other(demo, tmp_path, name, words, beat, after):
     assert done.returncode != 0 and time.time() - float(re.search(r"LOST AT ([\d.]+)", done.stdout)[1]) < 60
     line = next(line for line in done.stderr.splitlines() if words in line)
     assert "qwen3_qlora.py: " in line and "--resume_from_checkpoint true" in line
-    assert steps_of(tmp_path / "run") == [2] and hook("survive")["fault"](tmp_path / "run" / "checkpoint-2") is None
+    assert steps_of(tmp_path / "run") == [2] and find_fault(tmp_path / "run" / "checkpoint-2") is None
 
 
 @pytest.mark.long
@@ -453,7 +449,7 @@ def test_sigterm_stops_all_ranks_at_one_step(demo, tmp_path, who):
     assert 3 <= step <= 5 and steps_of(tmp_path / "run") == [step]
     again = done.stderr.split(said[0])[1].strip().splitlines()[0]
     assert "accelerate" in again and "--num_processes" not in again and again.endswith("--resume_from_checkpoint true")
-    assert hook("survive")["fault"](tmp_path / "run" / f"checkpoint-{step}") is None
+    assert find_fault(tmp_path / "run" / f"checkpoint-{step}") is None
     assert len(list((tmp_path / "run").glob("checkpoint-*/rng_state_?.pth"))) == 2
 
 
@@ -473,7 +469,7 @@ def test_accelerate_launch_with_one_process(demo, tmp_path, name, who):
         time.sleep(0.1)
     (step,) = steps_of(tmp_path / "run")
     told = (tmp_path / "said").read_text()
-    assert hook("survive")["fault"](tmp_path / "run" / f"checkpoint-{step}") is None
+    assert find_fault(tmp_path / "run" / f"checkpoint-{step}") is None
     assert f"checkpoint-{step} is saved and verified" in told and told.strip().endswith("--resume_from_checkpoint true")
     assert "accelerate" in told.strip().splitlines()[-1]
 
@@ -494,14 +490,14 @@ def test_disk_full_then_read_only(run, small_disk):
     folder = small_disk / "run"
     _, code, said = run("--output_dir", folder, "--max_steps", 40, "--save_steps", 1, "--save_total_limit", 40)
     told = [line for line in said.splitlines() if line.startswith("qwen3_qlora.py: ")]
-    assert code == 1 and len(told) == 1 and "the disk is full" in told[0], said
+    assert code == 1 and "the disk is full" in told[-1] and sum("the disk" in line for line in told) == 1, said
     kept = max(step for step in steps_of(folder) if (folder / f"checkpoint-{step}" / "manifest.json").is_file())
-    assert hook("survive")["fault"](folder / f"checkpoint-{kept}") is None
+    assert find_fault(folder / f"checkpoint-{kept}") is None
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     _, code, said = run("--output_dir", folder, *ON)
     told = [line for line in said.splitlines() if line.startswith("qwen3_qlora.py: ")]
     assert code == 1 and "read-only" in told[-1], said
-    assert hook("survive")["fault"](folder / f"checkpoint-{kept}") is None
+    assert find_fault(folder / f"checkpoint-{kept}") is None
 
 
 def test_file_size_limit(run):
@@ -556,10 +552,7 @@ class Worse(TrainerCallback):
         if state.global_step > 2:
             for weight in (weight for weight in model.parameters() if weight.requires_grad):
                 weight.data += state.global_step * 0.05
-def callback(trainer):
-    return Worse()
 """
-EARLY = ["--hooks", str(HOOKS / "early_stopping.py")]
 
 
 def test_early_stopping(run):
@@ -573,9 +566,9 @@ def test_early_stopping(run):
 
 
 def test_early_stopping_counts_on_over_a_resume():
-    early = hook("early_stopping")["callback"](None)
     history = [{"eval_loss": loss} for loss in (3.0, 2.0, 2.5, 2.1)] + [{"loss": 1.0}]
-    args = SimpleNamespace(load_best_model_at_end=True, metric_for_best_model="eval_loss", eval_strategy="steps")
+    args = SimpleNamespace(eval_strategy=IntervalStrategy("steps"), eval_steps=1, save_steps=1, save_only_model=False)
+    early = EarlyStopping(SimpleNamespace(args=args))
     early.on_train_begin(args, SimpleNamespace(log_history=history), None)
     assert early.early_stopping_patience_counter == 2
 
@@ -635,18 +628,17 @@ KILL = """
 import os, signal, torch
 from transformers import TrainerCallback
 class Kill(TrainerCallback):
+    def __init__(self, trainer):
+        plain = torch.save
+        def save(value, path, *rest, **kwargs):
+            plain(value, path, *rest, **kwargs)
+            if os.environ.get("KILL") == "save" and str(path).endswith("checkpoint-4/optimizer.pt"):
+                os.truncate(path, os.path.getsize(path) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+        torch.save = save
     def on_substep_end(self, args, state, control, **_):
         if state.global_step == 5 and os.environ.get("KILL") == "step":
             os.kill(os.getpid(), signal.SIGKILL)
-def callback(trainer):
-    plain = torch.save
-    def save(value, path, *rest, **kwargs):
-        plain(value, path, *rest, **kwargs)
-        if os.environ.get("KILL") == "save" and str(path).endswith("checkpoint-4/optimizer.pt"):
-            os.truncate(path, os.path.getsize(path) // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-    torch.save = save
-    return Kill()
 """
 
 

@@ -1,7 +1,8 @@
 """sweep.py: one launch an arm, none twice, diverged ones left behind, a killed one resumed; the table and the plot.
 
-The quick tests sweep a recipe of 40 lines that keeps the contract (parse_args, log.jsonl, checkpoints, the words of
-hooks/stop.py) and counts its launches itself; the long one sweeps qwen3_full on the demo's model, with a SIGTERM.
+The quick tests sweep a recipe of 40 lines that keeps the contract (DEFAULTS, make_parser, parse_args, log.jsonl,
+checkpoints, the words of recipes/hooks) and counts its launches itself; the long one sweeps qwen3_full on the demo's
+model, with a SIGTERM.
 
 Broken once, and seen red: final states launched again; --resume_from_checkpoint left out; the hash without the
 recipe's file; divergence read from the exit code; the arm's folder not checked; the sweep ended at the first failure.
@@ -30,23 +31,29 @@ import os
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
+
+DEFAULTS = dict(learning_rate=1e-5, steps=4)
 
 
-def parse_args():
+def make_parser():
     parser = argparse.ArgumentParser(allow_abbrev=False)
     for name, kind, value in (("learning_rate", float, 1e-5), ("steps", int, 4), ("rank", int, 8), ("mode", str, "a"),
                               ("hang", float, 0.0), ("output_dir", str, "runs/x"),
                               ("resume_from_checkpoint", str, None)):
         parser.add_argument(f"--{name}", type=kind, default=value)
+    return parser
+
+
+def parse_args(parser):
+    parser.set_defaults(**DEFAULTS)
     args = parser.parse_args()
     if args.rank > 1000:
         parser.error("--rank must be at most 1000")
-    return SimpleNamespace(resolved=vars(args)), args, None
+    return None, args, None
 
 
 def main():
-    _, args, _ = parse_args()
+    _, args, _ = parse_args(make_parser())
     out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     first = max((int(path.name) for path in out.glob("done/*")), default=0) if args.resume_from_checkpoint else 0
@@ -195,7 +202,7 @@ def test_a_recipe_that_is_not_there(tmp_path, capsys):
 
 @pytest.mark.long
 def test_a_real_recipe_is_stopped_resumed_and_diverges(demo, tmp_path):
-    """SIGTERM to the sweep: its arm saves and is resumed from there; a huge rate is ended by hooks/stop.py."""
+    """SIGTERM to the sweep: its arm saves and is resumed from there; a huge rate is ended by recipes/hooks."""
     out = tmp_path / "sweep"
     command = [sys.executable, REPO / "eval" / "sweep.py", REPO / "recipes" / "qwen3_full.py", *TINY, *EXACT]
     at = command.index("--learning_rate")

@@ -25,8 +25,7 @@ def run(demo, tmp_path_factory):
     flags = ["--config", folder / "both.yaml", "--model_name_or_path", demo / "init"]
     flags += ["--dataset_name", demo / "rows/chat", "--chat_template_path", REPO / "chat_templates/qwen3.jinja"]
     flags += ["--output_dir", folder / "run", *TINY]
-    hooks = [REPO / "recipes" / "hooks" / f"{name}.py" for name in ("quiet", "show", "end")]
-    command = [sys.executable, REPO / "recipes" / "qwen3_full.py", *flags, "--hooks", *hooks]
+    command = [sys.executable, REPO / "recipes" / "qwen3_full.py", *flags]
     able = shutil.which("unshare") and subprocess.run([*OFFLINE, "true"], capture_output=True).returncode == 0
     where = {"TRACKIO_DIR": folder / "trackio", "WANDB_DIR": folder, "WANDB_MODE": "offline"}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Optimizer: torch.optim.Adam, whose weight decay is added to the gradient (coupled L2, not AdamW's).
+"""torch.optim.Adam, whose weight decay is added to the gradient (coupled L2, not AdamW's).
 
     accelerate launch recipes/step35_sft.py --optimizer recipes/optimizers/adam_l2.py
 
@@ -8,15 +8,31 @@ pieces of weights will do.
 """
 
 import torch
+from transformers import TrainingArguments
 
 
-def build(model, args):
-    """The optimizer of a model's trained weights."""
-    decayed, plain = [], []
-    for name, weight in model.named_parameters():
-        shape = getattr(weight, "ds_shape", weight.shape)  # ZeRO-3 leaves an empty vector in a weight's place
-        if weight.requires_grad:
-            (plain if name.endswith("bias") or len(shape) == 1 else decayed).append(weight)
-    groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
-    betas = args.adam_beta1, args.adam_beta2
-    return torch.optim.Adam(groups, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
+def check(training_args: TrainingArguments) -> None:
+    """Refuse nothing: every engine and option will do."""
+
+
+class Factory:
+    """Builds the optimizer of a model's trained weights; transformers makes it without arguments and calls it."""
+
+    def __call__(self, model: torch.nn.Module, training_args: TrainingArguments) -> torch.optim.Adam:
+        decayed = []
+        undecayed = []
+        for name, weight in model.named_parameters():
+            if not weight.requires_grad:
+                continue
+            shape = getattr(weight, "ds_shape", weight.shape)  # ZeRO-3 leaves an empty vector in a weight's place
+            if name.endswith("bias") or len(shape) == 1:
+                undecayed.append(weight)
+            else:
+                decayed.append(weight)
+        return torch.optim.Adam(
+            [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}],
+            lr=training_args.learning_rate,
+            betas=(training_args.adam_beta1, training_args.adam_beta2),
+            eps=training_args.adam_epsilon,
+            weight_decay=training_args.weight_decay,
+        )

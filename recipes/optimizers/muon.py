@@ -1,4 +1,4 @@
-"""Optimizer: Muon for matrices, AdamW for embeddings, norms and biases; as Step-3.5-Flash was fine-tuned.
+"""Muon for matrices, AdamW for embeddings, norms and biases; as Step-3.5-Flash was fine-tuned.
 
     accelerate launch recipes/step35_sft.py --optimizer recipes/optimizers/muon.py --optim_args dtype=bfloat16
 
@@ -25,132 +25,216 @@ about 1e15 operations a step, 1% of the step). DeepSpeed's ZeRO cuts weights int
 import math
 import re
 from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
+from transformers import TrainingArguments
 
 # p(x) = a x + b x³ + c x⁵ of each step: Amsel, Persson, Musco, Gower 2025, "The Polar Express" (arXiv:2505.16932),
 # implementation 1: optimal for singular values from 1e-3 of the norm on, with a safety factor for low precision
 SAFETY = 1.01
-POLAR_EXPRESS = [
-    (a / SAFETY, b / SAFETY**3, c / SAFETY**5)
-    for a, b, c in (
-        (8.28721201814563, -23.595886519098837, 17.300387312530933),
-        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-        (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-    )
-]
+POLYNOMIALS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+)
+POLAR_EXPRESS = [(a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in POLYNOMIALS]
 OPTIONS = {"dtype": ("float16", "bfloat16", "float32"), "experts": ("muon", "adamw")}  # the first is the default
-FUSED = re.compile(r"qkv|query_key_value|c_attn|in_proj")
+JOINED_MATRICES = re.compile(r"qkv|query_key_value|c_attn|in_proj")
+MOMENTUM = 0.95
+RMS = 0.2  # root mean square of an AdamW update, which Muon's are scaled to
 
 
-def polar(matrix, dtype):
-    """The orthogonal factor of a matrix, or of each in a stack, nearly: its singular values become about 1."""
-    x = matrix.mT if matrix.size(-2) > matrix.size(-1) else matrix  # the products below are of the short side
+def polar(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the orthogonal factor of a matrix, or of each in a stack, nearly: its singular values become about 1."""
+    tall = matrix.size(-2) > matrix.size(-1)
+    x = matrix.mT if tall else matrix  # the products below are of the short side
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) * SAFETY + 1e-7)).to(dtype)
     for a, b, c in POLAR_EXPRESS:
         square = x @ x.mT
         x = a * x + (b * square + c * (square @ square)) @ x
-    return x.mT if matrix.size(-2) > matrix.size(-1) else x
+    return x.mT if tall else x
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Groups say by muon which half is theirs, and by parts into how many matrices the rows of each weight fall."""
+    """Muon and AdamW in one; a group's `muon` says whose it is, its `parts` how many matrices each weight holds."""
 
-    def __init__(self, groups, lr, weight_decay, betas, eps, dtype):
-        super().__init__(
-            groups, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, momentum=0.95, dtype=dtype)
-        )
+    def __init__(
+        self,
+        groups: list[dict],
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        eps: float,
+        dtype: str,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "betas": betas,
+            "eps": eps,
+            "momentum": MOMENTUM,
+            "dtype": dtype,
+        }
+        super().__init__(groups, defaults)
 
     @torch.no_grad()
-    def step(self, closure=None):
-        with torch.enable_grad():
-            loss = closure and closure()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update all weights that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
-            for weight in weights if group["muon"] else ():
-                self.step_matrix(weight, group)
-            if weights and not group["muon"]:
+            if group["muon"]:
+                for weight in weights:
+                    self.step_matrix(weight, group)
+            elif weights:
                 self.step_others(weights, group)
         return loss
 
-    def step_matrix(self, weight, group):
+    def step_matrix(self, weight: torch.Tensor, group: dict) -> None:
+        """Update a weight by Muon. Raises ValueError for a flat piece of one."""
         if weight.dim() < 2:
             raise ValueError(
                 "muon.py: this engine hands the optimizer flat pieces of weights, and Muon needs whole matrices: "
                 "launch with accelerate_configs/ddp_8gpu.yaml or fsdp2_8gpu.yaml"
             )
-        gradient, state = weight.grad, self.state[weight]
+        gradient = weight.grad
+        state = self.state[weight]
         if not state:
             state["momentum"] = torch.zeros_like(gradient)
-        update = gradient.add(state["momentum"].mul_(group["momentum"]).add_(gradient), alpha=group["momentum"])
+        momentum = state["momentum"].mul_(group["momentum"]).add_(gradient)
+        update = gradient.add(momentum, alpha=group["momentum"])  # Nesterov
         whole = update.full_tensor() if isinstance(update, DTensor) else update
-        parts = [
-            polar(part, getattr(torch, group["dtype"])).to(weight.dtype) * (0.2 * math.sqrt(max(part.shape[-2:])))
-            for part in whole.chunk(group["parts"], dim=-2)
-        ]
-        whole = torch.cat(parts, dim=-2)
+        updates = []
+        for part in whole.chunk(group["parts"], dim=-2):
+            scale = RMS * math.sqrt(max(part.shape[-2:]))
+            updates.append(polar(part, getattr(torch, group["dtype"])).to(weight.dtype) * scale)
+        whole = torch.cat(updates, dim=-2)
         if isinstance(update, DTensor):  # every rank has the whole and keeps its own rows: nothing is sent
             whole = distribute_tensor(whole, update.device_mesh, update.placements, src_data_rank=None)
         weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(whole * group["lr"])
 
-    def step_others(self, weights, group):
+    def step_others(self, weights: list[torch.Tensor], group: dict) -> None:
+        """Update weights by torch's AdamW."""
         for weight in weights:
-            if not self.state[weight]:
-                averages = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
-                self.state[weight].update(averages, step=torch.zeros(()))
-        states = [[self.state[weight][name] for weight in weights] for name in ("exp_avg", "exp_avg_sq", "step")]
+            state = self.state[weight]
+            if not state:
+                state["exp_avg"] = torch.zeros_like(weight)
+                state["exp_avg_sq"] = torch.zeros_like(weight)
+                state["step"] = torch.zeros(())
+        beta1, beta2 = group["betas"]
         adamw(
-            weights, [weight.grad for weight in weights], *states[:2], [], states[2], amsgrad=False,
-            beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
-            eps=group["eps"], maximize=False,
-        )  # fmt: skip
+            weights,
+            [weight.grad for weight in weights],
+            [self.state[weight]["exp_avg"] for weight in weights],
+            [self.state[weight]["exp_avg_sq"] for weight in weights],
+            [],
+            [self.state[weight]["step"] for weight in weights],
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
 
-def options_of(args):
-    """{name: value} of --optim_args name=value,name=value. Raises ValueError."""
-    given = dict(pair.partition("=")[::2] for pair in (args.optim_args or "").split(",") if pair)
-    if wrong := [name for name, value in given.items() if value not in OPTIONS.get(name, ())]:
+def read_options(training_args: TrainingArguments) -> dict[str, str]:
+    """Return {name: value} of --optim_args name=value,name=value. Raises ValueError."""
+    options = {name: values[0] for name, values in OPTIONS.items()}
+    wrong = []
+    for pair in filter(None, (training_args.optim_args or "").split(",")):
+        name, _, value = pair.partition("=")
+        if value in OPTIONS.get(name, ()):
+            options[name] = value
+        else:
+            wrong.append(name)
+    if wrong:
         known = " and ".join(f"{name}={'|'.join(values)}" for name, values in OPTIONS.items())
-        raise ValueError(f"--optim_args {args.optim_args}: muon.py cannot use {' '.join(wrong)}, it knows {known}")
-    return {name: values[0] for name, values in OPTIONS.items()} | given
+        raise ValueError(
+            f"--optim_args {training_args.optim_args}: muon.py cannot use {' '.join(wrong)}, it knows {known}"
+        )
+    return options
 
 
-def prepare(script, args, model):
-    """Refuses, before anything is loaded, what Muon would do wrong."""
-    options_of(args)
-    if args.deepspeed_plugin is not None:
+def check(training_args: TrainingArguments) -> None:
+    """Refuse, before anything is loaded, what Muon would do wrong. Raises ValueError."""
+    read_options(training_args)
+    if training_args.deepspeed_plugin is not None:
         raise ValueError(
             "muon.py: DeepSpeed's ZeRO cuts weights into flat pieces, and Muon needs whole matrices: launch with "
             "accelerate_configs/ddp_8gpu.yaml or, where the model does not fit, fsdp2_8gpu.yaml"
         )
 
 
-def build(model, args):
-    """The optimizer of a model's trained weights. Raises ValueError where a weight holds matrices it cannot part."""
-    options, groups = options_of(args), defaultdict(list)
-    embeddings = {module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    for name, weight in model.named_parameters():
-        if not weight.requires_grad:
-            continue
-        module = model.get_submodule(name.rpartition(".")[0])
-        stacked = weight.dim() == 3 and hasattr(module, "is_transposed") and options["experts"] == "muon"
-        muon = (weight.dim() == 2 or stacked) and weight not in embeddings  # a tied lm_head is the embedding
-        joined = "gate_up" in name
-        odd = joined and (getattr(module, "is_transposed", False) or not getattr(module, "is_concatenated", True))
-        if muon and (odd or FUSED.search(name)):
-            raise ValueError(f"muon.py: {name} holds several matrices in an order that it does not know: add it there")
-        groups[muon, 2 if muon and joined else 1, name.endswith("bias")].append(weight)
-    counts = {half: sum(w.numel() for key in groups if key[0] == half for w in groups[key]) for half in (True, False)}
-    if args.process_index == 0:
-        print(f"muon.py: {counts[True]:,} parameters by Muon ({options['dtype']}), {counts[False]:,} by AdamW")
-    groups = [
-        {"params": weights, "muon": muon, "parts": parts} | ({"weight_decay": 0.0} if bias else {})
-        for (muon, parts, bias), weights in groups.items()
-    ]
-    betas = args.adam_beta1, args.adam_beta2
-    return MuonAdamW(groups, args.learning_rate, args.weight_decay, betas, args.adam_epsilon, options["dtype"])
+@dataclass(frozen=True)
+class Kind:
+    """What decides the group of a weight."""
+
+    muon: bool
+    parts: int  # matrices that its rows fall into
+    bias: bool
+
+
+def kind_of(name: str, weight: torch.Tensor, model: torch.nn.Module, embeddings: set, stacked_experts: bool) -> Kind:
+    """Return whether Muon takes a weight. Raises ValueError where it holds matrices that cannot be parted."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    stacked = weight.dim() == 3 and hasattr(module, "is_transposed") and stacked_experts
+    muon = (weight.dim() == 2 or stacked) and weight not in embeddings  # a tied lm_head is the embedding
+    joined = "gate_up" in name
+    transposed = getattr(module, "is_transposed", False)
+    interleaved = not getattr(module, "is_concatenated", True)
+    odd = joined and (transposed or interleaved)
+    if muon and (odd or JOINED_MATRICES.search(name)):
+        raise ValueError(f"muon.py: {name} holds several matrices in an order that it does not know: add it there")
+    parts = 2 if muon and joined else 1
+    return Kind(muon, parts, name.endswith("bias"))
+
+
+class Factory:
+    """Builds the optimizer of a model's trained weights; transformers makes it without arguments and calls it."""
+
+    def __call__(self, model: torch.nn.Module, training_args: TrainingArguments) -> MuonAdamW:
+        """Return the optimizer. Raises ValueError where a weight holds matrices that cannot be parted."""
+        options = read_options(training_args)
+        embeddings = {module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+        weights_by_kind = defaultdict(list)
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                kind = kind_of(name, weight, model, embeddings, options["experts"] == "muon")
+                weights_by_kind[kind].append(weight)
+        self.describe(weights_by_kind, options["dtype"], training_args)
+        groups = []
+        for kind, weights in weights_by_kind.items():
+            group = {"params": weights, "muon": kind.muon, "parts": kind.parts}
+            if kind.bias:
+                group["weight_decay"] = 0.0
+            groups.append(group)
+        return MuonAdamW(
+            groups,
+            lr=training_args.learning_rate,
+            weight_decay=training_args.weight_decay,
+            betas=(training_args.adam_beta1, training_args.adam_beta2),
+            eps=training_args.adam_epsilon,
+            dtype=options["dtype"],
+        )
+
+    def describe(
+        self, weights_by_kind: dict[Kind, list[torch.Tensor]], dtype: str, training_args: TrainingArguments
+    ) -> None:
+        """Print, once a run, how many parameters are whose."""
+        counts = {True: 0, False: 0}
+        for kind, weights in weights_by_kind.items():
+            counts[kind.muon] += sum(weight.numel() for weight in weights)
+        if training_args.process_index == 0:
+            print(f"muon.py: {counts[True]:,} parameters by Muon ({dtype}), {counts[False]:,} by AdamW")

@@ -1,0 +1,14 @@
+"""What a recipe imports where this folder lies beside it: it refuses what would waste a run, survives faults, shows.
+
+A recipe takes `SFTTrainer` and `TrlParser` from here, which are TRL's own with more in them, and makes four calls, in
+this order: `before_load`, `check_rows`, `before_train`, `after_train`. On one process it trains the same weights with
+this package as without, byte for byte (tests/test_recipes.py). On several, `parity.py` trains rows once that
+accelerate would repeat to fill the last micro-batches, which a copy without the package trains twice.
+"""
+
+from . import startup
+from .arguments import TrlParser
+from .run import after_train, before_load, before_train, check_rows
+from .trainer import SFTTrainer
+
+__all__ = ["SFTTrainer", "TrlParser", "after_train", "before_load", "before_train", "check_rows", "startup"]

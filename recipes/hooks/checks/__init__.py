@@ -1,0 +1,81 @@
+"""Checks: what would waste a run without a word is refused before it is paid for, or counted in one line at its start.
+
+A file a subject. Every refusal raises UsageError with one sentence; what a user may want all the same has a name in
+allowed.py for `--allow NAME`.
+"""
+
+from typing import TYPE_CHECKING
+
+from trl import ModelConfig, ScriptArguments, SFTConfig
+
+from .allowed import ALLOWED, check_allowed_names
+from .compiled import check_compiled_for
+from .counts import check_counts
+from .downloads import say_downloads
+from .engine import (
+    check_master_weights,
+    check_method_and_engine,
+    check_model_class,
+    check_sequence_parallelism,
+    load_config,
+    name_engine,
+)
+from .output import check_output_folder
+from .packing import check_packing
+from .paths import check_model_and_dataset_names
+from .personas import check_personas
+from .ranks import refuse_on_all_ranks
+from .rows import check_local_rows, check_rows
+from .settings import check_choices, check_packages
+from .stop_token import check_pad_token, check_stop_token, load_tokenizer, silence_false_alarm
+from .template import check_template
+
+if TYPE_CHECKING:
+    from ..trainer import SFTTrainer
+
+__all__ = [
+    "ALLOWED",
+    "check_before_load",
+    "check_before_train",
+    "check_rows",
+    "name_engine",
+    "refuse_on_all_ranks",
+]
+
+
+def check_before_load(script_args: ScriptArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
+    """Raise UsageError for what can be known before model and data are loaded.
+
+    `script_args` are a recipe's RecipeArguments, `training_args.model_init_kwargs` holds its attention.
+    """
+    allow = script_args.allow
+    with refuse_on_all_ranks(training_args):
+        check_allowed_names(allow)
+        check_choices(script_args, training_args, model_args)
+        check_packages(training_args, model_args)
+        check_output_folder(training_args)
+        check_model_and_dataset_names(script_args, model_args)
+        check_template(training_args)
+        check_sequence_parallelism(training_args)
+        check_method_and_engine(training_args, model_args, allow)
+        check_local_rows(script_args, training_args)
+        silence_false_alarm(training_args)
+
+        say_downloads(script_args, model_args)
+        config = load_config(training_args, model_args)
+        check_model_class(config, training_args, model_args)
+        tokenizer = load_tokenizer(training_args, model_args)
+        if tokenizer is not None:
+            check_stop_token(tokenizer, training_args, model_args.model_name_or_path)
+            check_pad_token(tokenizer, training_args, model_args.model_name_or_path, allow)
+            check_compiled_for(script_args, training_args, tokenizer, allow)
+        check_packing(config, training_args)
+
+
+def check_before_train(trainer: "SFTTrainer", script_args: ScriptArguments, model_args: ModelConfig) -> None:
+    """Raise UsageError for what only the built trainer shows; say what is trained."""
+    allow = script_args.allow
+    with refuse_on_all_ranks(trainer.args):
+        check_master_weights(trainer, model_args, allow)
+        check_personas(trainer, allow)
+        check_counts(trainer, allow)

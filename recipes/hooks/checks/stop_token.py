@@ -1,0 +1,125 @@
+"""The stop token: it must be one of the tokenizer's, it must be trained, and padding must not mean it."""
+
+import logging
+from difflib import get_close_matches
+from pathlib import Path
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+from trl import ModelConfig, SFTConfig
+
+from ..messages import UsageError
+from .allowed import ALLOWED
+
+SPELLING_CUTOFF = 0.88  # of difflib: a letter is wrong; tokens of another family are farther away
+FALSE_ALARM = "The chat template does not include the assistant turn's end-of-turn token"  # how TRL's warning begins
+TRL_LOGGER = "trl.trainer.sft_trainer"
+SHOWN_TOKENS = 9
+PROBE = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+
+
+def load_tokenizer(training_args: SFTConfig, model_args: ModelConfig) -> PreTrainedTokenizerBase | None:
+    """Return the model's tokenizer as it lies in its folder, or None: the run itself says why it cannot be loaded."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            model_args.model_name_or_path,
+            revision=model_args.model_revision,
+            trust_remote_code=training_args.trust_remote_code,
+        )
+    except Exception:  # a tokenizer's own code may raise anything
+        return None
+
+
+def check_stop_token(tokenizer: PreTrainedTokenizerBase, training_args: SFTConfig, model_name: str) -> None:
+    """Raise UsageError for an --eos_token that the tokenizer does not know, as that of another family."""
+    stop_token = training_args.eos_token
+    if stop_token is None or stop_token in tokenizer.get_vocab():
+        return
+    special_tokens = [token for token in tokenizer.get_added_vocab() if token]
+    spelled_alike = get_close_matches(stop_token, special_tokens, n=1, cutoff=SPELLING_CUTOFF)
+    message = f"--eos_token {stop_token}: the tokenizer of {model_name} has no such token:"
+    if spelled_alike:
+        raise UsageError(f"{message} pass --eos_token {spelled_alike[0]}")
+    if tokenizer.eos_token is not None:
+        raise UsageError(
+            f"{message} pass --eos_token {tokenizer.eos_token}, its own, or the token that ends a turn in its template"
+        )
+    raise UsageError(f"{message} pass one of {', '.join(special_tokens[:SHOWN_TOKENS])}")
+
+
+def check_pad_token(
+    tokenizer: PreTrainedTokenizerBase, training_args: SFTConfig, model_name: str, allow: list[str]
+) -> None:
+    """Raise UsageError where padding would be the stop token; TRL takes that where the tokenizer has no padding.
+
+    A model that is saved so may answer nothing once it is served (transformers#48016).
+    """
+    stop_token = training_args.eos_token or tokenizer.eos_token
+    pad_token = training_args.pad_token or tokenizer.pad_token or stop_token
+    if pad_token != stop_token:
+        check_pad_token_exists(tokenizer, pad_token, model_name)
+        return
+    if "pad_is_stop" in allow:
+        return
+    state = f"the tokenizer of {model_name} pads with its stop token {stop_token}"
+    if training_args.pad_token is None and tokenizer.pad_token is None:
+        state = f"the tokenizer of {model_name} has no padding token, and TRL would take the stop token {stop_token}"
+    candidate = choose_pad_token(tokenizer, training_args.eos_token)
+    remedy = f"--pad_token {candidate}"
+    if candidate is None:
+        remedy = "pass a token that no text needs as --pad_token"
+    raise UsageError(f"{state}: {remedy}, or --allow pad_is_stop ({ALLOWED['pad_is_stop']})")
+
+
+def check_pad_token_exists(tokenizer: PreTrainedTokenizerBase, pad_token: str, model_name: str) -> None:
+    if pad_token not in tokenizer.get_vocab():
+        special_tokens = list(tokenizer.get_added_vocab())[:SHOWN_TOKENS]
+        raise UsageError(
+            f"--pad_token {pad_token}: the tokenizer of {model_name} has no such token: pass one of "
+            f"{', '.join(special_tokens)}"
+        )
+
+
+def choose_pad_token(tokenizer: PreTrainedTokenizerBase, eos_token: str | None) -> str | None:
+    """Return the first added token that is no stop token, one with "pad" in its name before others."""
+    stop_tokens = (eos_token, tokenizer.eos_token)
+    candidates = [token for token in tokenizer.get_added_vocab() if token not in stop_tokens]
+    for token in candidates:
+        if "pad" in token:
+            return token
+    if not candidates:
+        return None
+    return candidates[0]
+
+
+# -- TRL's warning that the stop token is not trained -----------------------------------------------------------------
+def is_no_false_alarm(record: logging.LogRecord) -> bool:
+    return FALSE_ALARM not in record.getMessage()
+
+
+def silence_false_alarm(training_args: SFTConfig) -> None:
+    """Silence TRL's warning about the stop token where its probe is wrong.
+
+    That probe is user, assistant, user: a template that trains only a final answer (Qwen3 hybrid) is then accused of
+    never training its stop token. Here the probe ends with the answer, and the warning stays if the span lacks it.
+    """
+    logger = logging.getLogger(TRL_LOGGER)
+    logger.removeFilter(is_no_false_alarm)
+    if training_args.chat_template_path is None:
+        return
+    template = Path(training_args.chat_template_path).read_text(encoding="utf-8")
+    if trains_stop_token(template):
+        logger.addFilter(is_no_false_alarm)
+
+
+def trains_stop_token(template: str) -> bool:
+    """Return whether what the template marks of a final answer goes on behind the answer's text."""
+    try:
+        texts, spans = render_jinja_template([PROBE], chat_template=template, return_assistant_tokens_mask=True)
+    except TemplateError:
+        return False
+    if not spans[0]:
+        return False
+    start, end = spans[0][-1]
+    return not texts[0][start:end].rstrip().endswith("answer")

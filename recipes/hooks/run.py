@@ -1,0 +1,82 @@
+"""What a recipe calls, in the order of a run."""
+
+from pathlib import Path
+
+import transformers.dynamic_module_utils
+from datasets import Dataset
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl import ModelConfig, ScriptArguments, SFTConfig
+
+from .arguments import TrlParser
+from .checkpoints import choose_checkpoint, on_main_process
+from .checks import check_before_load, check_before_train
+from .checks.rows import check_rows as check_loaded_rows
+from .end_block import print_end_block
+from .heartbeat import Heartbeat
+from .identity import check_same_run, write_provenance
+from .log_file import LogFile
+from .parity import keep_fp32_under_zero
+from .progress import Progress
+from .quiet import hide_progress_bars
+from .refusals import Refusals
+from .step_rate import StepRate
+from .trainer import SFTTrainer
+from .user_hooks import check_hook_files, make_callbacks
+
+
+def before_load(
+    parser: TrlParser, script_args: ScriptArguments, training_args: SFTConfig, model_args: ModelConfig
+) -> None:
+    """Refuse what can be refused before anything is downloaded; verify the checkpoint to resume from.
+
+    Raises UsageError, which ends the run with its sentence.
+    """
+    Refusals(script_args, training_args, model_args).install()
+    hide_progress_bars()
+    check_hook_files(script_args.hooks)
+    check_before_load(script_args, training_args, model_args)
+    training_args.resume_from_checkpoint = choose_checkpoint(training_args)
+    # Python code that comes with a model is refused, not asked about; weights that can hold code are not loaded
+    transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    training_args.model_init_kwargs.setdefault("use_safetensors", True)
+    keep_fp32_under_zero(training_args, model_args)
+    if not training_args.run_name:
+        training_args.run_name = Path(training_args.output_dir).name  # in trackio and W&B: not a random one
+
+
+def check_rows(
+    script_args: ScriptArguments, training_args: SFTConfig, train: Dataset, validation: Dataset | None
+) -> None:
+    """Refuse rows that cannot be trained, before the model is loaded. Raises UsageError."""
+    check_loaded_rows(script_args, training_args, train, validation)
+
+
+def before_train(trainer: SFTTrainer, parser: TrlParser, script_args: ScriptArguments, model_args: ModelConfig) -> None:
+    """Check the model and the tokens that will be trained, and add what watches and shows the run.
+
+    Raises UsageError.
+    """
+    check_before_train(trainer, script_args, model_args)
+    on_main_process(lambda: check_same_run(trainer, script_args.allow))
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    for callback in (
+        Heartbeat(trainer),
+        LogFile(trainer),
+        Progress(trainer, script_args, model_args),
+        StepRate(trainer),
+    ):
+        trainer.add_callback(callback)
+    for callback in make_callbacks(script_args.hooks, trainer):
+        trainer.add_callback(callback)
+    if trainer.is_world_process_zero():
+        write_provenance(Path(trainer.args.output_dir), parser.settings)
+    trainer.signals.listen()
+
+
+def after_train(trainer: SFTTrainer, script_args: ScriptArguments, model_args: ModelConfig) -> None:
+    """Say what the run has come to and which commands follow; let the other ranks go."""
+    print_end_block(trainer, script_args, model_args)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, Heartbeat):
+            callback.done()

@@ -1,0 +1,148 @@
+"""TRL's SFTTrainer; what needs a trainer's inside is a method here, overridden once.
+
+Every private name that is overridden or called stands in private_names.py with its reason.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import trl
+from datasets import Dataset
+from transformers.trainer_utils import rotate_checkpoints
+
+from .checkpoints import find_fault, seal
+from .parity import Parity, use_autocast
+from .signals import SaveOnSignal
+from .step_watch import StepWatch
+from .throughput import Throughput
+
+
+class SFTTrainer(trl.SFTTrainer):
+    """Trains what TRL's trainer trains, byte for byte on one process; counts, watches and seals.
+
+    `train_rows` and `validation_rows` are the sets as the recipe loaded them, before TRL tokenizes them.
+    """
+
+    def __init__(
+        self, *args: object, train_dataset: Dataset, eval_dataset: Dataset | None = None, **kwargs: object
+    ) -> None:
+        self.train_rows = train_dataset
+        self.validation_rows = eval_dataset
+        super().__init__(*args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        self.parity = Parity(self)
+        self.watch = StepWatch(self)
+        self.throughput = Throughput(self)
+        self.signals = SaveOnSignal(self)
+        self.watch.signals = self.signals
+        self.add_callback(self.signals)
+        self.checkpoint_to_push: str | None = None  # written, not yet sealed
+        self.saving_checkpoint = False
+        if self.args.bf16:
+            use_autocast(self)
+
+    # -- a step: its batches, the tokens in them, the losses, the gradient norm --
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict], torch.Tensor | int | None]:
+        """Fetch the micro-batches of a step, and count what is in them."""
+        self.throughput.start_step()
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.throughput.count(batches)
+        self.watch.start_step(batches)
+        return batches, num_items_in_batch
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor | int | None:
+        """Count the trained tokens of a step over all processes, without rows that accelerate repeats."""
+        if self.parity.sequence_parallel:
+            self.parity.count_tokens(batch_samples, device)
+            return None
+        self.parity.mask_repeated_rows(batch_samples)
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, object]:
+        """Compute TRL's loss; in training, weigh it and look at it before it goes into the backward pass."""
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.model.training:
+            return loss
+        loss = self.parity.weigh(loss, inputs)
+        part_of_step = loss
+        if num_items_in_batch is None:  # the trainer divides such a loss afterwards
+            part_of_step = loss / self.current_gradient_accumulation_steps
+        self.watch.add_loss(part_of_step)
+        return loss
+
+    def _get_grad_norm(
+        self, model: torch.nn.Module, grad_norm: float | torch.Tensor | None = None
+    ) -> float | torch.Tensor:
+        """Compute the gradient norm, and end the run where it or the loss shows that the step would do harm."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.watch.add_norm(norm)
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log a step with tokens, speed and memory, on every process at once (as its loss was)."""
+        if "loss" in logs and "learning_rate" in logs:
+            logs.update(self.throughput.figures())
+        super().log(logs, start_time)
+
+    # -- epochs --
+    def _run_epoch(self, *args: object, **kwargs: object) -> None:
+        """Train an epoch; nothing where a finished run is resumed (transformers 5.23 trains one step more)."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    # -- a checkpoint: written, sealed, then pushed, and only then an older one deleted --
+    def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
+        """Save a checkpoint, and end the run after it where a signal asked for that."""
+        save_total_limit = self.args.save_total_limit
+        self.args.save_total_limit = None  # deletes nothing yet
+        self.saving_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = save_total_limit
+            self.saving_checkpoint = False
+        self.seal_checkpoint()
+        if self.checkpoint_to_push is not None:
+            super()._push_from_checkpoint(self.checkpoint_to_push)
+            self.checkpoint_to_push = None
+        if self.args.should_save:
+            rotate_checkpoints(
+                self.args.output_dir,
+                save_total_limit=save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.watch.gather([])  # a signal during an evaluation or the save counts here
+        self.signals.end_if_asked()
+
+    def seal_checkpoint(self) -> None:
+        """Write the checksums once every rank has written its files; the last one of a run is read back.
+
+        Raises OSError where it does not read back as it was written.
+        """
+        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        self.accelerator.wait_for_everyone()
+        if not self.is_world_process_zero():
+            return
+        seal(folder)
+        if self.control.should_training_stop:
+            fault = find_fault(folder)
+            if fault is not None:
+                raise OSError(f"{folder} does not read back as it was written: {fault}")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a checkpoint; one that is being saved, once it is sealed."""
+        if self.saving_checkpoint:
+            self.checkpoint_to_push = checkpoint_folder
+        else:
+            super()._push_from_checkpoint(checkpoint_folder)
