@@ -23,7 +23,6 @@ else:
 import torch
 from accelerate import ParallelismConfig
 from datasets import Dataset, load_dataset, load_from_disk
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
 from trl import ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_quantization_config
 
@@ -83,9 +82,13 @@ def to_messages(row: dict) -> dict:
 @dataclass
 class RecipeArguments(ScriptArguments):
     global_batch_size: int = field(default=16, metadata={"help": "rows or packs per optimizer step, all processes"})
-    eval_rows: int = field(default=0, metadata={"help": "validation rows drawn from train, without such a split"})
+    eval_rows: int = field(
+        default=0, metadata={"help": "train rows kept for validation where the set has no such split"}
+    )
     hooks: list[str] = field(default_factory=list, metadata={"help": "more hook files, as eval/in_training.py"})
-    allow: list[str] = field(default_factory=list, metadata={"help": "what a hook would refuse, by its name"})
+    allow: list[str] = field(
+        default_factory=list, metadata={"help": "what a check would refuse, by the name that it gives"}
+    )
 
 
 def load_splits(script_args: RecipeArguments, seed: int) -> tuple[Dataset, Dataset | None]:
@@ -125,7 +128,10 @@ def choose_checkpoint(training_args: SFTConfig) -> str | None:
         return None
     if choice != "true":
         return training_args.resume_from_checkpoint
-    return get_last_checkpoint(training_args.output_dir) if Path(training_args.output_dir).is_dir() else None
+    # trainer_state.json is written last: a checkpoint whose save was cut short has none, or one without its end
+    states = Path(training_args.output_dir).glob("checkpoint-*/trainer_state.json")
+    whole = [path.parent for path in states if path.read_text().endswith("\n}\n")]
+    return str(max(whole, key=lambda folder: int(folder.name.split("-")[-1]))) if whole else None
 
 
 def serving_template(template: str) -> str:
@@ -143,6 +149,12 @@ def parse_args(parser: TrlParser) -> tuple[RecipeArguments, SFTConfig, ModelConf
         parser.error("--hooks: needs the folder recipes/hooks beside this recipe")
     if training_args.gradient_accumulation_steps != 1:
         parser.error("--gradient_accumulation_steps is derived: pass --global_batch_size")
+    output_dir = Path(training_args.output_dir)
+    afresh = str(training_args.resume_from_checkpoint).lower() in ("none", "false")
+    if afresh and output_dir.is_dir() and any(output_dir.iterdir()):
+        parser.error(
+            f"{output_dir} is in use: --resume_from_checkpoint true goes on there, another --output_dir is new"
+        )
 
     # the batch is global: another accelerate config changes the speed, not the experiment
     data_parallel_size = training_args.world_size // ParallelismConfig().non_data_parallel_size
@@ -183,9 +195,7 @@ def main() -> None:
     if hooks:
         hooks.before_load(parser, script_args, training_args, model_args)
     elif training_args.process_index == 0:
-        print(
-            f"{RECIPE.name}: recipes/hooks is not beside it: trains the same, without checks and verified checkpoints"
-        )
+        print(f"{RECIPE.name}: recipes/hooks is not beside it: no checks, no verified checkpoints")
     training_args.resume_from_checkpoint = choose_checkpoint(training_args)
 
     train, validation = load_splits(script_args, training_args.seed)
@@ -200,7 +210,8 @@ def main() -> None:
         peft_config=get_peft_config(model_args),
     )
     prepare_weights(trainer, model_args)
-    trainer.processing_class.chat_template = serving_template(trainer.processing_class.chat_template)
+    if trainer.processing_class.chat_template:
+        trainer.processing_class.chat_template = serving_template(trainer.processing_class.chat_template)
 
     if hooks:
         hooks.before_train(trainer, parser, script_args, model_args)

@@ -25,7 +25,6 @@ else:
 import torch
 from accelerate import ParallelismConfig
 from datasets import Dataset, load_dataset, load_from_disk
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
 from trl import ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_quantization_config, pack_dataset
 
@@ -43,7 +42,7 @@ DEFAULTS = dict(
     model_name_or_path="nanochat-students/base-d20",
     dtype="float32",
     eos_token="<|assistant_end|>",
-    pad_token="<|user_start|>",  # nothing that means stop
+    pad_token="<|user_start|>",  # the family has none, and TRL would pad with the stop token
     # data
     dataset_name="data/nanochat_mid",  # the mix of this name
     dataset_test_split="validation",
@@ -61,10 +60,8 @@ DEFAULTS = dict(
     optim_args="momentum_warmup_steps=300",
     learning_rate=1.0,  # a factor: times the optimizer's three rates
     lr_scheduler_type="warmup_stable_decay",
-    lr_scheduler_kwargs={
-        "num_decay_steps": 0.2,
-        "decay_type": "linear",
-    },  # below 1 a share of the steps: the last fifth
+    # num_decay_steps below 1 is a share of the steps: the last fifth
+    lr_scheduler_kwargs={"num_decay_steps": 0.2, "decay_type": "linear"},
     num_train_epochs=1,
     weight_decay=0.0,
     max_grad_norm=0.0,  # no clipping
@@ -88,9 +85,13 @@ def to_messages(row: dict) -> dict:
 @dataclass
 class RecipeArguments(ScriptArguments):
     global_batch_size: int = field(default=16, metadata={"help": "rows or packs per optimizer step, all processes"})
-    eval_rows: int = field(default=0, metadata={"help": "validation rows drawn from train, without such a split"})
+    eval_rows: int = field(
+        default=0, metadata={"help": "train rows kept for validation where the set has no such split"}
+    )
     hooks: list[str] = field(default_factory=list, metadata={"help": "more hook files, as eval/in_training.py"})
-    allow: list[str] = field(default_factory=list, metadata={"help": "what a hook would refuse, by its name"})
+    allow: list[str] = field(
+        default_factory=list, metadata={"help": "what a check would refuse, by the name that it gives"}
+    )
 
 
 def load_splits(script_args: RecipeArguments, seed: int) -> tuple[Dataset, Dataset | None]:
@@ -130,7 +131,10 @@ def choose_checkpoint(training_args: SFTConfig) -> str | None:
         return None
     if choice != "true":
         return training_args.resume_from_checkpoint
-    return get_last_checkpoint(training_args.output_dir) if Path(training_args.output_dir).is_dir() else None
+    # trainer_state.json is written last: a checkpoint whose save was cut short has none, or one without its end
+    states = Path(training_args.output_dir).glob("checkpoint-*/trainer_state.json")
+    whole = [path.parent for path in states if path.read_text().endswith("\n}\n")]
+    return str(max(whole, key=lambda folder: int(folder.name.split("-")[-1]))) if whole else None
 
 
 def serving_template(template: str) -> str:
@@ -148,6 +152,12 @@ def parse_args(parser: TrlParser) -> tuple[RecipeArguments, SFTConfig, ModelConf
         parser.error("--hooks: needs the folder recipes/hooks beside this recipe")
     if training_args.gradient_accumulation_steps != 1:
         parser.error("--gradient_accumulation_steps is derived: pass --global_batch_size")
+    output_dir = Path(training_args.output_dir)
+    afresh = str(training_args.resume_from_checkpoint).lower() in ("none", "false")
+    if afresh and output_dir.is_dir() and any(output_dir.iterdir()):
+        parser.error(
+            f"{output_dir} is in use: --resume_from_checkpoint true goes on there, another --output_dir is new"
+        )
 
     # the batch is global: another accelerate config changes the speed, not the experiment
     data_parallel_size = training_args.world_size // ParallelismConfig().non_data_parallel_size
@@ -198,13 +208,15 @@ def make_parser() -> TrlParser:
     return TrlParser((NanochatArguments, SFTConfig, ModelConfig), allow_abbrev=False)
 
 
-def pack_one_stream(rows: Dataset, max_length: int) -> Dataset:
+def pack_one_stream(rows: Dataset, training_args: SFTConfig) -> Dataset:
     """Split the stream of all rows' tokens into packs. TRL itself packs each 1,000 rows by themselves."""
     tokens = rows.select_columns(["input_ids", "labels"])
-    return pack_dataset(tokens, max_length, "wrapped", {"batch_size": None})
+    with training_args.main_process_first(desc="packing"):
+        return pack_dataset(tokens, training_args.max_length, "wrapped", {"batch_size": None})
 
 
 def count_steps(training_args: SFTConfig, packs: int, global_batch_size: int) -> int:
+    """Return the optimizer steps of the run, as the trainer counts them once it trains: the schedule is set before."""
     if training_args.max_steps > 0:
         return training_args.max_steps
     return math.ceil(training_args.num_train_epochs * math.ceil(packs / global_batch_size))
@@ -218,21 +230,21 @@ def main() -> None:
     optimizer = import_optimizer(script_args.optimizer)
     try:
         optimizer.check(training_args)
-    except ValueError as error:
-        parser.error(str(error))
+    except (AttributeError, ValueError) as error:  # no such function in it, or what it refuses
+        parser.error(f"--optimizer {script_args.optimizer}: {error}")
     if hooks:
         hooks.before_load(parser, script_args, training_args, model_args)
     elif training_args.process_index == 0:
-        print(
-            f"{RECIPE.name}: recipes/hooks is not beside it: trains the same, without checks and verified checkpoints"
-        )
+        print(f"{RECIPE.name}: recipes/hooks is not beside it: no checks, no verified checkpoints")
     training_args.resume_from_checkpoint = choose_checkpoint(training_args)
 
     train, validation = load_splits(script_args, training_args.seed)
     if hooks:
         hooks.check_rows(script_args, training_args, train, validation)
+    # TRL packs each 1,000 rows by themselves: here the trainer tokenizes whole rows, which are packed below
+    one_stream = script_args.one_stream and training_args.packing and training_args.packing_strategy == "wrapped"
     max_length = training_args.max_length
-    if script_args.one_stream:  # the trainer tokenizes whole rows, which are packed below
+    if one_stream:
         training_args.packing = False
         training_args.max_length = None
     trainer = SFTTrainer(
@@ -244,22 +256,23 @@ def main() -> None:
         peft_config=get_peft_config(model_args),
         optimizer_cls_and_kwargs=(optimizer.Factory, {"training_args": training_args}),
     )
-    if script_args.one_stream:
+    if one_stream:
         training_args.packing = True
         training_args.max_length = max_length
-        trainer.train_dataset = pack_one_stream(trainer.train_dataset, max_length)
-        # the last pack is short, and goes with what fills no step
-        whole = (len(trainer.train_dataset) - 1) // script_args.global_batch_size * script_args.global_batch_size
-        if whole:
-            trainer.train_dataset = trainer.train_dataset.select(range(whole))
+        trainer.train_dataset = pack_one_stream(trainer.train_dataset, training_args)
         if trainer.eval_dataset is not None:
-            trainer.eval_dataset = pack_one_stream(trainer.eval_dataset, max_length)
+            trainer.eval_dataset = pack_one_stream(trainer.eval_dataset, training_args)
+    # the last pack is short, and goes with what fills no step; a set below one step stays as it is
+    whole = (len(trainer.train_dataset) - 1) // script_args.global_batch_size * script_args.global_batch_size
+    if script_args.one_stream and whole:
+        trainer.train_dataset = trainer.train_dataset.select(range(whole))
     steps = count_steps(training_args, len(trainer.train_dataset), script_args.global_batch_size)
     schedule = training_args.lr_scheduler_kwargs or {}
     if 0 < schedule.get("num_decay_steps", 0) < 1:
         training_args.lr_scheduler_kwargs = {**schedule, "num_decay_steps": schedule["num_decay_steps"] * steps}
     prepare_weights(trainer, model_args)
-    trainer.processing_class.chat_template = serving_template(trainer.processing_class.chat_template)
+    if trainer.processing_class.chat_template:
+        trainer.processing_class.chat_template = serving_template(trainer.processing_class.chat_template)
 
     if hooks:
         hooks.before_train(trainer, parser, script_args, model_args)

@@ -145,6 +145,11 @@ def test_rows(refuse, tmp_path, rows, words):
     assert "You set" not in said  # a setting that the user did not make
 
 
+def test_more_validation_rows_than_there_are(refuse, tmp_path):
+    said = refuse("--dataset_name", write(tmp_path / "rows.jsonl", *[CHAT] * 9), "--eval_rows", "200")
+    assert "--eval_rows 200" in said and "rows.jsonl" in said and "HF_ENDPOINT" not in said
+
+
 def test_a_table_says_which_command_makes_rows_of_it(refuse, tmp_path):
     (tmp_path / "rows.csv").write_text("q,a\n1,2\n")
     said = refuse("--dataset_name", tmp_path / "rows.csv")
@@ -222,6 +227,8 @@ def test_sentences_of_other_disk_trouble():
     refusals = Refusals(*parse("qwen3_qlora"))
     for number, words in ((errno.EROFS, "read-only"), (errno.EDQUOT, "quota"), (errno.ENOSPC, "full")):
         assert words in refusals.explain(OSError(number, os.strerror(number)), ["main", "train", "save"])
+    error = RuntimeError("I/O error: Permission denied (os error 13)")  # as safetensors says it
+    assert "not permitted" in refusals.explain(error, ["main", "train", "save"])
     assert refusals.explain(ValueError("a bug in a step"), ["main", "train", "step"]) is None
 
 

@@ -37,7 +37,6 @@ from hooks.checks import (
     counts,
     downloads,
     engine,
-    output,
     packing,
     paths,
     personas,
@@ -506,7 +505,7 @@ def test_other_files_say_what_rows_are_read_from(work_folder, name):
     assert ".jsonl, .json and .parquet" in refusal(paths.check_model_and_dataset_names, script_args(name), model_args())
 
 
-# -- template, output folder ------------------------------------------------------------------------------------------
+# -- template ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
@@ -536,25 +535,6 @@ def test_templates_that_pass(training_args, tmp_path):
     for path in TEMPLATES.glob("*.jinja"):
         args = training_args(chat_template_path=str(path), assistant_only_loss=True)
         assert refusal(template.check_template, args) is None
-
-
-def test_output_folder(training_args, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    args = training_args(output_dir="run")
-    assert refusal(output.check_output_folder, args) is None
-    Path("run").mkdir()
-    assert refusal(output.check_output_folder, args) is None  # empty
-    Path("run", "old").mkdir()
-    sentence = (
-        "--output_dir run is in use: --resume_from_checkpoint true goes on there, another --output_dir starts afresh"
-    )
-    for choice, expected in ((None, sentence), ("false", sentence), ("true", None), (True, None)):
-        args.resume_from_checkpoint = choice
-        assert refusal(output.check_output_folder, args) == expected
-    args.resume_from_checkpoint = "run/old"
-    assert refusal(output.check_output_folder, args).startswith("--resume_from_checkpoint run/old is no checkpoint: ")
-    Path("run", "old", "trainer_state.json").touch()
-    assert refusal(output.check_output_folder, args) is None
 
 
 # -- engine, class, precision -----------------------------------------------------------------------------------------
@@ -1399,7 +1379,7 @@ def test_checks_before_the_load(training_args, demo, monkeypatch, capsys):
     args = training_args(packing=True, assistant_only_loss=True, eos_token=stop)
     assert refusal(checks.check_before_load, recipe, args, model) is None
     names = [
-        "check_allowed_names", "check_choices", "check_packages", "check_output_folder",
+        "check_allowed_names", "check_choices", "check_packages",
         "check_model_and_dataset_names", "check_template", "check_sequence_parallelism", "check_method_and_engine",
         "check_local_rows", "silence_false_alarm", "say_downloads", "check_model_class", "check_stop_token",
         "check_pad_token", "check_compiled_for", "check_packing",
@@ -1521,6 +1501,7 @@ FSDP = "distributed_type: FSDP\nnum_processes: 2\nuse_cpu: {}\nfsdp_config: {{fs
 ZERO = "distributed_type: DEEPSPEED\nnum_processes: 2\nuse_cpu: true\ndeepspeed_config: {{zero_stage: {}}}\n"
 
 
+@pytest.mark.long
 def test_qlora_with_fsdp2_is_refused_before_the_model_is_opened(tmp_path):
     done = launched(tmp_path, FSDP.format("false", 2), shim=True)
     lines = [line for line in done.stderr.splitlines() if line.startswith("qwen3_qlora.py: ")]

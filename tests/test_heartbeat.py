@@ -74,6 +74,7 @@ def test_a_frozen_rank_ends_the_other(begin):
     assert f"rank 0 ends: nothing heard of rank 1 for {LIMIT} s" in said and "--resume_from_checkpoint true" in said
 
 
+@pytest.mark.long
 def test_done_is_not_lost(begin):
     """Rank 1 is done and ends while rank 0 goes on for three times the limit."""
     first, second = begin(0, 4 * LIMIT), begin(1, LIMIT)
@@ -83,6 +84,7 @@ def test_done_is_not_lost(begin):
     assert first.wait(30) == 0
 
 
+@pytest.mark.long
 def test_a_rank_that_stood_still_itself_ends_nobody(begin):
     """Rank 1 is frozen for less than the limit, and rank 0, which was frozen for longer, begins to count anew."""
     first, second = begin(0, 6 * LIMIT), begin(1, 6 * LIMIT)

@@ -367,6 +367,36 @@ def test_stream_and_schedules_of_mid_training(train, nano, tmp_path):
     previewed(nano, tmp_path, "midtrain", found, *flags, one_stream=False)
 
 
+def test_only_wrapped_packs_are_one_stream(nano, run_recipe, hook, tmp_path):
+    """Another strategy is TRL's own, and one_stream no reason to pack what is not to be packed."""
+    probe = """
+import json
+from pathlib import Path
+from transformers import TrainerCallback
+class Packs(TrainerCallback):
+    def __init__(self, trainer):
+        found = {"padding_free": trainer.padding_free, "rows": trainer.train_dataset["input_ids"][:]}
+        found["columns"] = trainer.train_dataset.column_names
+        Path(trainer.args.output_dir).mkdir(exist_ok=True)
+        Path(trainer.args.output_dir, "packs.json").write_text(json.dumps(found))
+"""
+    rows = [{"messages": row["messages"][-2:]} for row in chats(60)]
+    DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(tmp_path / "rows")
+    flags = [*CPU, "--model_name_or_path", nano / "base", "--dataset_name", tmp_path / "rows", *hook(probe)]
+    flags += ["--global_batch_size", 2, "--per_device_train_batch_size", 1, "--max_length", 64, "--max_steps", 1]
+    packs = {}
+    for name, more in (("bfd", ["--packing_strategy", "bfd"]), ("none", ["--packing", "false"]), ("wrapped", [])):
+        run_recipe("nanochat_midtrain", *flags, *more, "--output_dir", tmp_path / name, defaults=False)
+        packs[name] = json.loads((tmp_path / name / "packs.json").read_text())
+    assert [packs[name]["padding_free"] for name in packs] == [True, False, False]
+    assert (
+        "seq_lengths" in packs["bfd"]["columns"] and len(packs["none"]["rows"]) == 58
+    )  # whole steps, but for the last
+    bos = packs["none"]["rows"][0][0]
+    assert all(row[0] == bos for name in ("bfd", "none") for row in packs[name]["rows"])  # no document is split
+    assert any(row[0] != bos for row in packs["wrapped"]["rows"])
+
+
 def previewed(nano, tmp_path, recipe, found, *flags, **names):
     """preview.py, asked before a run, tells what the run then trained."""
     import preview

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import EXACT, REPO, SHARED, TINY, launch, load_recipe, parse
 from datasets import Dataset, DatasetDict, load_from_disk
@@ -160,10 +161,33 @@ def test_a_lone_copy_ignores_no_flag(tmp_path, run_recipe, capsys):
     for flags, words in (
         (["--hooks", "mine.py"], "--hooks: needs the folder recipes/hooks"),
         (["--gradient_accumulation_steps", "2"], "--gradient_accumulation_steps is derived"),
+        (["--output_dir", str(tmp_path)], "is in use: --resume_from_checkpoint true goes on there"),
     ):
         with pytest.raises(SystemExit) as stop:
             run_recipe(copy, "--use_cpu", "true", *flags, defaults=False)
         assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_lone_copy_resumes_from_a_checkpoint_that_was_saved_to_its_end(tmp_path):
+    for step, state in ((9, '{\n "step": 9\n}\n'), (20, '{\n "step": 20'), (10, '{\n "step": 10\n}\n')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-30").mkdir()
+    choose_checkpoint = load_recipe("qwen3_full")["choose_checkpoint"]
+    _, training_args, _ = parse("qwen3_full", "--resume_from_checkpoint", "true")
+    assert choose_checkpoint(training_args) is None
+    training_args.output_dir = str(tmp_path)
+    assert choose_checkpoint(training_args) == str(tmp_path / "checkpoint-10")
+    training_args.resume_from_checkpoint = "elsewhere/checkpoint-3"
+    assert choose_checkpoint(training_args) == "elsewhere/checkpoint-3"
+
+
+def test_text_needs_no_template(run_recipe, demo, tmp_path):
+    (tmp_path / "none.yaml").write_text("chat_template_path: null\nassistant_only_loss: false\n")
+    flags = [*TINY, "--max_steps", 1, "--model_name_or_path", demo / "init", "--output_dir", tmp_path / "run"]
+    flags += ["--dataset_name", demo / "rows" / "pretrain.jsonl", "--config", tmp_path / "none.yaml"]
+    run_recipe("qwen3_full", *flags, defaults=False)
+    assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
 def weights(folder):
@@ -174,7 +198,7 @@ def weights(folder):
     ("recipe", "flags"),
     [
         ("qwen3_qlora", []),  # bf16
-        ("qwen3_qlora", EXACT),
+        pytest.param("qwen3_qlora", EXACT, marks=pytest.mark.long),
         ("qwen3_full", EXACT),
         ("qwen3_lora", [*EXACT, "--packing", "false", "--per_device_train_batch_size", "2"]),
     ],
@@ -199,6 +223,8 @@ def test_hooks_change_no_byte(recipe, flags, demo, tmp_path, run_recipe):
         same += ["config.json", "generation_config.json"]
     for name in same:
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+    limits = [torch.load(folder / "checkpoint-4/training_args.bin", weights_only=False) for folder in folders]
+    assert [args.save_total_limit for args in limits] == [2, 2]  # which hooks take away while a checkpoint is sealed
 
 
 BESIDE = """

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import trl
 from conftest import REPO, TINY
 from datasets import Dataset, load_from_disk
 from hooks.checkpoints import choose_checkpoint, find_fault
@@ -42,6 +43,7 @@ def run(run_recipe, demo, tmp_path, capfd, monkeypatch):
             path = tmp_path / f"probe{abs(hash(probe))}.py"
             path.write_text(probe)
         capfd.readouterr()
+        monkeypatch.setattr(trl.SFTTrainer, "compute_loss", trl.SFTTrainer.compute_loss)  # POISON replaces it
         handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
         code = 0
         try:

@@ -34,10 +34,14 @@ def on_main_process(function: Callable[[], Value]) -> Value:
     if state.is_main_process:
         try:
             result[0] = function()
-        except Exception as error:  # else the other ranks would wait for it
+        except UsageError as error:
             result[1] = str(error)
+        except Exception as error:  # else the other ranks would wait for it
+            result[1] = f"{type(error).__name__}: {error}"
+            broadcast_object_list(result)
+            raise
     broadcast_object_list(result)
-    if result[1]:
+    if result[1] is not None:
         raise UsageError(result[1])
     return result[0]
 

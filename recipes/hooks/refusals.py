@@ -1,7 +1,7 @@
 """One sentence instead of a traceback for what a user can mend; SFT_TRACEBACK=1 shows the tracebacks.
 
 Before `train`, a ValueError and its like are about the input; from there on they are bugs, and bugs keep their
-traceback. Where memory ran out, what saves some follows, with this run's numbers (memory.py).
+traceback. Where memory ran out, what saves some is listed too, with this run's numbers (memory.py).
 """
 
 import errno
@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 
 from jinja2 import TemplateError
@@ -16,7 +17,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from . import memory
 from .checks.rows import explain_missing_column
-from .messages import UsageError, is_main_process, print_refusal
+from .messages import UsageError, is_main_process, print_refusal, recipe_name
 
 HUB = (
     "where the hub cannot be reached, pass a local folder as --model_name_or_path and a local .jsonl, .json, .parquet "
@@ -60,7 +61,7 @@ class Refusals:
         if sentence is not None and (is_main_process() or not sentence.startswith(LOST)):
             print_refusal(sentence)
         elif sentence is not None:  # every rank that sees the loss says so
-            print(sentence, file=sys.stderr, flush=True)
+            print(f"{recipe_name()}: rank {os.environ.get('RANK')}: {sentence}", file=sys.stderr, flush=True)
 
     def explain(self, error: BaseException, frames: list[str]) -> str | None:
         """Return what to tell the user about an exception, or None where only a traceback helps.
@@ -89,7 +90,8 @@ class Refusals:
         for number, words in DISK.items():
             if getattr(error, "errno", None) == number or f"(os error {number})" in message:
                 reason = words
-        if getattr(error, "errno", None) == errno.EACCES and training:
+        not_permitted = getattr(error, "errno", None) == errno.EACCES or "(os error 13)" in message
+        if not_permitted and training:
             reason = "writing there is not permitted"
         if reason is None and any(words in message for words in FULL_WORDS):
             reason = DISK[errno.ENOSPC]
@@ -115,10 +117,16 @@ class Refusals:
             return f"dataset {name}: {message}"
         if isinstance(error, KeyError):
             return f"dataset {name} has no split {message}: pass another --dataset_train_split"
+        if "train_test_split" in frames:
+            rows = self.script_args.eval_rows
+            return f"--eval_rows {rows}: dataset {name} cannot spare so many for validation: pass fewer, or 0 for none"
         cause = ""
         if error.__cause__:
             cause = f" ({' '.join(str(error.__cause__).split())})"
-        return f"dataset {name} cannot be read: {type(error).__name__}: {message}{cause}; {HUB}"
+        sentence = f"dataset {name} cannot be read: {type(error).__name__}: {message}{cause}"
+        if "load_dataset" in frames and not Path(name).exists():
+            return f"{sentence}; {HUB}"
+        return sentence
 
     def explain_model(self, error: BaseException, message: str, frames: list[str]) -> str | None:
         name = self.model_args.model_name_or_path

@@ -73,7 +73,7 @@ class StepWatch:
 
     def add_loss(self, loss: torch.Tensor) -> None:
         """Take the loss of a micro-batch as it goes into the backward pass, which under DeepSpeed steps the weights."""
-        self.losses.append(loss.detach())
+        self.losses.append(loss.detach().mean())  # under DataParallel there is one for each GPU
         if self.trainer.is_deepspeed_enabled and self.trainer.accelerator.sync_gradients:
             self.check()
 

@@ -104,7 +104,6 @@ class SFTTrainer(trl.SFTTrainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         """Save a checkpoint, and end the run after it where a signal asked for that."""
         save_total_limit = self.args.save_total_limit
-        self.args.save_total_limit = None  # deletes nothing yet
         self.saving_checkpoint = True
         try:
             super()._save_checkpoint(model, trial)
@@ -124,6 +123,15 @@ class SFTTrainer(trl.SFTTrainer):
             )
         self.watch.gather([])  # a signal during an evaluation or the save counts here
         self.signals.end_if_asked()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model; within a checkpoint, have the trainer delete no older one by itself.
+
+        The limit is taken away once the model and training_args.bin, which holds it, are written.
+        """
+        super().save_model(output_dir, _internal_call)
+        if self.saving_checkpoint:
+            self.args.save_total_limit = None
 
     def seal_checkpoint(self) -> None:
         """Write the checksums once every rank has written its files; the last one of a run is read back.

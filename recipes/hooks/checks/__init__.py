@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
+from ..messages import say
+from . import adapter_coverage
 from .allowed import ALLOWED, check_allowed_names
 from .compiled import check_compiled_for
 from .counts import check_counts
@@ -20,7 +22,6 @@ from .engine import (
     load_config,
     name_engine,
 )
-from .output import check_output_folder
 from .packing import check_packing
 from .paths import check_model_and_dataset_names
 from .personas import check_personas
@@ -53,7 +54,6 @@ def check_before_load(script_args: ScriptArguments, training_args: SFTConfig, mo
         check_allowed_names(allow)
         check_choices(script_args, training_args, model_args)
         check_packages(training_args, model_args)
-        check_output_folder(training_args)
         check_model_and_dataset_names(script_args, model_args)
         check_template(training_args)
         check_sequence_parallelism(training_args)
@@ -77,5 +77,7 @@ def check_before_train(trainer: "SFTTrainer", script_args: ScriptArguments, mode
     allow = script_args.allow
     with refuse_on_all_ranks(trainer.args):
         check_master_weights(trainer, model_args, allow)
+        if model_args.use_peft:
+            say(adapter_coverage.adapter_coverage(trainer.model).describe())
         check_personas(trainer, allow)
         check_counts(trainer, allow)

@@ -18,9 +18,8 @@ class Coverage:
     adapted: int = 0
     frozen: int = 0
     frozen_4bit: int = 0
-    names_without_adapter: list[str] = field(
-        default_factory=list
-    )  # without the layer's number: "mlp.experts.down_proj"
+    # without the layer's number: "mlp.experts.down_proj"
+    names_without_adapter: list[str] = field(default_factory=list)
 
     @property
     def adapted_share(self) -> float:

@@ -113,6 +113,8 @@ def find_lost_personas(trainer: "SFTTrainer", rows: Dataset) -> list[LostPersona
 def read_conversations(rows: Dataset) -> Iterator[tuple[int, Conversation]]:
     """Yield (position, conversation) of the rows that hold one."""
     names = [name for name in COLUMNS if name in rows.column_names]
+    if not {"messages", "prompt"} & set(names):
+        return
     for number, row in enumerate(rows.select_columns(names)):
         turns = row.get("messages") or row.get("prompt")
         if not isinstance(turns, list):
