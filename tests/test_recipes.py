@@ -425,7 +425,8 @@ class Second(TrainerCallback):
 
 
 def test_a_file_without_callbacks_is_refused(run_recipe, hook):
+    """Before anything is loaded: the model that is named here does not exist."""
     with pytest.raises(ValueError, match="defines no TrainerCallback"):
-        run_recipe("qwen3_full", *hook("def callback(trainer):\n    pass\n"), "--max_steps", 1)
+        run_recipe("qwen3_full", *hook("def callback(trainer):\n    pass\n"), "--model_name_or_path", "no/such")
     with pytest.raises(ValueError, match="--hooks no_such.py: no such file"):
-        run_recipe("qwen3_full", "--hooks", "no_such.py", "--max_steps", 1, out="other")
+        run_recipe("qwen3_full", "--hooks", "no_such.py", "--model_name_or_path", "no/such")

@@ -37,11 +37,11 @@ REMOTE_CODE_WORDS = ("contains custom code", "execute custom code")  # of models
 
 @dataclass
 class Refusals:
-    """Turns exceptions of a run into sentences. The arguments are None until they have been parsed."""
+    """Turns exceptions of a run into sentences."""
 
-    script_args: ScriptArguments | None = None
-    training_args: SFTConfig | None = None
-    model_args: ModelConfig | None = None
+    script_args: ScriptArguments
+    training_args: SFTConfig
+    model_args: ModelConfig
 
     def install(self) -> None:
         """Become what Python calls for an exception that nobody caught."""
@@ -55,12 +55,15 @@ class Refusals:
             sentence = self.explain(error, frames)
         if sentence is None:
             sys.__excepthook__(kind, error, trace)
-        if self.training_args is not None and memory.ran_out_of_memory(error):
+        if memory.ran_out_of_memory(error):
             lines = memory.explain(self.script_args, self.training_args, self.model_args, frames)
             print(*lines, sep="\n", file=sys.stderr, flush=True)
-        if sentence is not None and (is_main_process() or not sentence.startswith(LOST)):
+        if sentence is None:
+            return
+        of_this_rank = sentence.startswith(LOST) or "train" in frames[1:]  # before, all ranks refuse alike
+        if is_main_process() or not of_this_rank:
             print_refusal(sentence)
-        elif sentence is not None:  # every rank that sees the loss says so
+        else:
             print(f"{recipe_name()}: rank {os.environ.get('RANK')}: {sentence}", file=sys.stderr, flush=True)
 
     def explain(self, error: BaseException, frames: list[str]) -> str | None:
@@ -79,7 +82,7 @@ class Refusals:
             return fault
         if isinstance(error, UsageError):
             return message
-        if training or self.script_args is None:
+        if training:
             return None
         if "load_splits" in frames:
             return self.explain_dataset(error, message, frames)
@@ -97,9 +100,7 @@ class Refusals:
             reason = DISK[errno.ENOSPC]
         if reason is None:
             return None
-        folder = "the output folder"
-        if self.training_args is not None:
-            folder = self.training_args.output_dir
+        folder = self.training_args.output_dir
         return (
             f"{reason} ({message}): complete checkpoints in {folder} are whole; make room, then the same command with "
             "--resume_from_checkpoint true goes on from the newest"

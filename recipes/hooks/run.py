@@ -21,7 +21,7 @@ from .quiet import hide_progress_bars
 from .refusals import Refusals
 from .step_rate import StepRate
 from .trainer import SFTTrainer
-from .user_hooks import check_hook_files, make_callbacks
+from .user_hooks import import_hook_files, make_callbacks
 
 
 def before_load(
@@ -33,12 +33,12 @@ def before_load(
     """
     Refusals(script_args, training_args, model_args).install()
     hide_progress_bars()
-    check_hook_files(script_args.hooks)
-    check_before_load(script_args, training_args, model_args)
-    training_args.resume_from_checkpoint = choose_checkpoint(training_args)
     # Python code that comes with a model is refused, not asked about; weights that can hold code are not loaded
     transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     training_args.model_init_kwargs.setdefault("use_safetensors", True)
+    import_hook_files(script_args.hooks)
+    check_before_load(script_args, training_args, model_args)
+    training_args.resume_from_checkpoint = choose_checkpoint(training_args)
     keep_fp32_under_zero(training_args, model_args)
     if not training_args.run_name:
         training_args.run_name = Path(training_args.output_dir).name  # in trackio and W&B: not a random one
