@@ -63,6 +63,7 @@ from render import (
     pack,
     read_settings,
     refuse_unnamed_mask,
+    split_by_prompt,
     tokenised,
 )
 from rows import BadInput
@@ -102,10 +103,10 @@ def splits_of(data, settings):
         if name != settings.dataset_train_split and len(sets[name]):
             splits[name] = sets[name], shuffled([*range(len(sets[name]))], settings)
     elif settings.eval_rows:
-        if settings.eval_rows >= len(rows):
+        _, validation = split_by_prompt(rows, settings.eval_rows, settings.seed)
+        if not validation:
             raise BadInput(f"{data}: {note}")
-        drawn = np.random.default_rng(settings.seed).permutation(len(rows))[: settings.eval_rows]
-        splits[name] = rows, shuffled(drawn.tolist(), settings)
+        splits[name] = rows, shuffled(validation, settings)
     return splits
 
 

@@ -18,7 +18,7 @@ import math
 import re
 import runpy
 import sys
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -31,6 +31,7 @@ from pool import read_rows
 from rows import (
     CONTROL,
     MARKS,
+    SWITCH,
     BadInput,
     Refused,
     refuse_half_pairs,
@@ -512,6 +513,33 @@ def unreadable(path, error):
     return BadInput(f"{path}{fault}: mend it or make it anew (data_prep/normalize.py, save_to_disk)")
 
 
+def read_prompt(row):
+    """The recipes' read_prompt."""
+    turns = row.get("messages") or row.get("prompt")
+    if not isinstance(turns, list):
+        return str(turns or row.get("text") or row.get("input_ids"))
+    asked = " ".join(str(turn.get("content")) for turn in turns if turn.get("role") != "assistant")
+    return " ".join(SWITCH.sub("", asked).split())
+
+
+def split_by_prompt(rows, eval_rows, seed):
+    """(train, validation): the positions of the rows that the recipes' split_by_prompt draws (tests/test_preview.py
+    holds both equal); nothing held out where it would stop."""
+    import numpy as np
+
+    prompts = [hash(read_prompt(row)) for row in rows]
+    order = np.random.default_rng(seed).permutation(len(rows)).tolist()
+    held_out = set()
+    rows_left = eval_rows
+    for prompt, size in Counter(prompts[number] for number in order).items():
+        if size <= rows_left:
+            held_out.add(prompt)
+            rows_left -= size
+    train = [number for number in order if prompts[number] not in held_out]
+    validation = [number for number in order if prompts[number] in held_out]
+    return (train, validation) if train else (order, [])
+
+
 def load_rows(data, settings):
     """(rows, order, note): the train split as recipes load it, the rows that are trained in the order in which they
     reach the packing, and one sentence where that is not all of them. The row itself is what datasets gives back, with
@@ -536,14 +564,13 @@ def load_rows(data, settings):
         raise unreadable(Path(data), TypeError("messages are no list"))
     order, note = [*range(len(rows))], ""
     if settings.dataset_test_split not in sets and settings.eval_rows:
-        if settings.eval_rows >= len(order):
+        trained, validation = split_by_prompt(rows, settings.eval_rows, settings.seed)
+        if not validation:
             note = f"the recipe holds out {settings.eval_rows} rows for validation, more than the set can spare: it "
             note += "would stop; counted without that (--eval_rows 0)"
         else:
-            # datasets' train_test_split: one draw by seed, the held-out rows first
-            drawn = np.random.default_rng(settings.seed).permutation(len(order))[settings.eval_rows :]
-            order = [order[i] for i in drawn.tolist()]
-            note = f"{settings.eval_rows} rows are held out for validation (eval_rows): packs and steps are those of "
+            order = trained
+            note = f"{len(validation):,} rows are held out for validation (eval_rows): packs and steps are those of "
             note += f"the other {len(order):,}"
     if settings.shuffle_dataset and "input_ids" not in rows.column_names:
         order = [order[i] for i in np.random.default_rng(settings.seed).permutation(len(order)).tolist()]

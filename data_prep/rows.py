@@ -192,6 +192,11 @@ def control_token(value):
     return next(filter(None, map(control_token, strings(value))), None)
 
 
+def says_nothing(turn):
+    """Whether a message holds neither text, where blanks are none, nor tool calls. A tool may answer nothing."""
+    return turn["role"] != "tool" and not turn.get("tool_calls") and not (turn.get("content") or "").strip()
+
+
 FOLLOWS = {  # what a message of a role may stand behind
     "system": ("start",),
     "user": ("start", "system", "assistant"),
@@ -210,7 +215,7 @@ def check_messages(turns):
         if not isinstance(role, str) or role not in FOLLOWS:
             raise Refused("unknown role", str(role))
         calls = turn.get("tool_calls")
-        if not turn["content"] and role != "tool" and not calls:
+        if says_nothing(turn):
             raise Refused("empty text", f"message {number} of the {role}")
         if calls and role != "assistant":
             raise Refused("roles that do not alternate", f"message {number}: tool calls of the {role}")

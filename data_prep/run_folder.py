@@ -72,7 +72,7 @@ def plot_log(series: dict[str, dict[int, float]], file: Path | BytesIO) -> None:
         marker = "o" if len(steps) < FEW_POINTS else None
         axis.plot(steps, values, label=label, color=color, linewidth=1.5, marker=marker, markersize=4)
 
-    top.set_ylabel("loss (nats per token)")
+    top.set_ylabel("loss")  # nats per token where it is the plain negative log-likelihood
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("optimizer step")
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -9,6 +9,7 @@ values are precedent and which are ours. The data is made by the commands of dat
 
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,10 +110,37 @@ def load_splits(script_args: RecipeArguments, seed: int) -> tuple[Dataset, Datas
         if validation is not None:
             validation = validation.map(to_messages, remove_columns=validation.column_names)
     if validation is None and script_args.eval_rows:
-        splits = train.train_test_split(script_args.eval_rows, seed=seed)
-        train = splits["train"]
-        validation = splits["test"]
+        train, validation = split_by_prompt(train, script_args, seed)
     return train, validation
+
+
+def read_prompt(row: dict) -> str:
+    """Return what a row asks: all turns but the assistant's, without /think and /no_think; else its text or tokens."""
+    turns = row.get("messages") or row.get("prompt")
+    if not isinstance(turns, list):
+        return str(turns or row.get("text") or row.get("input_ids"))
+    asked = " ".join(str(turn.get("content")) for turn in turns if turn.get("role") != "assistant")
+    return " ".join(re.sub(r"\s*/(?:no_think|think)\b", "", asked).split())
+
+
+def split_by_prompt(rows: Dataset, script_args: RecipeArguments, seed: int) -> tuple[Dataset, Dataset]:
+    """Return (train, validation): up to eval_rows rows drawn by seed, all rows of a prompt on one side."""
+    rows = rows.shuffle(seed=seed)
+    prompts = [hash(read_prompt(row)) for row in rows]
+    held_out = set()
+    rows_left = script_args.eval_rows
+    for prompt, size in Counter(prompts).items():
+        if size <= rows_left:
+            held_out.add(prompt)
+            rows_left -= size
+    train = [number for number, prompt in enumerate(prompts) if prompt not in held_out]
+    validation = [number for number, prompt in enumerate(prompts) if prompt in held_out]
+    if not train or not validation:
+        raise ValueError(
+            f"--eval_rows {script_args.eval_rows}: dataset {script_args.dataset_name} has {len(rows):,} rows of "
+            f"{len(set(prompts)):,} prompts, which stay whole: pass another number, or 0 for no validation"
+        )
+    return rows.select(train), rows.select(validation)
 
 
 def choose_attention(training_args: SFTConfig) -> str:
@@ -151,7 +179,8 @@ def parse_args(parser: TrlParser) -> tuple[RecipeArguments, SFTConfig, ModelConf
         parser.error("--gradient_accumulation_steps is derived: pass --global_batch_size")
     output_dir = Path(training_args.output_dir)
     afresh = str(training_args.resume_from_checkpoint).lower() in ("none", "false")
-    if afresh and output_dir.is_dir() and any(output_dir.iterdir()):
+    used = output_dir.is_dir() and any(path.name != "_lock" for path in output_dir.iterdir())  # _lock: by hooks
+    if afresh and used:
         parser.error(
             f"{output_dir} is in use: --resume_from_checkpoint true goes on there, another --output_dir is new"
         )

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPO, TINY, launch, parse
+from conftest import REPO, TINY, launch, parse, release_folders
 from hooks.refusals import Refusals
 
 
@@ -35,6 +35,7 @@ def refuse(demo, tmp_path, monkeypatch, capsys):
         except Exception:
             code = 1  # what Python exits with after its excepthook, which the hooks have replaced
             sys.excepthook(*sys.exc_info())
+        release_folders()
         said = capsys.readouterr().err
         assert code, "it did not stop"
         assert "Traceback" not in said, said

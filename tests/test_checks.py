@@ -4,9 +4,7 @@ The oracle is a small whole model of the architecture with its logits: documents
 packed, position ids written by hand. The probe gets the architecture's own default config, of full size.
 """
 
-import io
 import json
-import logging
 import os
 import re
 import shutil
@@ -14,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -21,7 +20,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import peft
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -31,7 +29,6 @@ from conftest import REPO
 from datasets import Dataset, DatasetDict, load_from_disk
 from hooks import checks
 from hooks.checks import (
-    adapter_coverage,
     allowed,
     compiled,
     counts,
@@ -403,6 +400,15 @@ def test_every_tracker_of_transformers_is_known():
     from transformers.integrations import integration_utils
 
     assert settings.TRACKER_MODULES.keys() == integration_utils.INTEGRATION_TO_CALLBACK.keys()
+
+
+def test_what_save_only_model_costs_is_said(training_args, capsys):
+    settings.say_save_only_model(training_args(save_only_model=True))
+    assert capsys.readouterr().out.endswith(
+        "--save_only_model true: checkpoints hold no optimizer state: a resume cannot go on exactly\n"
+    )
+    settings.say_save_only_model(training_args())
+    assert capsys.readouterr().out == ""
 
 
 # -- paths ------------------------------------------------------------------------------------------------------------
@@ -854,6 +860,96 @@ def test_prompt_and_completion_without_an_assistant_turn(training_args):
     assert refusal(rows.check_rows, script_args(), args, asked, None) is None
 
 
+CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
+ANSWERS = [  # an assistant turn but for its role, whether it says something
+    ({"content": "b"}, True),
+    ({"content": ""}, False),
+    ({"content": None}, False),
+    ({"content": " \n"}, False),
+    ({"content": "", "reasoning_content": "so"}, False),
+    ({"content": "", "tool_calls": [CALL]}, True),
+    ({"content": None, "tool_calls": [CALL]}, True),
+]
+
+
+def answered(answer):
+    return {"messages": [TURNS[0], {"role": "assistant"} | answer]}
+
+
+@pytest.mark.parametrize("assistant_only_loss", [True, False])
+def test_empty_answers_are_refused(training_args, assistant_only_loss, capsys):
+    args = training_args(assistant_only_loss=assistant_only_loss)
+    sentence = refusal(
+        rows.check_rows, script_args("o/n"), args, Dataset.from_list([answered(answer) for answer, _ in ANSWERS]), None
+    )
+    assert sentence == (
+        "dataset o/n: 4 of 7 rows of train have an answer without text or tool calls (rows 1, 2, 3, 4 from 0): python "
+        "data_prep/normalize.py messages o/n --out OUT writes a set without them, --allow empty_answers trains them"
+    )
+    sound = Dataset.from_list([answered(answer) for answer, says in ANSWERS if says])
+    earlier = Dataset.from_list([{"messages": [TURNS[0], {"role": "assistant", "content": ""}, *TURNS]}, CHAT])
+    assert "1 of 2 rows of validation have an answer" in refusal(rows.check_rows, script_args(), args, sound, earlier)
+    assert refusal(rows.check_rows, script_args(), args, sound, sound) is None
+    assert refusal(rows.check_rows, script_args(allow=["empty_answers"]), args, sound, earlier) is None
+    assert capsys.readouterr().out == ""
+
+
+def test_empty_answers_of_prompts_and_completions(training_args):
+    """Only what is trained: the completion, unless the prompt is too."""
+    silent = {"role": "assistant", "content": ""}
+    args = training_args()
+    pairs = Dataset.from_list([PROMPT_TEXT, PROMPT_TEXT | {"completion": "\n"}, {"prompt": "", "completion": "b"}])
+    sentence = refusal(rows.check_rows, script_args("o/n"), args, pairs, None)
+    assert "1 of 3 rows" in sentence and "(rows 1 from 0)" in sentence
+    assert "python data_prep/normalize.py prompt_completion o/n --out OUT writes" in sentence
+    turns = Dataset.from_list([PROMPT_TURNS, PROMPT_TURNS | {"completion": [silent]}])
+    assert "1 of 2 rows" in refusal(rows.check_rows, script_args(), args, turns, None)
+    asked = Dataset.from_list([{"prompt": [TURNS[0], silent, TURNS[0]], "completion": TURNS[1:]}])
+    assert refusal(rows.check_rows, script_args(), args, asked, None) is None
+    args.completion_only_loss = False
+    assert "1 of 1 rows" in refusal(rows.check_rows, script_args(), args, asked, None)
+
+
+@pytest.mark.parametrize("kind", ["messages", "text pairs", "pairs of turns", "columns of one's own"])
+def test_the_command_leaves_out_the_empty_answers(training_args, tmp_path, monkeypatch, kind):
+    """Rows 1 and 3 of 5 are accused, and the set that the command writes holds the other three."""
+    monkeypatch.chdir(tmp_path)
+    answers = ["b", "", "c", " \n", "d"]
+    chats = [answered({"content": answer}) for answer in answers]
+    stored = {
+        "messages": chats,
+        "text pairs": [PROMPT_TEXT | {"completion": answer} for answer in answers],
+        "pairs of turns": [PROMPT_TURNS | {"completion": row["messages"][1:]} for row in chats],
+        "columns of one's own": [{"question": "a", "answer": answer} for answer in answers],
+    }[kind]
+    write_rows(Path("rows.jsonl"), *stored)
+    loaded = stored
+    if kind == "columns of one's own":  # to_messages has been applied
+        loaded = chats
+    sentence = refusal(rows.check_rows, script_args("rows.jsonl"), training_args(), Dataset.from_list(loaded), None)
+    assert "2 of 5 rows" in sentence and "(rows 1, 3 from 0)" in sentence
+    (command,) = python_commands(sentence)
+    assert ("check.py rows.jsonl --fix" in command) == (kind == "messages")
+    command = command.replace("prompt=COLUMN answer=COLUMN", "prompt=question answer=answer")
+    with suppress(subprocess.CalledProcessError):  # exit code 1 of check.py: something was left out
+        run_shell(command, tmp_path)
+    left = load_from_disk("OUT")["train"]
+    assert [row["messages"][-1]["content"] for row in left] == ["b", "c", "d"]
+
+
+def test_what_else_check_finds_in_turns_is_said(training_args, capsys):
+    user = {"role": "user", "content": ""}
+    chats = [CHAT, {"messages": [*TURNS, TURNS[0]]}, {"messages": [user, TURNS[1]]}, {"messages": [*TURNS, TURNS[0]]}]
+    args = training_args(assistant_only_loss=True)
+    assert refusal(rows.check_rows, script_args(), args, Dataset.from_list(chats), None) is None
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2
+    assert "2 of 4 rows of train end with a turn that is not the assistant's (rows 1, 3 from 0): nothing of" in said[0]
+    assert said[1].endswith("1 of 4 rows of train have a turn of the user or system without text (rows 2 from 0)")
+    assert refusal(rows.check_rows, script_args(), training_args(), Dataset.from_list(chats[:2]), None) is None
+    assert capsys.readouterr().out == ""  # every token is trained
+
+
 def test_empty_sets(training_args, tmp_path):
     chats = Dataset.from_list([CHAT])
     args = training_args()
@@ -979,42 +1075,6 @@ def test_a_tokenizer_that_cannot_be_loaded_is_left_to_the_run(training_args, tmp
     assert stop_token.load_tokenizer(training_args(), model_args(tmp_path)) is None
     assert stop_token.load_tokenizer(training_args(), model_args("no/such")) is None
     assert stop_token.load_tokenizer(training_args(), model_args(demo / "init")).eos_token
-
-
-UNTRAINED_STOP = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
-UNTRAINED_STOP += "{% endgeneration %}<|im_end|>{% endif %}{% endfor %}"
-
-
-@pytest.mark.parametrize(
-    ("text", "silenced"),
-    [
-        ((TEMPLATES / "qwen3.jinja").read_text(), True),
-        (UNTRAINED_STOP, False),
-        ("{% generation %}{% endgeneration %}{{ raise_exception('no') }}", False),
-        ("no markers", False),
-        (None, False),
-    ],
-)
-def test_false_alarm_about_the_stop_token(training_args, tmp_path, caplog, text, silenced):
-    path = None
-    if text is not None:
-        path = str(tmp_path / "x.jinja")
-        Path(path).write_text(text)
-    stop_token.silence_false_alarm(training_args(chat_template_path=path))
-    logger = logging.getLogger(stop_token.TRL_LOGGER)
-    stream = io.StringIO()
-    monitor = logging.StreamHandler(stream)
-    logger.addHandler(monitor)
-    logger.warning(stop_token.FALSE_ALARM + " in the loss mask;")
-    logger.warning("another warning")
-    logger.removeHandler(monitor)
-    lines = stream.getvalue().splitlines()
-    assert lines[-1] == "another warning" and len(lines) == 2 - silenced
-
-
-def test_the_false_alarm_is_trls_own_words():
-    source = Path(find_spec("trl.trainer.sft_trainer").origin).read_text()
-    assert stop_token.FALSE_ALARM in source and stop_token.TRL_LOGGER == "trl.trainer.sft_trainer"
 
 
 # -- personas ---------------------------------------------------------------------------------------------------------
@@ -1302,63 +1362,6 @@ def test_counting_ten_million_tokens_takes_a_second():
     assert spent < 4  # 1 s on a quiet machine
 
 
-# -- adapter coverage -------------------------------------------------------------------------------------------------
-def with_adapter(kind, targets, **values):
-    lora = peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM", **values)
-    return peft.get_peft_model(small_model(kind), lora)
-
-
-def test_coverage_of_a_dense_model():
-    """By hand, a layer of the small Qwen3 in weights: q and o 64 x 64 each, k and v 32 x 64, three of 96 x 64."""
-    layer = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 96 * 64
-    whole = adapter_coverage.adapter_coverage(with_adapter("qwen3", "all-linear"))
-    assert (whole.total, whole.adapted, whole.frozen, whole.frozen_4bit) == (4 * layer, 4 * layer, 4 * layer, 0)
-    assert whole.describe() == "adapters on 100.0% of the decoder's weights, 0.0% of the frozen ones in 4 bits"
-    part = adapter_coverage.adapter_coverage(with_adapter("qwen3", ["q_proj", "v_proj"]))
-    assert part.adapted_share == pytest.approx((64 * 64 + 32 * 64) / layer)
-    missing = ["self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-    assert part.names_without_adapter == missing
-    assert part.describe().endswith(
-        "; without an adapter: self_attn.k_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, …"
-    )
-    none = adapter_coverage.adapter_coverage(small_model("qwen3"))
-    assert (none.total, none.adapted, none.frozen) == (4 * layer, 0, 0)
-
-
-def test_coverage_of_experts():
-    """gpt-oss: all-linear leaves the experts out, 2 x 32 and 32 by 64 of each of 4; by name they have adapters."""
-    attention = 2 * 64 * 64 + 2 * 32 * 64
-    router = 4 * 64
-    model = small_model("gpt_oss", intermediate_size=32)
-    experts = 4 * 4 * (64 * 64 + 32 * 64)
-    linear = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
-    coverage = adapter_coverage.adapter_coverage(peft.get_peft_model(model, linear))
-    assert "mlp.experts.gate_up_proj" in coverage.names_without_adapter
-    biases = coverage.total - 4 * (attention + router) - experts  # of experts, a matrix of one row an expert
-    assert coverage.total >= 4 * (attention + router) + experts and biases == 4 * 4 * (64 + 64)
-    assert coverage.adapted == 4 * attention
-    model = small_model("gpt_oss", intermediate_size=32)
-    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    named = peft.LoraConfig(r=2, target_modules="all-linear", target_parameters=names, task_type="CAUSAL_LM")
-    coverage = adapter_coverage.adapter_coverage(peft.get_peft_model(model, named))
-    assert coverage.adapted == 4 * attention + experts
-
-
-def test_coverage_in_4_bits(tmp_path):
-    """What is packed two in a byte counts as the weights it stands for."""
-    small_model("qwen3").save_pretrained(tmp_path / "model")
-    quantization = transformers.BitsAndBytesConfig(load_in_4bit=True)
-    model = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path / "model", quantization_config=quantization)
-    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    coverage = adapter_coverage.adapter_coverage(peft.get_peft_model(model, lora))
-    plain = adapter_coverage.adapter_coverage(with_adapter("qwen3", ["q_proj"]))
-    assert (coverage.total, coverage.adapted) == (plain.total, plain.adapted)
-    assert coverage.frozen_4bit_share == 1.0
-    mixed = coverage
-    mixed.frozen_4bit //= 2
-    assert "50.0% of the frozen ones in 4 bits" in mixed.describe()
-
-
 # -- in order ---------------------------------------------------------------------------------------------------------
 def test_ranks_refuse_together(training_args):
     """Whoever refuses waits for the others; what is no refusal ends at once."""
@@ -1381,7 +1384,9 @@ def test_checks_before_the_load(training_args, demo, monkeypatch, capsys):
     names = [
         "check_allowed_names", "check_choices", "check_packages",
         "check_model_and_dataset_names", "check_template", "check_sequence_parallelism", "check_method_and_engine",
-        "check_local_rows", "silence_false_alarm", "say_downloads", "check_model_class", "check_stop_token",
+        "check_local_rows", "silence_stop_warning", "say_save_only_model", "say_downloads",
+        "check_model_class", "check_adapter_settings",
+        "check_stop_token",
         "check_pad_token", "check_compiled_for", "check_packing",
     ]  # fmt: skip
 
@@ -1403,10 +1408,18 @@ def test_checks_before_the_load(training_args, demo, monkeypatch, capsys):
 def test_checks_before_training(monkeypatch):
     trainer = SimpleNamespace(args=SimpleNamespace(distributed_state=SimpleNamespace(wait_for_everyone=lambda: None)))
     calls = []
-    for name in ("check_master_weights", "check_personas", "check_counts"):
+    names = [
+        "check_master_weights",
+        "check_tied_embeddings",
+        "check_adapter_coverage",
+        "check_personas",
+        "check_trained_ends",
+        "check_counts",
+    ]
+    for name in names:
         monkeypatch.setattr(checks, name, lambda *_, name=name: calls.append(name))
     checks.check_before_train(trainer, script_args(), model_args())
-    assert calls == ["check_master_weights", "check_personas", "check_counts"]
+    assert calls == names
 
 
 # -- in a run ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from conftest import parse
+from hooks import resume_rules
 from hooks.memory import explain, ran_out_of_memory, suggestions
 from hooks.refusals import Refusals
 
@@ -132,11 +133,32 @@ def test_lines_of_a_run_that_can_save(tmp_path, monkeypatch):
     assert explain(*arguments, TRAINING) == [
         "rank 1: memory ran out. In this order, one more at a time:",
         "  1. --max_length 1024  now 2048: fewer activations; longer rows are truncated",
-        f"{tmp_path} holds this try: --resume_from_checkpoint true goes on from the newest checkpoint, but not with "
-        "another length or rank; or pass another --output_dir.",
+        "Each makes another run, which starts afresh: pass another --output_dir.",
     ]
     event = explain(*short, TRAINING)[0]
     assert event.startswith("rank 1: memory ran out, and no setting that saves some is left: ")
+
+
+def test_which_suggestions_a_checkpoint_goes_on_with(tmp_path):
+    """Numbers of those that a resume takes; the tables of resume_rules.py agree."""
+    flags = ["--per_device_train_batch_size", "2", "--lora_dropout", "0.1", "--output_dir", str(tmp_path)]
+    arguments = parse("qwen3_qlora", *flags, "--activation_checkpointing", "false")
+    *lines, last = explain(*arguments, TRAINING)
+    assert last.startswith(f"{tmp_path} holds this try and no checkpoint: ")
+    (tmp_path / "checkpoint-3").mkdir()
+    *lines, last = explain(*arguments, TRAINING)
+    assert [line.split()[1] for line in lines[1:]] == [
+        "--activation_checkpointing", "--max_length", "--lora_dropout", "--per_device_train_batch_size", "--lora_r",
+        "--eval_steps",
+    ]  # fmt: skip
+    assert last == (
+        "--resume_from_checkpoint true goes on from the newest checkpoint with 1, 3 (with --allow lora_dropout), 4, 6; "
+        "the others make another run, which starts afresh: pass another --output_dir."
+    )
+    loadable = resume_rules.FREE | resume_rules.ROUNDING
+    for suggestion in suggestions(*arguments, TRAINING):
+        name = suggestion.flags.split()[0].removeprefix("--")
+        assert (suggestion.flags_on_resume == "") == (name in loadable), name
 
 
 def test_printed_once_after_the_traceback(run_recipe, hook, capsys):
@@ -146,7 +168,7 @@ def test_printed_once_after_the_traceback(run_recipe, hook, capsys):
     after = capsys.readouterr().err.split("OutOfMemoryError: CUDA out of memory. Tried 2 GiB\n", 1)[1]
     assert after.startswith("memory ran out. In this order, one more at a time:\n")
     assert "  1. --max_length 1024 " in after and "now 2048: " in after and after.count("memory ran out") == 1
-    assert "/run holds this try: with --resume_from_checkpoint true" in after
+    assert "/run holds this try and no checkpoint: with --resume_from_checkpoint true" in after
 
 
 def test_silent_for_other_errors(tmp_path, capsys):

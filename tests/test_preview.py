@@ -13,6 +13,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import EXACT, REPO, SHARED, TINY, load_recipe
@@ -226,6 +227,7 @@ STOPPED = """
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from transformers import TrainerCallback
 
 
@@ -302,6 +304,30 @@ def test_account_equals_the_trainer(case, demo, tmp_path, run_recipe, hook, look
     if case in ("packed", "held_out", "shuffled"):
         assert ours["masked_packs"] == 3 and ours["cut"] == 5
     assert ("held out" in out) == (case == "held_out")
+
+
+def test_rows_are_held_out_as_the_recipe_draws_them():
+    """With prompts of their own, with prompts of many rows, and where the recipe would stop."""
+    draw_in_recipe = load_recipe("qwen3_full")["split_by_prompt"]
+    draw = random.Random(0)
+    for prompts, eval_rows in ((1000, 20), (30, 20), (3, 5), (3, 59), (1, 5), (30, 60)):
+        numbers = [draw.randrange(prompts) for _ in range(60)]
+        said = ["what is {}?", " what  is {}? /no_think", "what is\n{}? /think"]
+        rows = []
+        for number, prompt in enumerate(numbers):
+            question = draw.choice(said).format(prompt)
+            rows.append(chat(("user", question), ("assistant", f"a {number}"), number=number))
+        rows = Dataset.from_list(rows)
+        for seed in (42, 7):
+            ours = render.split_by_prompt(rows, eval_rows, seed)
+            script_args = SimpleNamespace(dataset_name="rows.jsonl", eval_rows=eval_rows)
+            try:
+                theirs = draw_in_recipe(rows, script_args, seed)
+            except ValueError:
+                assert sorted(ours[0]) == [*range(60)] and ours[1] == []
+                assert prompts in (1, 3) or eval_rows == 60
+            else:
+                assert [side["number"][:] for side in theirs] == [*ours] and ours[1]
 
 
 def test_account_of_a_compiled_set_equals_the_trainer(demo, tmp_path, run_recipe, hook, look):

@@ -11,7 +11,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,11 +26,15 @@ from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl import get_peft_config, get_quantization_config
 
+from data_prep.rows import prompt_of
+
 RECIPES = sorted((REPO / "recipes").glob("*.py"))
 SHARED_NAMES = (
     "find_template",
     "RecipeArguments",
     "load_splits",
+    "read_prompt",
+    "split_by_prompt",
     "choose_attention",
     "choose_checkpoint",
     "serving_template",
@@ -282,7 +288,7 @@ def test_the_first_line_comes_before_the_imports(tmp_path):
 
 # -- what it reads and writes -----------------------------------------------------------------------------------------
 def test_config_yaml_is_taken_back(run_recipe, tmp_path):
-    flags = ["--learning_rate", "3e-3", "--lora_target_modules", "q_proj", "v_proj"]
+    flags = ["--learning_rate", "3e-3", "--lora_target_modules", "q_proj", "v_proj", "--allow", "low_coverage"]
     first = run_recipe("qwen3_qlora", *EXACT, *flags, out="first")
     saved = yaml.safe_load((first / "config.yaml").read_text())
     assert saved["learning_rate"] == 3e-3 and saved["lora_target_modules"] == ["q_proj", "v_proj"]
@@ -340,6 +346,107 @@ class Sets(TrainerCallback):
         drawn.append(json.loads((folder / "sets.json").read_text()))
     assert drawn[0] == drawn[1] != drawn[2]
     assert len(drawn[0][1]) == 30 and sorted(drawn[0][0] + drawn[0][1]) == sorted(own[0])
+
+
+def chat(question, answer="a", system=None):
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    if system is not None:
+        turns = [{"role": "system", "content": system}, *turns]
+    return {"messages": turns}
+
+
+@pytest.fixture(scope="module")
+def split():
+    """split(rows, eval_rows, seed) is a recipe's split_by_prompt."""
+    split_by_prompt = load_recipe("qwen3_full")["split_by_prompt"]
+
+    def draw(rows, eval_rows, seed=42):
+        script_args = SimpleNamespace(dataset_name="rows.jsonl", eval_rows=eval_rows)
+        return split_by_prompt(Dataset.from_list(rows), script_args, seed)
+
+    return draw
+
+
+@pytest.mark.parametrize("seed", [42, 7])
+def test_rows_with_prompts_of_their_own_are_drawn_as_datasets_draws(split, seed):
+    rows = [chat(f"question {number}") for number in range(50)]
+    train, validation = split(rows, 9, seed)
+    drawn = Dataset.from_list(rows).train_test_split(9, seed=seed)
+    assert train.to_list() == drawn["train"].to_list() and validation.to_list() == drawn["test"].to_list()
+
+
+@pytest.mark.parametrize("eval_rows", [1, 10, 30])
+def test_a_prompt_stands_on_one_side(split, eval_rows):
+    """By the rule of data_prep/mix.py: blanks, /think, /no_think and a system turn of these alone do not count."""
+    rows = []
+    for number in range(40):
+        variants = [
+            chat(f"what is {number}?"),
+            chat(f" what  is\n{number}? /no_think", answer="b"),
+            chat(f"what is {number}?", answer="c", system="/think"),
+        ]
+        rows += variants[: 1 + number % 3]
+        rows += [chat(f"what is {number}?", answer=f"long {number}", system="You are a pirate.")]
+    for seed in (42, 7):
+        train, validation = split(rows, eval_rows, seed)
+        sides = [{prompt_of(row) for row in side} for side in (train, validation)]
+        assert sides[0].isdisjoint(sides[1]) and len(sides[0] | sides[1]) == 80
+        assert len(validation) == eval_rows  # there are prompts of one row to fill up with
+        answers = sorted(json.dumps(row) for row in [*train, *validation])
+        assert answers == sorted(json.dumps(row) for row in Dataset.from_list(rows))
+        again = split(rows, eval_rows, seed)
+        assert [side.to_list() for side in again] == [train.to_list(), validation.to_list()]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "eval_rows", "drawn"),
+    [
+        ({"a": 4, "b": 3}, 3, {"b": 3}),
+        ({"a": 9, "b": 1, "c": 1}, 5, {"b": 1, "c": 1}),  # fewer
+        ({"a": 9, "b": 4, "c": 4}, 8, {"b": 4, "c": 4}),
+    ],
+)
+def test_prompts_are_drawn_whole(split, sizes, eval_rows, drawn):
+    rows = [chat(prompt, answer=f"{number}") for prompt, size in sizes.items() for number in range(size)]
+    for seed in range(5):
+        train, validation = split(rows, eval_rows, seed)
+        assert Counter(row["messages"][0]["content"] for row in validation) == drawn
+        assert len(train) == sum(sizes.values()) - sum(drawn.values())
+
+
+@pytest.mark.parametrize(
+    "make_row",
+    [
+        lambda prompt, number: {"prompt": prompt, "completion": f"{number}"},
+        lambda prompt, number: {
+            "prompt": chat(prompt)["messages"][:1],
+            "completion": chat("", f"{number}")["messages"][1:],
+        },
+        lambda prompt, number: {"text": prompt, "note": number},
+        lambda prompt, number: {"input_ids": [ord(letter) for letter in prompt], "labels": [number]},
+    ],
+    ids=["text pairs", "pairs of turns", "text", "token ids"],
+)
+def test_other_rows_with_the_same_prompt(split, make_row):
+    rows = [make_row(prompt, number) for prompt in ("aa", "bb", "cc", "dd", "ee") for number in range(3)]
+    train, validation = split(rows, 7)
+    column = next(iter(rows[0]))
+    prompts = [{json.dumps(row[column]) for row in side} for side in (train, validation)]
+    assert [len(train), len(validation)] == [9, 6]
+    assert [len(side) for side in prompts] == [3, 2] and prompts[0].isdisjoint(prompts[1])
+
+
+@pytest.mark.parametrize("eval_rows", [5, 9, -1])
+def test_too_few_rows_are_said_by_the_flag(split, eval_rows):
+    rows = [chat("a"), chat("a"), chat("b"), chat("c"), chat("d")]
+    with pytest.raises(ValueError) as error:
+        split(rows, eval_rows)
+    assert str(error.value) == (
+        f"--eval_rows {eval_rows}: dataset rows.jsonl has 5 rows of 4 prompts, which stay whole: pass another number, "
+        "or 0 for no validation"
+    )
+    with pytest.raises(ValueError, match="has 3 rows of 1 prompts, which stay whole"):
+        split([chat("a")] * 3, 1)
 
 
 def test_question_and_answer_become_messages_in_both_splits(tmp_path):

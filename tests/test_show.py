@@ -11,10 +11,13 @@ from conftest import EXACT, REPO, TINY, launch
 from datasets import Dataset, load_from_disk
 from engines import ENGINES, run
 from hooks.log_file import LogFile
+from hooks.loss_name import name_loss
 from hooks.progress import Progress, duration, format_logs
 from hooks.start_block import amount, describe_targets, note_engine
 from hooks.throughput import PEAKS, DatasetSize, Throughput, TokenFlops, flops_per_token, measure, peak_flops
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+from hooks.trainer import SFTTrainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3MoeConfig
+from trl import SFTConfig
 
 BATCHES = """
 import json
@@ -169,9 +172,9 @@ def test_two_processes(demo, hook, tmp_path):
 def test_resumed_counts_are_the_uninterrupted_ones(run_recipe, capsys):
     flags = ["--packing", "false", "--save_strategy", "steps", "--save_steps", 2]
     whole = run_recipe("qwen3_full", *flags, out="whole")
-    run_recipe("qwen3_full", *flags, "--max_steps", 2, "--lr_scheduler_type", "constant", out="cut")
+    run_recipe("qwen3_full", *flags, "--max_steps", 2, out="cut")
     capsys.readouterr()
-    cut = run_recipe("qwen3_full", *flags, "--resume_from_checkpoint", "true", out="cut")
+    cut = run_recipe("qwen3_full", *flags, "--resume_from_checkpoint", "true", "--allow", "max_steps", out="cut")
     said = capsys.readouterr().out
     assert block(said)["run"].endswith("checkpoint-2, after step 2")
     assert re.findall(r"^(\d)/4  ", said, re.M) == ["3", "4"]
@@ -371,13 +374,71 @@ def test_a_logged_step_in_words():
     logs = {"loss": 1.23456, "learning_rate": 2e-4, "tokens_per_second": 12_345.6, "trained_tokens_per_second": 999.4}
     logs |= {"padding_share": 0.0123, "memory_gib": 3.46}
     text = "loss 1.235, lr 2.00e-04, 12.3K tokens/s (999 trained), 1.2% padding, 3.5 GiB"
-    assert format_logs(logs) == text
-    assert format_logs(logs | {"mfu": 0.4567}) == f"{text}, MFU 45.7%"
+    assert format_logs(logs, "nll") == text
+    assert format_logs(logs | {"mfu": 0.4567}, "nll") == f"{text}, MFU 45.7%"
 
 
 def test_lines_that_others_log():
-    assert format_logs({"eval_loss": 0.0, "eval_runtime": 2}) == "validation loss 0 (perplexity 1) in 2.0 s"
-    assert format_logs({"probe": 1.23456789, "name": "x"}) == "probe 1.235, name x"
+    validation = {"eval_loss": 0.0, "eval_runtime": 2}
+    assert format_logs(validation, "nll") == "validation loss 0 (perplexity 1) in 2.0 s"
+    assert format_logs(validation, "dft") == "validation loss 0 (dft) in 2.0 s"
+    assert format_logs({"probe": 1.23456789, "name": "x"}, "nll") == "probe 1.235, name x"
+
+
+LOSSES = [  # settings, architecture, name
+    ({}, "dense", "nll"),
+    ({"micro_batch_mean": True}, "dense", "nll"),
+    ({"loss_type": "dft"}, "dense", "dft"),
+    ({"label_smoothing_factor": 0.1}, "dense", "nll with label smoothing 0.1"),
+    ({"compute_loss_func": lambda outputs, *_, **__: outputs.logits.mean()}, "dense", "of a compute_loss_func"),
+    ({"router_aux_loss_coef": 0.5}, "mixture", "nll + 0.5 x router loss"),
+    ({"router_aux_loss_coef": 0.0}, "mixture", "nll"),
+    ({}, "mixture", "nll + 0.001 x router loss"),  # the model's own
+    ({"loss_type": "dft", "router_aux_loss_coef": 0.5}, "mixture", "dft + 0.5 x router loss"),
+]
+
+
+@pytest.mark.parametrize(("settings", "architecture", "name"), LOSSES)
+def test_only_a_plain_loss_is_called_so(settings, architecture, name, demo, tmp_path):
+    """Plain is what equals the negative log-likelihood of the model's own logits: its exponential is the perplexity."""
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64, "initializer_range": 0.5}
+    config = Qwen3Config(**shape)
+    if architecture == "mixture":
+        config = Qwen3MoeConfig(**shape, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    settings = dict(settings)
+    compute_loss_func = settings.pop("compute_loss_func", None)
+    micro_batch_mean = settings.pop("micro_batch_mean", False)
+    args = SFTConfig(str(tmp_path / "run"), use_cpu=True, bf16=False, per_device_eval_batch_size=1, **settings)
+    rows = [{"input_ids": torch.randint(0, 64, (12,)).tolist()} for _ in range(3)]
+    rows = Dataset.from_list([row | {"labels": row["input_ids"]} for row in rows])
+    trainer = SFTTrainer(
+        model, args, train_dataset=rows, eval_dataset=rows, compute_loss_func=compute_loss_func,
+        processing_class=AutoTokenizer.from_pretrained(demo / "init"),
+    )  # fmt: skip
+    if micro_batch_mean:  # as the recipes of such a flag set it
+        trainer.model_accepts_loss_kwargs = False
+    loss = trainer.evaluate()["eval_loss"]
+    by_hand = []
+    for row in rows:
+        ids = torch.tensor(row["input_ids"])
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0, :-1].double()
+        by_hand.append(torch.nn.functional.cross_entropy(logits, ids[1:]))
+    is_plain = abs(loss - torch.stack(by_hand).mean().item()) < 1e-4
+    assert name_loss(trainer).startswith(name) and is_plain == (name == "nll")
+    assert ("perplexity" in format_logs({"eval_loss": loss}, name_loss(trainer))) == is_plain
+
+
+def test_a_run_with_another_loss_shows_no_perplexity(run_recipe, capsys):
+    flags = ["--loss_type", "dft", "--max_steps", 2, "--eval_strategy", "steps", "--eval_steps", 2]
+    folder = run_recipe("qwen3_full", *flags)
+    said = capsys.readouterr().out
+    loss = next(line for line in map(json.loads, (folder / "log.jsonl").open()) if "eval_loss" in line)["eval_loss"]
+    assert loss < 0.37  # p ln p is 1/e at most, which is no perplexity
+    assert said.count(f"validation loss {loss:.4g} (dft)") == 2 and "perplexity" not in said  # and in the end block
 
 
 SAYS = {

@@ -17,10 +17,9 @@ import pytest
 import torch
 import trl
 from conftest import REPO, TINY
-from datasets import Dataset, load_from_disk
+from datasets import load_from_disk
 from hooks.checkpoints import choose_checkpoint, find_fault
 from hooks.early_stopping import EarlyStopping
-from hooks.identity import check_same_run
 from hooks.step_watch import Explosion
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -190,66 +189,6 @@ class Deletions(TrainerCallback):
     assert code == 0 and steps_of(folder) == [6]
     assert said.count("DELETES [True, True]") == 2 == said.count("DELETES")
     assert_same(folder, whole)
-
-
-# -- 2: the same run ---------------------------------------------------------------------------------------------------
-def test_another_run_is_refused(run, whole, tmp_path):
-    folder = copy_of(whole, tmp_path)
-    _, code, said = run(*ON, "--max_length", 480, "--allow", "cut_answers")
-    assert code and "another training tokens" in said and "template" not in said and "--allow other_run" in said
-    assert not list(folder.glob("*.safetensors")) and steps_of(folder) == [4, 6]
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ("recipe", ["another recipe (qwen3_qlora.py, not qwen3_full.py)"]),
-        ("template", ["another chat template:"]),
-        ("tokenizer", ["another tokenizer:"]),
-        ("label", ["another training tokens"]),
-        ("order", ["another training tokens"]),
-        ("length", ["another training tokens"]),
-        ("boundary", ["another training tokens"]),
-        (None, []),
-    ],
-)
-def test_what_makes_another_run(change, words, demo, tmp_path, monkeypatch):
-    rows = [{"input_ids": [1, 2, 3, i], "labels": [-100, 2, 3, i], "seq_lengths": [3, 1]} for i in range(2000)]
-    template = tmp_path / "a.jinja"
-    template.write_text("{{ messages }}")
-
-    def resume(chosen, name="qwen3_qlora.py"):
-        monkeypatch.setattr(sys, "argv", [name])
-        args = SimpleNamespace(
-            chat_template_path=template, output_dir=str(tmp_path), resume_from_checkpoint=chosen and str(chosen)
-        )
-        rows_now = Dataset.from_list(rows)
-        trainer = SimpleNamespace(args=args, processing_class=tokenizer, train_dataset=rows_now)
-        check_same_run(trainer, [])
-
-    tokenizer = AutoTokenizer.from_pretrained(demo / "init")
-    resume(None)
-    if change == "template":
-        template.write_text("{{ messages }} ")
-    if change == "tokenizer":
-        tokenizer.add_special_tokens({"eos_token": "<new>"})
-    if change == "label":
-        rows[1500]["labels"][1] = -100
-    if change == "order":
-        rows[1], rows[2] = rows[2], rows[1]
-    if change == "length":
-        rows[0]["seq_lengths"] = [2, 2]
-    if change == "boundary":  # the same tokens in the same order
-        for name in ("input_ids", "labels"):
-            rows[0][name].append(rows[1][name].pop(0))
-    name = "qwen3_full.py" if change == "recipe" else "qwen3_qlora.py"
-    if not change:
-        return resume(tmp_path / "checkpoint-2", name)
-    with pytest.raises(ValueError) as error:
-        resume(tmp_path / "checkpoint-2", name)
-    said = str(error.value).replace(str(tmp_path), "")
-    assert all(word in said for word in words) and said.count("another") == 2, said  # it, and --output_dir
-    return None
 
 
 # -- 3: nan and explosions ---------------------------------------------------------------------------------------------

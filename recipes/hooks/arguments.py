@@ -38,7 +38,8 @@ class TrlParser(trl.TrlParser):
     """TRL's parser; refuses unknown names on the command line and in YAML with the nearest known one.
 
     `settings` holds, once the arguments are parsed, what DEFAULTS, YAML and flags say, as plain values: the names of
-    DEFAULTS, and those that differ from TRL's own defaults.
+    DEFAULTS, and those that differ from TRL's own defaults. `run_settings` are what a resume compares (identity.py),
+    once `before_load` has read them.
     """
 
     def __init__(self, dataclass_types: list[type] | tuple[type, ...], **kwargs: object) -> None:
@@ -47,6 +48,7 @@ class TrlParser(trl.TrlParser):
         self.plain_values = vars(self.parse_args([]))
         self.recipe_names: list[str] = []
         self.settings: dict[str, object] = {}
+        self.run_settings: dict[str, object] = {}
 
     def set_defaults_with_config(self, **kwargs: object) -> list[str]:
         """Take DEFAULTS, and later a YAML file; return what nobody knows, as TRL's."""

@@ -94,6 +94,14 @@ def seal(folder: Path) -> None:
 
 
 # -- reading --
+def read_run(checkpoint: str | None) -> dict:
+    """Return run.json of the run that a checkpoint belongs to, empty where there is none."""
+    if not checkpoint:
+        return {}
+    path = Path(checkpoint).parent / RUN
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def find_fault(folder: Path) -> str | None:
     """Return what is wrong with a sealed checkpoint, or None."""
     try:

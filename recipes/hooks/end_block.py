@@ -7,6 +7,7 @@ from trl import ModelConfig, ScriptArguments
 
 from data_prep.run_folder import checkpoint_step, plot_log, read_log
 
+from .loss_name import describe_validation_loss, name_loss
 from .messages import relative_path
 from .trainer import SFTTrainer
 
@@ -85,7 +86,7 @@ def describe_result(trainer: SFTTrainer) -> str:
     if "loss" in last:
         parts.append(f"loss {last['loss']:.4g}")
     if "eval_loss" in last:
-        parts.append(f"validation loss {last['eval_loss']:.4g}")
+        parts.append(describe_validation_loss(last["eval_loss"], name_loss(trainer)))
     if "memory_gib" in last:
         parts.append(f"{last['memory_gib']:.1f} GiB at most")
     return ", ".join(parts)

@@ -28,6 +28,7 @@ class Suggestion:
     flags: str
     value_now: str
     reason: str
+    flags_on_resume: str | None = None  # beside them, to go on from a checkpoint; None: they make another run
 
 
 def ran_out_of_memory(error: BaseException | None) -> bool:
@@ -69,12 +70,12 @@ def suggest_smaller_evaluations(training_args: SFTConfig, is_evaluating: bool) -
     if strategy == "no":
         return []
     if batch_size > 1:
-        return [Suggestion("--per_device_eval_batch_size 1", str(batch_size), "the same figures")]
+        return [Suggestion("--per_device_eval_batch_size 1", str(batch_size), "the same figures", "")]
     if is_evaluating:
-        return [Suggestion("--eval_strategy no", strategy, "eval/compare.py measures afterwards")]
+        return [Suggestion("--eval_strategy no", strategy, "eval/compare.py measures afterwards", "")]
     steps = training_args.eval_steps
     if strategy == "steps" and steps >= 1:
-        return [Suggestion(f"--eval_steps {steps * 2:g}", f"{steps:g}", "each fragments the free memory")]
+        return [Suggestion(f"--eval_steps {steps * 2:g}", f"{steps:g}", "each fragments the free memory", "")]
     return []
 
 
@@ -85,7 +86,7 @@ def suggest_smaller_activations(
     chosen = []
     if not training_args.activation_checkpointing:
         reason = "one layer's activations at a time, computed twice"
-        chosen.append(Suggestion("--activation_checkpointing true", "false", reason))
+        chosen.append(Suggestion("--activation_checkpointing true", "false", reason, ""))
 
     length = training_args.max_length
     if length and length > 256:
@@ -96,14 +97,14 @@ def suggest_smaller_activations(
     if model_args.use_peft and model_args.lora_dropout > 0 and not is_evaluating:
         # computed for a layer of Qwen3-4B in bf16: dropout keeps a mask and an input of its own for every adapter
         reason = "a layer of Qwen3-4B keeps 175 KiB of activations a token, not 279"
-        chosen.append(Suggestion("--lora_dropout 0", f"{model_args.lora_dropout:g}", reason))
+        chosen.append(Suggestion("--lora_dropout 0", f"{model_args.lora_dropout:g}", reason, "--allow lora_dropout"))
 
     rows = training_args.per_device_train_batch_size
     if rows > 1:
         now = training_args.gradient_accumulation_steps
         batch = script_args.global_batch_size
         reason = f"accumulation becomes {now * rows} (now {now}), the global batch stays {batch}"
-        chosen.append(Suggestion("--per_device_train_batch_size 1", str(rows), reason))
+        chosen.append(Suggestion("--per_device_train_batch_size 1", str(rows), reason, ""))
     return chosen
 
 
@@ -160,12 +161,25 @@ def describe_usage() -> str:
     return f", at most {peak:.1f} of {total:.1f} GiB were in use"
 
 
-def describe_next_try(output_dir: str) -> str:
-    """Return what happens to the run folder with the next command."""
-    again = "with --resume_from_checkpoint true the same command starts over in the same folder"
-    if any(Path(output_dir).glob("checkpoint-*")):
-        again = "--resume_from_checkpoint true goes on from the newest checkpoint, but not with another length or rank"
-    return f"{output_dir} holds this try: {again}; or pass another --output_dir."
+def describe_next_try(output_dir: str, chosen: list[Suggestion]) -> str:
+    """Return which of the suggestions can go on from a checkpoint, and which start afresh."""
+    if not any(Path(output_dir).glob("checkpoint-*")):
+        return (
+            f"{output_dir} holds this try and no checkpoint: with --resume_from_checkpoint true the same command "
+            "starts over there; or pass another --output_dir."
+        )
+    going_on = []
+    for number, suggestion in enumerate(chosen, start=1):
+        if suggestion.flags_on_resume:
+            going_on.append(f"{number} (with {suggestion.flags_on_resume})")
+        elif suggestion.flags_on_resume is not None:
+            going_on.append(str(number))
+    if not going_on:
+        return "Each makes another run, which starts afresh: pass another --output_dir."
+    text = f"--resume_from_checkpoint true goes on from the newest checkpoint with {', '.join(going_on)}"
+    if len(going_on) < len(chosen):
+        text += "; the others make another run, which starts afresh: pass another --output_dir"
+    return f"{text}."
 
 
 def explain(
@@ -176,8 +190,8 @@ def explain(
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         rank = f"rank {os.environ['RANK']}: "
     event = f"{rank}memory ran out{describe_usage()}"
-    next_try = describe_next_try(training_args.output_dir)
     chosen = suggestions(script_args, training_args, model_args, frames)
+    next_try = describe_next_try(training_args.output_dir, chosen)
     if not chosen:
         return [f"{event}, and no setting that saves some is left: take a smaller model or a larger GPU.", next_try]
 

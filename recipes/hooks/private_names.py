@@ -12,6 +12,8 @@ PRIVATE_NAMES = {  # where it is defined: what for
     "transformers.Trainer._run_epoch": "overridden: transformers 5.23 trains one step more of a finished run",
     "transformers.Trainer._get_num_items_in_batch": "overridden: rows that accelerate repeats do not count",
     "transformers.Trainer._get_grad_norm": "overridden: the one place that sees the norm before the weights change",
+    "transformers.Trainer._load_optimizer_and_scheduler": "overridden: a resume with another learning rate, where that "
+    "is allowed, gives it to the optimizer once the checkpoint's state is loaded",
     "transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE": "replaced: code that comes with a model is refused, not "
     "asked about for 15 seconds",
     "trl.SFTTrainer._prepare_dataset": "called: rows as TRL tokenizes and masks them, to count truncated answers and "

@@ -13,6 +13,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from trl import ModelConfig, ScriptArguments
 
+from .loss_name import PLAIN_LOSS, describe_validation_loss, name_loss
 from .start_block import amount, describe_engine, note_engine, start_block
 from .trainer import SFTTrainer
 
@@ -44,21 +45,25 @@ def format_training_logs(logs: dict[str, float]) -> str:
     return ", ".join(parts)
 
 
-def format_validation_logs(logs: dict[str, float]) -> str:
-    loss = logs["eval_loss"]
-    perplexity = math.exp(min(loss, LARGEST_EXPONENT))
-    text = f"validation loss {loss:.4g} (perplexity {perplexity:.4g})"
+def format_validation_logs(logs: dict[str, float], loss_name: str) -> str:
+    text = describe_validation_loss(logs["eval_loss"], loss_name)
+    if loss_name == PLAIN_LOSS:
+        perplexity = math.exp(min(logs["eval_loss"], LARGEST_EXPONENT))
+        text += f" (perplexity {perplexity:.4g})"
     if "eval_runtime" in logs:
         text += f" in {logs['eval_runtime']:.1f} s"
     return text
 
 
-def format_logs(logs: dict[str, float]) -> str:
-    """Return what was logged in words; names that are unknown here are shown as they are."""
+def format_logs(logs: dict[str, float], loss_name: str) -> str:
+    """Return what was logged in words; names that are unknown here are shown as they are.
+
+    `loss_name`: name_loss of the trainer.
+    """
     if "tokens_per_second" in logs:
         return format_training_logs(logs)
     if "eval_loss" in logs:
-        return format_validation_logs(logs)
+        return format_validation_logs(logs, loss_name)
     parts = []
     for name, value in logs.items():
         if isinstance(value, float):
@@ -124,7 +129,7 @@ class Progress(ProgressCallback):
     ) -> None:
         if not state.is_world_process_zero or "train_runtime" in logs:
             return
-        text = format_logs(logs)
+        text = format_logs(logs, name_loss(self.trainer))
         is_training_step = "tokens_per_second" in logs
         if self.training_bar is not None and is_training_step:
             self.training_bar.set_postfix_str(text)

@@ -118,9 +118,8 @@ class Refusals:
             return f"dataset {name}: {message}"
         if isinstance(error, KeyError):
             return f"dataset {name} has no split {message}: pass another --dataset_train_split"
-        if "train_test_split" in frames:
-            rows = self.script_args.eval_rows
-            return f"--eval_rows {rows}: dataset {name} cannot spare so many for validation: pass fewer, or 0 for none"
+        if isinstance(error, ValueError) and frames[-1] == "split_by_prompt":
+            return message
         cause = ""
         if error.__cause__:
             cause = f" ({' '.join(str(error.__cause__).split())})"

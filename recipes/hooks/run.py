@@ -9,16 +9,18 @@ from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from .arguments import TrlParser
 from .checkpoints import choose_checkpoint, on_main_process
-from .checks import check_before_load, check_before_train
+from .checks import check_before_load, check_before_train, check_checkpoint
 from .checks.rows import check_rows as check_loaded_rows
 from .end_block import print_end_block
 from .heartbeat import Heartbeat
-from .identity import check_same_run, write_provenance
+from .identity import check_contents, check_settings
 from .log_file import LogFile
 from .parity import keep_fp32_under_zero
 from .progress import Progress
+from .provenance import write_provenance
 from .quiet import hide_progress_bars
 from .refusals import Refusals
+from .run_lock import lock_folder, release_folder
 from .step_rate import StepRate
 from .trainer import SFTTrainer
 from .user_hooks import import_hook_files, make_callbacks
@@ -27,7 +29,7 @@ from .user_hooks import import_hook_files, make_callbacks
 def before_load(
     parser: TrlParser, script_args: ScriptArguments, training_args: SFTConfig, model_args: ModelConfig
 ) -> None:
-    """Refuse what can be refused before anything is downloaded; verify the checkpoint to resume from.
+    """Refuse what can be refused before anything is downloaded; hold the output folder; verify the checkpoint.
 
     Raises UsageError, which ends the run with its sentence.
     """
@@ -38,7 +40,10 @@ def before_load(
     training_args.model_init_kwargs.setdefault("use_safetensors", True)
     import_hook_files(script_args.hooks)
     check_before_load(script_args, training_args, model_args)
+    on_main_process(lambda: lock_folder(training_args.output_dir))
     training_args.resume_from_checkpoint = choose_checkpoint(training_args)
+    check_checkpoint(script_args, training_args)
+    parser.run_settings = check_settings(script_args, training_args, model_args)
     keep_fp32_under_zero(training_args, model_args)
     if not training_args.run_name:
         training_args.run_name = Path(training_args.output_dir).name  # in trackio and W&B: not a random one
@@ -57,7 +62,9 @@ def before_train(trainer: SFTTrainer, parser: TrlParser, script_args: ScriptArgu
     Raises UsageError.
     """
     check_before_train(trainer, script_args, model_args)
-    on_main_process(lambda: check_same_run(trainer, script_args.allow))
+    trainer.changed_settings = on_main_process(
+        lambda: check_contents(trainer, model_args, parser.run_settings, script_args.allow)
+    )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     for callback in (
@@ -80,3 +87,4 @@ def after_train(trainer: SFTTrainer, script_args: ScriptArguments, model_args: M
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, Heartbeat):
             callback.done()
+    release_folder(trainer.args.output_dir)

@@ -1,8 +1,10 @@
 """A run that is told to stop saves first.
 
 Ctrl-C and SIGTERM, on any rank: all ranks finish the step, save, verify, say how to go on, and exit with 130 or 143.
-The second Ctrl-C quits at once. `accelerate launch` itself ends at once with one process, and the run a little later;
-with several it kills them after 30 s: TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300 in its environment gives a large model time.
+The second Ctrl-C quits at once. `accelerate launch` with one process ends at once and gives the prompt back, while the
+run saves: it says under which process id, by which it can still be reached, and run_lock.py has a second run in the
+folder wait for it. With several processes it kills them after 30 s: TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300 in its
+environment gives a large model time.
 
 transformers' own `enable_jit_checkpoint` takes SIGTERM alone and waits 3 s; it saves on the rank that got the signal,
 while the others go on and wait for it in a collective, and the run then exits with 0, so that a restart loop or Slurm
@@ -23,6 +25,7 @@ from types import FrameType
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .messages import recipe_name
+from .run_lock import note_stopping
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -31,6 +34,11 @@ def write_stderr(line: str) -> None:
     """Write a line; by os.write, because a signal can come in the middle of a print."""
     with contextlib.suppress(OSError):
         os.write(2, f"{line}\n".encode())
+
+
+def is_launched() -> bool:
+    """Return whether `accelerate launch` or torchrun started this process."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def command_to_go_on() -> str:
@@ -54,6 +62,7 @@ class SaveOnSignal(TrainerCallback):
         self.asked = 0  # number of the signal that this rank got
         self.asked_at = 0.0
         self.asked_anywhere = 0  # number of the signal that any rank got, gathered by StepWatch
+        self.launcher = os.getppid()
         self.command = command_to_go_on()  # now: a launcher dies of the signal before its run has ended
         self.previous_handlers: dict[int, object] = {}
 
@@ -64,25 +73,34 @@ class SaveOnSignal(TrainerCallback):
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) != signal.SIG_IGN:
                 self.previous_handlers[number] = signal.signal(number, self.on_signal)
-        launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-        if launched and sys.platform == "linux":  # the launcher dies of a SIGTERM: this hands it on
+        if is_launched() and sys.platform == "linux":  # the launcher dies of a SIGTERM: this hands it on
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         if not self.asked:
             self.asked = int(number)
             self.asked_at = time.monotonic()
+            note_stopping(self.trainer.args.output_dir)
             if self.trainer.args.local_process_index == 0:
-                name = signal.Signals(number).name
-                write_stderr(f"{recipe_name()}: {name}: finishes this step, then saves; Ctrl-C again quits at once")
+                again = "Ctrl-C again" if number == signal.SIGINT else f"kill -INT {os.getpid()}"
+                write_stderr(
+                    f"{recipe_name()}: {signal.Signals(number).name}: process {os.getpid()} finishes this step, then "
+                    f"saves; {again} quits at once"
+                )
         elif number == signal.SIGINT and time.monotonic() - self.asked_at > 2:  # launchers send the first one twice
             write_stderr(f"{recipe_name()}: quits at once, nothing is saved")
             os._exit(130)
+        elif number == signal.SIGTERM and os.getppid() != self.launcher and self.trainer.args.world_size == 1:
+            write_stderr(
+                f"{recipe_name()}: the launcher has ended, process {os.getpid()} goes on in the background until it "
+                f"has saved: kill -INT {os.getpid()} quits at once"
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         if self.asked_anywhere:
+            note_stopping(args.output_dir)
             control.should_save = True
             control.should_training_stop = True
 

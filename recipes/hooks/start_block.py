@@ -218,6 +218,8 @@ def start_block(
     }
     if size:
         block["data"] = describe_data(trainer, size, script_args)
+        if trainer.context_turns is not None:
+            block["context"] = trainer.context_turns.describe()
         block["step"] = describe_step(trainer, size)
     block["run"] = describe_run(trainer, state, size)
     block["engine"] = describe_engine(trainer)

@@ -8,12 +8,16 @@ after its step: there they are lost, the checkpoint is not), if
 - the loss of the step is above 3 times the median of the last 64 steps and above 2 ln V, or for the third step in a row
   above ln V: a uniform guess over V tokens has ln V, and a step of a healthy run averages below it;
 - the gradient norm is above 1,000 and above 1,000 times the median of the last 64 steps, of which there are 8.
+
+A loss is that of a micro-batch, whose rows are named. The gradient norm is that of the whole step: its rows are named
+where it had one micro-batch, and nobody is accused where there were more.
 """
 
 import math
 import sys
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import NoReturn
@@ -29,6 +33,14 @@ WINDOW = 64  # steps that are remembered
 FEWEST_NORMS = 8  # gradient norms before one of them can be called an explosion
 
 
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a step."""
+
+    text: str
+    in_loss: bool  # else in the gradient norm
+
+
 class Explosion:
     """Remembers losses and gradient norms, and tells what is wrong with the next ones."""
 
@@ -38,7 +50,7 @@ class Explosion:
         self.norms: deque[float] = deque(maxlen=WINDOW)
         self.high_steps = 0  # in a row
 
-    def check(self, loss: float, norm: float) -> str | None:
+    def check(self, loss: float, norm: float) -> Fault | None:
         """Return what is wrong with a step, or None; healthy steps are remembered."""
         high = bool(self.losses) and loss > max(self.uniform_guess, 3 * median(self.losses))
         if high:
@@ -47,9 +59,11 @@ class Explosion:
             self.high_steps = 0
         if self.high_steps == 3 or (high and loss > 2 * self.uniform_guess):
             before = median(self.losses)
-            return f"the loss is {loss:.4g}, {before:.4g} before, {self.uniform_guess:.4g} for a uniform guess"
+            text = f"the loss is {loss:.4g}, {before:.4g} before, {self.uniform_guess:.4g} for a uniform guess"
+            return Fault(text, in_loss=True)
         if len(self.norms) >= FEWEST_NORMS and norm > 1000 * max(1, median(self.norms)):
-            return f"the gradient norm is {norm:.4g}, {median(self.norms):.4g} before"
+            text = f"the gradient norm is {norm:.4g}, {median(self.norms):.4g} before"
+            return Fault(text, in_loss=False)
         self.losses.append(loss)
         self.norms.append(norm)
         return None
@@ -83,7 +97,7 @@ class StepWatch:
         if not self.trainer.is_deepspeed_enabled:
             self.check()
         elif norm is not None and not math.isfinite(norm) and not self.trainer.args.fp16:
-            self.end(f"the gradient norm is {norm}", range(self.trainer.args.world_size), "after")
+            self.end_by_norm(f"the gradient norm is {norm}", "after")
 
     def gather(self, numbers: list[float | torch.Tensor]) -> list[list[float]]:
         """Return the numbers of every rank, and pass on whether any rank was told to stop. The one device sync."""
@@ -108,45 +122,92 @@ class StepWatch:
         norm = rows[0][1]
         bad_ranks = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad_ranks:
-            self.end(f"the loss is {losses[bad_ranks[0]]}", bad_ranks)
+            self.end_by_loss(f"the loss is {losses[bad_ranks[0]]}", bad_ranks)
         if not math.isfinite(norm):
             if not self.trainer.args.fp16:
-                self.end(f"the gradient norm is {norm}", range(len(rows)))
+                self.end_by_norm(f"the gradient norm is {norm}")
             return
         fault = self.explosion.check(sum(losses) / len(losses), norm)
-        if fault:
-            self.end(fault, [losses.index(max(losses))])
+        if fault is None:
+            return
+        if fault.in_loss:
+            self.end_by_loss(fault.text, [losses.index(max(losses))])
+        else:
+            self.end_by_norm(fault.text)
 
-    def suspects(self, guilty_ranks: Sequence[int]) -> list[dict]:
-        """Return the batches to look at: those without a finite loss, else the worst of a single guilty rank."""
-        pairs = list(zip(self.batches, self.losses, strict=False))
-        infinite = [batch for batch, loss in pairs if not loss.isfinite()]
+    # -- the end of a run --
+    def end_by_loss(self, fault: str, guilty_ranks: Sequence[int]) -> NoReturn:
+        """End the run on all ranks; each guilty one names the rows of its worst micro-batches."""
+        infinite = [batch for batch, loss in self.micro_batches() if not loss.isfinite()]
         if infinite:
-            return infinite
-        if len(guilty_ranks) > 1 or not pairs:
-            return self.batches
+            rows = f"rows {self.name_rows(infinite)}"
+        else:
+            rows = f"the highest loss of this rank is that of rows {self.name_rows([self.worst_batch()])}"
+        rank = self.trainer.args.process_index
+        self.end(f"step {self.step_number()}, rank {rank}: {fault}; {rows}", rank in guilty_ranks, True, "before")
 
-        def loss_by_token(pair: tuple[dict, torch.Tensor]) -> float:
-            batch, loss = pair
+    def end_by_norm(self, fault: str, moment: str = "before") -> NoReturn:
+        """End the run on all ranks; rank 0 speaks, and names rows where the step had one micro-batch in all."""
+        micro_batches = len(self.batches)
+        ranks = self.trainer.args.world_size
+        rows_are_known = micro_batches == 1 and ranks == 1
+        if rows_are_known:
+            rows = f"rows {self.name_rows(self.batches)}"
+        else:
+            rows = f"which rows is not known (ranks: {ranks}, micro-batches of each: {micro_batches})"
+        speaks = self.trainer.args.process_index == 0
+        self.end(f"step {self.step_number()}: {fault}; {rows}", speaks, rows_are_known, moment)
+
+    def step_number(self) -> int:
+        return self.trainer.state.global_step + 1
+
+    def micro_batches(self) -> list[tuple[dict, torch.Tensor]]:
+        return list(zip(self.batches, self.losses, strict=False))
+
+    def worst_batch(self) -> dict:
+        """Return the micro-batch with the highest mean loss."""
+        by_tokens = self.trainer.model_accepts_loss_kwargs or self.trainer.parity.sequence_parallel
+
+        def mean_loss(micro_batch: tuple[dict, torch.Tensor]) -> float:
+            batch, loss = micro_batch
+            if not by_tokens:  # a mean already
+                return float(loss)
             return float(loss) / max(1, int((batch["labels"] != -100).sum()))
 
-        return [max(pairs, key=loss_by_token)[0]]
+        batch, _ = max(self.micro_batches(), key=mean_loss)
+        return batch
 
-    def end(self, fault: str, guilty_ranks: Sequence[int], moment: str = "before") -> NoReturn:
-        """End the run on all ranks; the guilty ones say step, rank and rows."""
-        trainer = self.trainer
+    def name_rows(self, batches: list[dict]) -> str:
+        """Return the rows of these micro-batches in words; all ranks must call it together: it has barriers."""
         try:
-            rows = find_rows(trainer, self.suspects(guilty_ranks))  # on every rank: it has barriers
+            return str(find_rows(self.trainer, batches))
         except Exception as error:  # the fault itself is to be told in any case
-            rows = f"unknown ({error})"
-        rank = trainer.args.process_index
-        if rank in guilty_ranks:
-            saved = sorted(Path(trainer.args.output_dir).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
-            checkpoint = saved[-1] if saved else "none"
+            return f"unknown ({error})"
+
+    def end(self, fault: str, speaks: bool, rows_are_known: bool, moment: str) -> NoReturn:
+        """End the run on all ranks, with what to do from those that speak.
+
+        `moment`: "before" or "after" the weights changed.
+        """
+        if speaks:
+            folders = Path(self.trainer.args.output_dir).glob("checkpoint-*")
+            checkpoints = sorted(folders, key=lambda path: path.stat().st_mtime)
+            checkpoint = checkpoints[-1] if checkpoints else None
             write_stderr(
-                f"{recipe_name()}: step {trainer.state.global_step + 1}, rank {rank}: {fault}; rows {rows}; stopped "
-                f"{moment} the weights changed, last checkpoint: {checkpoint}. Look at these rows, or lower "
-                "--learning_rate"
+                f"{recipe_name()}: {fault}; stopped {moment} the weights changed, last checkpoint: "
+                f"{checkpoint or 'none'}. {advise(rows_are_known, checkpoint is not None)}"
             )
-        trainer.accelerator.wait_for_everyone()  # a launcher kills the other ranks as soon as one has ended
+        self.trainer.accelerator.wait_for_everyone()  # a launcher kills the other ranks as soon as one has ended
         sys.exit(1)
+
+
+def advise(rows_are_known: bool, has_checkpoint: bool) -> str:
+    """Return what to do after a step that would do harm."""
+    go_on = "lower --learning_rate in another --output_dir"
+    if has_checkpoint:
+        go_on = (
+            "go on from the checkpoint with --resume_from_checkpoint true --learning_rate LOWER --allow learning_rate"
+        )
+    if rows_are_known:
+        return f"Look at these rows (a set without them is another run: another --output_dir), or {go_on}"
+    return go_on[0].upper() + go_on[1:]

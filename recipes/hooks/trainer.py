@@ -5,6 +5,7 @@ Every private name that is overridden or called stands in private_names.py with 
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import trl
@@ -13,9 +14,13 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from .checkpoints import find_fault, seal
 from .parity import Parity, use_autocast
+from .resume_rules import CARRIED
 from .signals import SaveOnSignal
 from .step_watch import StepWatch
 from .throughput import Throughput
+
+if TYPE_CHECKING:
+    from .checks.trained_ends import ContextTurns
 
 
 class SFTTrainer(trl.SFTTrainer):
@@ -36,6 +41,8 @@ class SFTTrainer(trl.SFTTrainer):
         self.signals = SaveOnSignal(self)
         self.watch.signals = self.signals
         self.add_callback(self.signals)
+        self.changed_settings: list[str] = []  # by a resume, as --allow has it
+        self.context_turns: ContextTurns | None = None  # check_trained_ends counts them
         self.checkpoint_to_push: str | None = None  # written, not yet sealed
         self.saving_checkpoint = False
         if self.args.bf16:
@@ -99,6 +106,35 @@ class SFTTrainer(trl.SFTTrainer):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+
+    # -- a resume --
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the state of a checkpoint; give the optimizer the values that `--allow` lets a resume change.
+
+        They stand in the state: transformers goes on with the old learning rate, whatever --learning_rate says
+        (transformers#9099).
+        """
+        own_groups = [dict(group) for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        for setting in self.changed_settings:
+            for name in CARRIED.get(setting, ()):
+                for group, own_group in zip(self.optimizer.param_groups, own_groups, strict=True):
+                    if name in own_group:
+                        group[name] = own_group[name]
+        if "learning_rate" in self.changed_settings:
+            self.set_scheduled_rates()
+
+    def set_scheduled_rates(self) -> None:
+        """Have the schedule go on from the optimizer's new initial rates, at the step where it stands."""
+        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate may have wrapped it
+        groups = self.optimizer.param_groups
+        scheduler.base_lrs = [group["initial_lr"] for group in groups]
+        rates = scheduler.get_lr()
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler.load_state_dict({**scheduler.state_dict(), "_last_lr": rates})  # what is logged
 
     # -- a checkpoint: written, sealed, then pushed, and only then an older one deleted --
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:

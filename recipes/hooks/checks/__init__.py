@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
-from ..messages import say
-from . import adapter_coverage
+from ..checkpoints import read_run
+from .adapter_coverage import check_adapter_coverage, check_adapter_settings
 from .allowed import ALLOWED, check_allowed_names
+from .checkpoint import check_engine_of_checkpoint, check_optimizer_state
 from .compiled import check_compiled_for
 from .counts import check_counts
 from .downloads import say_downloads
@@ -27,9 +28,11 @@ from .paths import check_model_and_dataset_names
 from .personas import check_personas
 from .ranks import refuse_on_all_ranks
 from .rows import check_local_rows, check_rows
-from .settings import check_choices, check_packages
-from .stop_token import check_pad_token, check_stop_token, load_tokenizer, silence_false_alarm
+from .settings import check_choices, check_packages, say_save_only_model
+from .stop_token import check_pad_token, check_stop_token, load_tokenizer, silence_stop_warning
 from .template import check_template
+from .tied_embeddings import check_tied_embeddings
+from .trained_ends import check_trained_ends
 
 if TYPE_CHECKING:
     from ..trainer import SFTTrainer
@@ -38,6 +41,7 @@ __all__ = [
     "ALLOWED",
     "check_before_load",
     "check_before_train",
+    "check_checkpoint",
     "check_rows",
     "name_engine",
     "refuse_on_all_ranks",
@@ -51,7 +55,7 @@ def check_before_load(script_args: ScriptArguments, training_args: SFTConfig, mo
     """
     allow = script_args.allow
     with refuse_on_all_ranks(training_args):
-        check_allowed_names(allow)
+        check_allowed_names(allow, script_args, training_args, model_args)
         check_choices(script_args, training_args, model_args)
         check_packages(training_args, model_args)
         check_model_and_dataset_names(script_args, model_args)
@@ -59,11 +63,13 @@ def check_before_load(script_args: ScriptArguments, training_args: SFTConfig, mo
         check_sequence_parallelism(training_args)
         check_method_and_engine(training_args, model_args, allow)
         check_local_rows(script_args, training_args)
-        silence_false_alarm(training_args)
+        silence_stop_warning(training_args)
 
+        say_save_only_model(training_args)
         say_downloads(script_args, model_args)
         config = load_config(training_args, model_args)
         check_model_class(config, training_args, model_args)
+        check_adapter_settings(config, training_args, model_args)
         tokenizer = load_tokenizer(training_args, model_args)
         if tokenizer is not None:
             check_stop_token(tokenizer, training_args, model_args.model_name_or_path)
@@ -72,12 +78,20 @@ def check_before_load(script_args: ScriptArguments, training_args: SFTConfig, mo
         check_packing(config, training_args)
 
 
+def check_checkpoint(script_args: ScriptArguments, training_args: SFTConfig) -> None:
+    """Raise UsageError for a checkpoint that cannot be gone on from exactly."""
+    with refuse_on_all_ranks(training_args):
+        check_engine_of_checkpoint(read_run(training_args.resume_from_checkpoint), training_args)
+        check_optimizer_state(training_args, script_args.allow)
+
+
 def check_before_train(trainer: "SFTTrainer", script_args: ScriptArguments, model_args: ModelConfig) -> None:
     """Raise UsageError for what only the built trainer shows; say what is trained."""
     allow = script_args.allow
     with refuse_on_all_ranks(trainer.args):
         check_master_weights(trainer, model_args, allow)
-        if model_args.use_peft:
-            say(adapter_coverage.adapter_coverage(trainer.model).describe())
+        check_tied_embeddings(trainer)
+        check_adapter_coverage(trainer, model_args, allow)
         check_personas(trainer, allow)
+        check_trained_ends(trainer, allow)
         check_counts(trainer, allow)

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,12 +10,15 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, Json, Value
 from trl import ScriptArguments, SFTConfig
 
-from ..messages import UsageError
+from data_prep.rows import says_nothing
+
+from ..messages import UsageError, say
 from .compiled import check_compiled_settings, check_settings_of_other_rows, is_compiled
 from .ranks import refuse_on_all_ranks
 
 HEAD_BYTES = 16 << 20  # of a JSON file: its first row stands in them, or the loader is left to it
 SHOWN_ROWS = 9
+BATCH_ROWS = 1000  # read at a time
 TRL_COLUMNS = {"messages", "completion", "text", "input_ids"}  # without any of them a recipe's to_messages reads a row
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError)  # heads of files
 READ_COLUMNS = ("messages", "prompt", "conversations")  # that TRL reads, beside dataset_text_field
@@ -50,8 +53,7 @@ def check_rows(
             if not len(rows):
                 raise UsageError(f"dataset {script_args.dataset_name}: {split} has no rows: pass a set that has some")
             check_columns(rows.features, script_args, training_args)
-            if training_args.assistant_only_loss:
-                check_assistant_turns(rows, split, script_args, training_args)
+            check_turns(rows, split, script_args, training_args)
 
 
 def check_local_rows(script_args: ScriptArguments, training_args: SFTConfig) -> None:
@@ -126,16 +128,20 @@ def suggest_messages(features: Features, script_args: ScriptArguments, training_
 
 def suggest_normalize(features: Features, script_args: ScriptArguments) -> str:
     """Return the command that makes rows of messages of rows with these columns."""
+    out = Path("data") / Path(script_args.dataset_name).stem
+    if out.exists():
+        out = out.with_name(f"{out.name}-messages")
+    arguments = normalize_arguments(features, script_args)
+    return f"python data_prep/normalize.py {arguments} --out {shlex.quote(str(out))} makes messages of them"
+
+
+def normalize_arguments(features: Features, script_args: ScriptArguments) -> str:
+    """Return the first arguments of normalize.py for the set, whose rows have these columns."""
     name = script_args.dataset_name
     rows = name
     if script_args.dataset_config and not Path(name).exists():
         rows = f"{name}:{script_args.dataset_config}"
-    arguments = choose_source(features)
-    out = Path("data") / Path(name).stem
-    if out.exists():
-        out = out.with_name(f"{out.name}-messages")
-    command = arguments.format(rows=shlex.quote(rows))
-    return f"python data_prep/normalize.py {command} --out {shlex.quote(str(out))} makes messages of them"
+    return choose_source(features).format(rows=shlex.quote(rows))
 
 
 def explain_missing_column(script_args: ScriptArguments, column: str) -> str:
@@ -162,37 +168,124 @@ def choose_source(features: Features) -> str:
 
 
 # -- turns ------------------------------------------------------------------------------------------------------------
-def check_assistant_turns(rows: Dataset, split: str, script_args: ScriptArguments, training_args: SFTConfig) -> None:
-    """Raise UsageError for rows in which the assistant says nothing; TRL stops at the first without naming it."""
-    without = find_rows_without_assistant(rows, training_args)
-    if not without:
+@dataclass
+class RowFaults:
+    """Positions of rows, from 0, by what is wrong with their turns."""
+
+    without_assistant: list[int] = field(default_factory=list)  # in what the loss is taken over
+    empty_answers: list[int] = field(default_factory=list)  # an assistant turn has neither text nor tool calls
+    unanswered: list[int] = field(default_factory=list)  # the last turn is not the assistant's
+    empty_questions: list[int] = field(default_factory=list)  # a turn of the user or the system has no text
+
+
+def check_turns(rows: Dataset, split: str, script_args: ScriptArguments, training_args: SFTConfig) -> None:
+    """Raise UsageError for rows in which the assistant says nothing, where TRL stops at one or trains them in silence.
+
+    What else data_prep/check.py finds in turns, and what leaves something to train, is said.
+    """
+    columns = trained_columns(rows, training_args)
+    if not columns:
         return
+    faults = find_faults(rows, columns)
     name = script_args.dataset_name
-    shown = ", ".join(str(number) for number in without[:SHOWN_ROWS])
-    if len(without) > SHOWN_ROWS:
+    if faults.without_assistant and training_args.assistant_only_loss:
+        state = describe_rows(faults.without_assistant, rows, split, "have no assistant turn")
+        raise UsageError(f"dataset {name}: {state}: {suggest_set_without(rows, script_args)}")
+    if faults.empty_answers and "empty_answers" not in script_args.allow:
+        state = describe_rows(faults.empty_answers, rows, split, "have an answer without text or tool calls")
+        raise UsageError(
+            f"dataset {name}: {state}: {suggest_set_without(rows, script_args)}, --allow empty_answers trains them"
+        )
+    if faults.unanswered and training_args.assistant_only_loss:
+        state = describe_rows(faults.unanswered, rows, split, "end with a turn that is not the assistant's")
+        say(f"{state}: nothing of that turn is trained")
+    if faults.empty_questions:
+        say(describe_rows(faults.empty_questions, rows, split, "have a turn of the user or system without text"))
+
+
+def trained_columns(rows: Dataset, training_args: SFTConfig) -> list[str]:
+    """Return the columns of conversations, or of prompt and completion as text, that the loss is taken over."""
+    features = rows.features
+    if not holds_conversations(features) and not holds_text_pairs(features):
+        return []
+    if "messages" in features:
+        return ["messages"]
+    if training_args.completion_only_loss is not False:  # TRL's default for such rows
+        return ["completion"]
+    return ["prompt", "completion"]
+
+
+def holds_text_pairs(features: Features) -> bool:
+    """Return whether rows are a prompt and a completion in plain text."""
+    if "messages" in features or not {"prompt", "completion"} <= set(features):
+        return False
+    dtypes = {getattr(features[name], "dtype", None) for name in ("prompt", "completion")}
+    return dtypes <= {"string", "large_string"}
+
+
+def find_faults(rows: Dataset, columns: list[str]) -> RowFaults:
+    """Return which rows have which fault in the turns of these columns."""
+    faults = RowFaults()
+    number = 0
+    for batch in rows.select_columns(columns).iter(BATCH_ROWS):
+        for values in zip(*(batch[column] for column in columns), strict=True):
+            turns = []
+            for column, value in zip(columns, values, strict=True):
+                turns += read_turns(column, value)
+            note_faults(faults, number, turns)
+            number += 1
+    return faults
+
+
+def read_turns(column: str, value: list | str | None) -> list[dict]:
+    """Return the turns of a column of a row; text is one turn."""
+    if isinstance(value, str):
+        role = "user" if column == "prompt" else "assistant"
+        return [{"role": role, "content": value}]
+    return [turn for turn in value or [] if isinstance(turn, dict)]
+
+
+def note_faults(faults: RowFaults, number: int, turns: list[dict]) -> None:
+    """Add a row's number to the faults that its turns have."""
+    roles = [turn.get("role") for turn in turns]
+    empty_roles = {turn.get("role") for turn in turns if is_empty(turn)}
+    if "assistant" not in roles:
+        faults.without_assistant.append(number)
+    elif roles[-1] != "assistant":
+        faults.unanswered.append(number)
+    if "assistant" in empty_roles:
+        faults.empty_answers.append(number)
+    if not empty_roles.isdisjoint(("user", "system")):
+        faults.empty_questions.append(number)
+
+
+def is_empty(turn: dict) -> bool:
+    """Return whether a turn is empty by the rule of data_prep/check.py; content in parts is left to the template."""
+    content = turn.get("content")
+    if "role" not in turn or not isinstance(content, str | None):
+        return False
+    return says_nothing(turn)
+
+
+def describe_rows(numbers: list[int], rows: Dataset, split: str, fault: str) -> str:
+    """Return how many rows of a split have a fault, and the first of them."""
+    shown = ", ".join(str(number) for number in numbers[:SHOWN_ROWS])
+    if len(numbers) > SHOWN_ROWS:
         shown += ", …"
-    command = f"data_prep/normalize.py messages {shlex.quote(name)} --out OUT"
+    return f"{len(numbers):,} of {len(rows):,} rows of {split} {fault} (rows {shown} from 0)"
+
+
+def suggest_set_without(rows: Dataset, script_args: ScriptArguments) -> str:
+    """Return the command that writes the set without rows in which the assistant says nothing."""
+    name = script_args.dataset_name
+    features = rows.features
     if Path(name).exists():
-        command = f"data_prep/check.py {shlex.quote(name)} --fix --out OUT"
-    raise UsageError(
-        f"dataset {name}: {len(without):,} of {len(rows):,} rows of {split} have no assistant turn (rows {shown} from "
-        f"0): python {command} writes a set without them"
-    )
-
-
-def find_rows_without_assistant(rows: Dataset, training_args: SFTConfig) -> list[int]:
-    """Return the positions of the rows with nothing to train: no assistant turn in what the loss is taken over."""
-    columns = ["messages"]
-    if "messages" not in rows.column_names:
-        columns = ["prompt", "completion"]
-        if training_args.completion_only_loss is not False:  # TRL's default for such rows
-            columns = ["completion"]
-    without = []
-    for number, row in enumerate(rows.select_columns(columns)):
-        turns = [turn for column in columns for turn in row[column] or []]
-        if not any(turn.get("role") == "assistant" for turn in turns):
-            without.append(number)
-    return without
+        features = read_features(Path(name), script_args.dataset_train_split) or features  # before to_messages
+    if Path(name).exists() and "messages" in features:
+        command = f"data_prep/check.py {shlex.quote(name)} --fix"
+    else:
+        command = f"data_prep/normalize.py {normalize_arguments(features, script_args)}"
+    return f"python {command} --out OUT writes a set without them"
 
 
 # -- the columns of a file or folder ----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.training_args import OptimizerNames
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
-from ..messages import UsageError
+from ..messages import UsageError, say
 from .suggestions import nearest_name
 
 PIP_NAMES = {  # module: what pip installs, where it has another name
@@ -90,6 +90,12 @@ def check_packages(training_args: SFTConfig, model_args: ModelConfig) -> None:
         require("--load_in_4bit true", "bitsandbytes")
     if model_args.load_in_8bit:
         require("--load_in_8bit true", "bitsandbytes")
+
+
+def say_save_only_model(training_args: SFTConfig) -> None:
+    """Say what a run with --save_only_model cannot do later, before it is paid for."""
+    if training_args.save_only_model:
+        say("--save_only_model true: checkpoints hold no optimizer state: a resume cannot go on exactly")
 
 
 def find_optimizer_module(optimizer: str) -> str | None:

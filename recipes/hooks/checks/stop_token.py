@@ -1,22 +1,18 @@
-"""The stop token: it must be one of the tokenizer's, it must be trained, and padding must not mean it."""
+"""The stop token: it must be one of the tokenizer's, and padding must not mean it. trained_ends.py: is it trained."""
 
 import logging
 from difflib import get_close_matches
-from pathlib import Path
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 from trl import ModelConfig, SFTConfig
 
 from ..messages import UsageError
 from .allowed import ALLOWED
 
 SPELLING_CUTOFF = 0.88  # of difflib: a letter is wrong; tokens of another family are farther away
-FALSE_ALARM = "The chat template does not include the assistant turn's end-of-turn token"  # how TRL's warning begins
+STOP_WARNING = "The chat template does not include the assistant turn's end-of-turn token"  # how TRL's begins
 TRL_LOGGER = "trl.trainer.sft_trainer"
 SHOWN_TOKENS = 9
-PROBE = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
 
 
 def load_tokenizer(training_args: SFTConfig, model_args: ModelConfig) -> PreTrainedTokenizerBase | None:
@@ -94,32 +90,17 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase, eos_token: str | None) 
 
 
 # -- TRL's warning that the stop token is not trained -----------------------------------------------------------------
-def is_no_false_alarm(record: logging.LogRecord) -> bool:
-    return FALSE_ALARM not in record.getMessage()
+def is_no_stop_warning(record: logging.LogRecord) -> bool:
+    return STOP_WARNING not in record.getMessage()
 
 
-def silence_false_alarm(training_args: SFTConfig) -> None:
-    """Silence TRL's warning about the stop token where its probe is wrong.
+def silence_stop_warning(training_args: SFTConfig) -> None:
+    """Silence TRL's warning about the stop token where check_trained_ends looks at the answers themselves.
 
-    That probe is user, assistant, user: a template that trains only a final answer (Qwen3 hybrid) is then accused of
-    never training its stop token. Here the probe ends with the answer, and the warning stays if the span lacks it.
+    TRL renders user, assistant, user: it accuses a template that trains a final answer alone (Qwen3 hybrid), and for
+    any other fault it only warns.
     """
     logger = logging.getLogger(TRL_LOGGER)
-    logger.removeFilter(is_no_false_alarm)
-    if training_args.chat_template_path is None:
-        return
-    template = Path(training_args.chat_template_path).read_text(encoding="utf-8")
-    if trains_stop_token(template):
-        logger.addFilter(is_no_false_alarm)
-
-
-def trains_stop_token(template: str) -> bool:
-    """Return whether what the template marks of a final answer goes on behind the answer's text."""
-    try:
-        texts, spans = render_jinja_template([PROBE], chat_template=template, return_assistant_tokens_mask=True)
-    except TemplateError:
-        return False
-    if not spans[0]:
-        return False
-    start, end = spans[0][-1]
-    return not texts[0][start:end].rstrip().endswith("answer")
+    logger.removeFilter(is_no_stop_warning)
+    if training_args.assistant_only_loss:
+        logger.addFilter(is_no_stop_warning)

@@ -1,0 +1,131 @@
+"""One run an output folder: rank 0 holds a lock on a file in it, which the kernel releases however the process ends.
+
+The lock belongs to the process (POSIX record locks): workers that it forks do not hold it on, and over NFS it holds
+between machines. The file says who holds it.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder are not told apart there
+    fcntl = None
+
+from .messages import UsageError, recipe_name, relative_path, say
+
+LOCK = "_lock"  # the recipe overlooks it, and so does a push to the hub, as all names that begin with _
+POLL_SECONDS = 0.5
+HOLDER_BYTES = 4096  # more than a Holder takes
+
+
+@dataclass
+class Holder:
+    """Who trains in a folder."""
+
+    pid: int
+    host: str
+    recipe: str
+    since: str
+    stopping: bool = False  # was told to stop, and saves its last checkpoint
+
+
+held: dict[Path, int] = {}  # folder: descriptor of its lock; a lock is of the process, as the kernel has it
+
+
+def lock_folder(output_dir: str) -> None:
+    """Hold a folder until this process ends; wait for a run that saves its last checkpoint there.
+
+    Raises UsageError where another run holds it.
+    """
+    folder = Path(output_dir).resolve()
+    if fcntl is None or folder in held:
+        return
+    waiting = False
+    while not try_lock(folder):
+        holder = read_holder(folder)
+        if holder is None:  # it has just begun or ended
+            time.sleep(POLL_SECONDS)
+            continue
+        if not holder.stopping:
+            raise UsageError(describe_holder(output_dir, holder))
+        if not waiting:
+            say(f"process {holder.pid} still saves its last checkpoint in {relative_path(output_dir)}: waits for it")
+            waiting = True
+        time.sleep(POLL_SECONDS)
+    write_holder(folder, Holder(os.getpid(), socket.gethostname(), recipe_name(), time.strftime("%F %T")))
+    atexit.register(release_folder, output_dir)
+
+
+def describe_holder(output_dir: str, holder: Holder) -> str:
+    """Return who holds a folder, and how it is stopped or avoided."""
+    stop = f"kill -INT {holder.pid} has it save and end"
+    if holder.host != socket.gethostname():
+        stop = f"kill -INT {holder.pid} on {holder.host} has it save and end"
+    return (
+        f"{relative_path(output_dir)} is in use: {holder.recipe} has trained there since {holder.since}, process "
+        f"{holder.pid} on {holder.host}: {stop}, another --output_dir runs beside it"
+    )
+
+
+def try_lock(folder: Path) -> bool:
+    """Lock the file of a folder, and keep its descriptor; return whether it was free."""
+    path = folder / LOCK
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except FileNotFoundError:  # a run that ended has just removed the empty folder
+        return False
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_current = path.stat().st_ino == os.fstat(descriptor).st_ino  # else a run has removed it as it ended
+    except OSError:  # held by another process, or removed
+        is_current = False
+    if is_current:
+        held[folder] = descriptor
+    else:
+        os.close(descriptor)
+    return is_current
+
+
+def write_holder(folder: Path, holder: Holder) -> None:
+    # through the descriptor that holds the lock: closing another one of the same file would release it
+    text = json.dumps(asdict(holder)).encode()
+    os.ftruncate(held[folder], 0)
+    os.pwrite(held[folder], text, 0)
+
+
+def read_holder(folder: Path) -> Holder | None:
+    """Return who holds a folder; None while that is being written, or where nobody does any more."""
+    try:
+        return Holder(**json.loads((folder / LOCK).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def note_stopping(output_dir: str) -> None:
+    """Tell whoever wants the folder that this run saves and ends; where it is held here. May be called by a signal."""
+    folder = Path(output_dir).resolve()
+    if folder not in held:
+        return
+    holder = Holder(**json.loads(os.pread(held[folder], HOLDER_BYTES, 0)))
+    holder.stopping = True
+    write_holder(folder, holder)
+
+
+def release_folder(output_dir: str) -> None:
+    """Let the folder go, and remove it where nothing was written in it."""
+    folder = Path(output_dir).resolve()
+    descriptor = held.pop(folder, None)
+    if descriptor is None:
+        return
+    with contextlib.suppress(OSError):
+        (folder / LOCK).unlink()
+        folder.rmdir()  # fails where a run has begun in it
+    os.close(descriptor)

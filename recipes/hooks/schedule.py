@@ -1,0 +1,63 @@
+"""How many steps a run has, and what another number of them does to the learning rate."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from accelerate import ParallelismConfig
+from datasets import Dataset
+from transformers import get_scheduler
+from trl import SFTConfig
+
+from .trainer import SFTTrainer
+
+
+def count_steps(trainer: SFTTrainer) -> int:
+    """Return the number of optimizer steps of the whole run, as the trainer counts them."""
+    args = trainer.args
+    if args.max_steps > 0 or not isinstance(trainer.train_dataset, Dataset):
+        return args.max_steps
+    rows = len(trainer.train_dataset)
+    processes = args.world_size // ParallelismConfig().non_data_parallel_size
+    batches = math.ceil(rows / args.per_device_train_batch_size)
+    if args.dataloader_drop_last:
+        batches = rows // args.per_device_train_batch_size
+    batches_of_a_process = math.ceil(batches / processes)
+    steps = max(math.ceil(batches_of_a_process / args.gradient_accumulation_steps), 1)
+    return math.ceil(args.num_train_epochs * steps)
+
+
+def learning_rate_at(training_args: SFTConfig, step: int, steps: int) -> float | None:
+    """Return the rate of the schedule after a step, None where it does not depend on the step alone."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=training_args.learning_rate)
+    scheduler = get_scheduler(
+        training_args.lr_scheduler_type,
+        optimizer=optimizer,
+        num_warmup_steps=training_args.get_warmup_steps(steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=training_args.lr_scheduler_kwargs,
+    )
+    if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        return None
+    return training_args.learning_rate * scheduler.lr_lambdas[0](step)
+
+
+def describe_schedule(trainer: SFTTrainer, checkpoint: str, steps: int) -> str:
+    """Return what the schedule does from a checkpoint on, now that the run has another number of steps."""
+    args = trainer.args
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    step = state["global_step"]
+    name = args.lr_scheduler_type.value
+    if steps <= step:
+        return f"the checkpoint stands at step {step:,}: nothing is left to train"
+    before = learning_rate_at(args, step, state["max_steps"])
+    now = learning_rate_at(args, step, steps)
+    if before is None or now is None:
+        return f"the {name} schedule goes on from step {step:,}"
+    if math.isclose(before, now, rel_tol=1e-6):
+        return f"the {name} schedule ends at step {steps:,}; at step {step:,} the rate stays {now:.3g}"
+    return (
+        f"the {name} schedule now ends at step {steps:,}, so at step {step:,} the rate jumps from {before:.3g} to "
+        f"{now:.3g}"
+    )
