@@ -95,11 +95,17 @@ def seal(folder: Path) -> None:
 
 # -- reading --
 def read_run(checkpoint: str | None) -> dict:
-    """Return run.json of the run that a checkpoint belongs to, empty where there is none."""
+    """Return run.json as it was when a checkpoint was saved, empty where none can be read."""
     if not checkpoint:
         return {}
-    path = Path(checkpoint).parent / RUN
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    folder = Path(checkpoint)
+    for path in (folder / RUN, folder.parent / RUN):
+        if path.is_file():
+            with contextlib.suppress(ValueError):
+                run = json.loads(path.read_text(encoding="utf-8"))
+                if isinstance(run, dict) and {"engine", "settings", "contents"} <= set(run):
+                    return run
+    return {}
 
 
 def find_fault(folder: Path) -> str | None:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from .messages import UsageError, relative_path
 
 CONTENTS = {  # key of run.json's contents, also for --allow: what it is in a sentence
-    "recipe": "recipe",
-    "template": "chat template",
-    "tokenizer": "tokenizer",
-    "data": "training tokens (rows, split or --eval_rows)",
-    "base_config": "config of the base model",
-    "base_weights": "weights of the base model",
+    "recipe": "another recipe, or other code in it",
+    "template": "another chat template",
+    "tokenizer": "another tokenizer",
+    "data": "other training tokens (rows, split or --eval_rows)",
+    "base_config": "another config of the base model",
+    "base_weights": "other weights of the base model",
 }
 
 
@@ -25,10 +25,8 @@ class Difference:
     note: str = ""  # what it means
 
     def describe(self) -> str:
-        if self.name == "recipe":
-            text = f"recipe {self.before}, now {self.now}"
-        elif self.name in CONTENTS:
-            text = f"another {CONTENTS[self.name]}"
+        if self.name in CONTENTS:
+            text = CONTENTS[self.name]
         else:
             text = f"{self.name} {show_value(self.before)}, now {show_value(self.now)}"
         return f"{text} ({self.note})" if self.note else text

@@ -1,5 +1,6 @@
 """Hashes of what a run is made of: tokens, template, tokenizer, base model, code."""
 
+import ast
 import hashlib
 import json
 import struct
@@ -20,6 +21,22 @@ def hash_text(text: str) -> str:
 
 def hash_json(value: object) -> str:
     return hash_text(json.dumps(value, sort_keys=True, default=str))
+
+
+def hash_code(source: str) -> str:
+    """Return a hash of what Python code does: without comments, docstrings and DEFAULTS, whose values are compared."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [statement for statement in body if not is_text_or_defaults(statement)]
+    return hash_text(ast.dump(tree))
+
+
+def is_text_or_defaults(statement: ast.stmt) -> bool:
+    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+        return True
+    return isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "DEFAULTS"
 
 
 def hash_tokens(rows: Dataset) -> str:
@@ -60,13 +77,22 @@ def hash_config(folder: Path) -> str:
     return hash_json({name: value for name, value in config.items() if name not in PATH_NAMES})
 
 
+def find_shards(folder: Path) -> list[Path]:
+    """Return the files that from_pretrained reads: those of the index, else model.safetensors."""
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return [folder / name for name in sorted(names) if (folder / name).is_file()]
+
+
 def hash_weights(folder: Path) -> str | None:
     """Return a hash of a model's weights, None where it has no safetensors.
 
     Of every tensor: name, dtype, shape, and SAMPLE_BYTES at its start, middle and end, so that 100 GB take a second.
     A change of a few rows of one tensor, elsewhere than there, is not seen.
     """
-    paths = sorted(folder.glob("*.safetensors"))
+    paths = find_shards(folder)
     if not paths:
         return None
     tensors = {}

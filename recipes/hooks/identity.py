@@ -7,6 +7,7 @@ optimizer brings along, as its learning rate, takes the new value where that is 
 """
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,13 +17,14 @@ from . import fingerprints, resume_rules
 from .checkpoints import RUN, read_run, write_json
 from .checks.engine import name_engine
 from .differences import CONTENTS, Difference, find_differences, refuse_differences
-from .messages import recipe_name, relative_path, say
+from .messages import say
 from .schedule import count_steps, describe_schedule
 from .trainer import SFTTrainer
 
-INIT_KWARGS_ELSEWHERE = ("dtype", "revision", "attn_implementation", "use_safetensors")  # compared by their flags
+INIT_KWARGS_ELSEWHERE = ("dtype", "revision", "attn_implementation", "use_safetensors")  # compared by themselves
 NOT_OF_ADAPTERS = ("base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode")
-NO_LAMBDA = ("reduce_lr_on_plateau", "greedy")  # schedules with a state of another form than the others'
+NO_LAMBDA = {"reduce_lr_on_plateau", "greedy"}  # schedules with a state of another form than the others'
+DEEPSPEED_SECTIONS = ("optimizer", "scheduler", "gradient_clipping")  # of its config, that determine the result
 
 
 # -- settings, before anything is loaded ------------------------------------------------------------------------------
@@ -33,10 +35,14 @@ def describe_settings(
     values = {**asdict(script_args), **asdict(model_args), **training_args.to_dict()}
     init_kwargs = dict(values["model_init_kwargs"] or {})
     values["attn_implementation"] = init_kwargs.get("attn_implementation")
-    for name in INIT_KWARGS_ELSEWHERE:
-        init_kwargs.pop(name, None)
-    values["model_init_kwargs"] = init_kwargs
+    values["dtype"] = init_kwargs.get("dtype", values["dtype"])
+    values["model_init_kwargs"] = {
+        name: value for name, value in init_kwargs.items() if name not in INIT_KWARGS_ELSEWHERE
+    }
     values["processes"] = training_args.world_size
+    if training_args.deepspeed_plugin is not None:
+        config = training_args.deepspeed_plugin.deepspeed_config
+        values["deepspeed_config"] = {name: config.get(name) for name in DEEPSPEED_SECTIONS}
     settings = {}
     for name, value in values.items():
         if name not in resume_rules.FREE:
@@ -45,11 +51,14 @@ def describe_settings(
 
 
 def value_or_code(value: object) -> object:
-    """Return a setting's value; of a Python file, as --optimizer names one, its name and a hash of its text."""
+    """Return a setting's value; of a Python file, as --optimizer names one, its name and a hash of its code."""
     if isinstance(value, str) and value.endswith(".py") and Path(value).is_file():
-        digest = fingerprints.hash_text(Path(value).read_text(encoding="utf-8"))
-        return f"{Path(value).name} {digest[:12]}"
+        return describe_code(Path(value))
     return value
+
+
+def describe_code(path: Path) -> str:
+    return f"{path.name} {fingerprints.hash_code(path.read_text(encoding='utf-8'))[:12]}"
 
 
 def check_settings(
@@ -58,24 +67,41 @@ def check_settings(
     """Return this run's settings. Raises UsageError where the checkpoint to resume is of a run with others."""
     now = describe_settings(script_args, training_args, model_args)
     checkpoint = training_args.resume_from_checkpoint
-    if not checkpoint:
-        return now
-    run = read_run(checkpoint)
-    if not run:
-        say(f"{relative_path(checkpoint)} has no {RUN} beside it: whether it is of the same run is not checked")
+    if checkpoint:
+        found = find_differences(read_run(checkpoint).get("settings", {}), now)
+        not_loadable = find_not_loadable(found, training_args)
+        refuse_differences(checkpoint, leave_out_rounding(found, now, False), not_loadable, script_args.allow)
+    return now
+
+
+def leave_out_rounding(found: list[Difference], settings: dict[str, object], has_router_loss: bool) -> list[Difference]:
+    """Return the differences of settings that change more than rounding."""
+    rounding = resume_rules.rounding_names(settings, has_router_loss)
+    kept = []
+    for difference in found:
+        if difference.name in rounding or (difference.name == "optim" and is_same_optimizer(difference)):
+            continue
+        kept.append(difference)
+    return kept
+
+
+def is_same_optimizer(difference: Difference) -> bool:
+    return any({difference.before, difference.now} <= values for values in resume_rules.SAME_STATE)
+
+
+def find_not_loadable(found: list[Difference], training_args: SFTConfig) -> dict[str, str]:
+    """Return {name: why the checkpoint cannot be loaded so} of a resume with these differences."""
     not_loadable = dict(resume_rules.NOT_LOADABLE)
     if training_args.deepspeed_plugin is not None:
         not_loadable.update(dict.fromkeys(resume_rules.CARRIED, "DeepSpeed loads the checkpoint's own"))
-    found = []
-    for difference in find_differences(run.get("settings", {}), now):
-        if difference.name in resume_rules.ROUNDING:
-            say(f"goes on with {difference.describe()}: the same rows a step, other rounding")
-            continue
-        found.append(difference)
-        if difference.name == "lr_scheduler_type" and {difference.before, difference.now} & set(NO_LAMBDA):
+    if training_args.lr_scheduler_type.value in NO_LAMBDA:
+        not_loadable["learning_rate"] = "the checkpoint's schedule has its own"
+    for difference in found:
+        if difference.name == "lr_scheduler_type" and {difference.before, difference.now} & NO_LAMBDA:
             not_loadable[difference.name] = "the checkpoint's schedule has another state"
-    refuse_differences(checkpoint, found, not_loadable, script_args.allow)
-    return now
+        if difference.name == "optimizer" and difference.before.split()[0] != difference.now.split()[0]:
+            not_loadable[difference.name] = "the checkpoint holds another optimizer's state"
+    return not_loadable
 
 
 # -- contents, before the first step ----------------------------------------------------------------------------------
@@ -103,7 +129,8 @@ def describe_contents(trainer: SFTTrainer, model_args: ModelConfig) -> dict[str,
     if Path(str(args.chat_template_path)).is_file():
         template = Path(args.chat_template_path).read_text(encoding="utf-8")
     contents = {
-        "recipe": recipe_name(),
+        "recipe": describe_code(Path(sys.argv[0])),
+        "mixed_precision": trainer.accelerator.mixed_precision,
         "template": fingerprints.hash_text(template),
         "tokenizer": fingerprints.hash_tokenizer(tokenizer),
         "data": fingerprints.hash_tokens(trainer.train_dataset),
@@ -112,7 +139,8 @@ def describe_contents(trainer: SFTTrainer, model_args: ModelConfig) -> dict[str,
         "base_model": model_args.model_name_or_path,
         "base_revision": model_args.model_revision,
     }
-    folder = fingerprints.find_model_folder(model_args.model_name_or_path, model_args.model_revision)
+    revision = (args.model_init_kwargs or {}).get("revision", model_args.model_revision)
+    folder = fingerprints.find_model_folder(model_args.model_name_or_path, revision)
     if folder is not None:
         contents["base_config"] = fingerprints.hash_config(folder)
         contents["base_weights"] = fingerprints.hash_weights(folder)
@@ -121,9 +149,9 @@ def describe_contents(trainer: SFTTrainer, model_args: ModelConfig) -> dict[str,
 
 def find_changed_contents(before: dict, now: dict, trainer: SFTTrainer) -> list[Difference]:
     """Return what differs of two describe_contents()."""
-    found = find_differences(before, {name: now[name] for name in CONTENTS if name in now})
-    for difference in find_differences(before.get("adapters", {}), now["adapters"], resume_rules.ADAPTER_FLAGS):
-        found.append(difference)
+    names = [name for name in (*CONTENTS, "mixed_precision") if name in now]
+    found = find_differences(before, {name: now[name] for name in names})
+    found += find_differences(before.get("adapters", {}), now["adapters"], resume_rules.ADAPTER_FLAGS)
     steps_before = before.get("max_steps", now["max_steps"])
     if steps_before != now["max_steps"]:
         note = describe_schedule(trainer, trainer.args.resume_from_checkpoint, now["max_steps"])
@@ -131,23 +159,40 @@ def find_changed_contents(before: dict, now: dict, trainer: SFTTrainer) -> list[
     return found
 
 
+def names_that_follow(changed: list[Difference]) -> list[str]:
+    """Return which contents may differ because of settings that are allowed to."""
+    names = {difference.name for difference in changed}
+    follow = []
+    if names & set(resume_rules.DATA_SETTINGS):
+        follow += ["data", "max_steps"]
+    if "global_batch_size" in names:
+        follow.append("max_steps")
+    return follow
+
+
 def check_contents(
     trainer: SFTTrainer, model_args: ModelConfig, settings: dict[str, object], allow: list[str]
 ) -> list[str]:
-    """Write run.json; return the names of the settings that a resume changes. Raises UsageError."""
+    """Write run.json; return the names of what a resume changes. Raises UsageError for what is not allowed."""
     now = describe_contents(trainer, model_args)
     checkpoint = trainer.args.resume_from_checkpoint
-    before = read_run(checkpoint)
-    changes = find_differences(before.get("settings", {}), settings)  # check_settings has let them pass
-    names = [difference.name for difference in changes if difference.name not in resume_rules.ROUNDING]
-    if before:
-        found = find_changed_contents(before["contents"], now, trainer)
-        changes += refuse_differences(checkpoint, found, resume_rules.NOT_LOADABLE, allow)
-    told = before.get("changes", [])
-    for difference in changes:
-        if difference.name not in resume_rules.ROUNDING:
-            say(f"goes on with {difference.describe()}")
-        told.append({"checkpoint": Path(checkpoint).name, **asdict(difference)})
-    run = {"engine": name_engine(trainer.args), "settings": settings, "contents": now, "changes": told}
+    run = {"engine": name_engine(trainer.args), "settings": settings, "contents": now, "changes": []}
+    changed = []
+    if checkpoint:
+        before = read_run(checkpoint)
+        run["changes"] = before.get("changes", [])
+        all_settings = find_differences(before.get("settings", {}), settings)
+        changed = leave_out_rounding(all_settings, settings, trainer.aux_loss_enabled)
+        for difference in all_settings:
+            if difference not in changed:
+                say(f"goes on with {difference.describe()}: the same rows a step, other rounding")
+        contents = find_changed_contents(before.get("contents", {}), now, trainer)
+        names = {difference.name for difference in changed}
+        changed += [difference for difference in contents if difference.name not in names]
+        allow = [*allow, *names_that_follow(changed)]
+        refuse_differences(checkpoint, changed, find_not_loadable(changed, trainer.args), allow)
+    for difference in changed:
+        say(f"goes on with {difference.describe()}")
+        run["changes"].append({"checkpoint": Path(checkpoint).name, **asdict(difference)})
     write_json(Path(trainer.args.output_dir) / RUN, run)
-    return names
+    return [difference.name for difference in changed]

@@ -104,7 +104,8 @@ def suggest_smaller_activations(
         now = training_args.gradient_accumulation_steps
         batch = script_args.global_batch_size
         reason = f"accumulation becomes {now * rows} (now {now}), the global batch stays {batch}"
-        chosen.append(Suggestion("--per_device_train_batch_size 1", str(rows), reason, ""))
+        flags_on_resume = None if getattr(script_args, "micro_batch_mean", False) else ""
+        chosen.append(Suggestion("--per_device_train_batch_size 1", str(rows), reason, flags_on_resume))
     return chosen
 
 

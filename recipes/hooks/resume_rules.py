@@ -1,5 +1,7 @@
 """What a change of a setting means on a resume. A name that stands in no table here makes another run."""
 
+from collections.abc import Mapping
+
 FREE = {  # changes nothing of what is trained
     # found by its contents: tokens, template, tokenizer, weights, number of steps
     *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming"),
@@ -47,9 +49,13 @@ NOT_LOADABLE = {  # the checkpoint cannot be loaded into such a run
     "optim": "the checkpoint holds another optimizer's state",
     "optim_args": "the checkpoint holds the optimizer's own",
     "optim_target_modules": "the checkpoint holds another optimizer's state",
-    "optimizer": "the checkpoint holds another optimizer's state",
     "peft_type": "the checkpoint's adapters are of another kind",
 }
+SAME_STATE = ({"adamw_torch", "adamw_torch_fused"}, {"adamw_8bit", "paged_adamw_8bit"})  # values of optim
+DATA_SETTINGS = (  # where one of these is allowed to change, so are the tokens and the number of steps that follow
+    *("max_length", "packing", "packing_strategy", "truncation_mode", "shuffle_dataset", "dataset_text_field"),
+    *("dataset_kwargs", "assistant_only_loss", "completion_only_loss", "one_stream", "whole_steps"),
+)
 CARRIED = {  # the checkpoint's optimizer brings its own value: names in its param_groups
     "learning_rate": ("lr", "initial_lr"),
     "weight_decay": ("weight_decay",),
@@ -63,3 +69,17 @@ ADAPTER_FLAGS = {  # name in PEFT's config: the flag
     "r": "lora_r",
     "modules_to_save": "lora_modules_to_save",
 }
+
+
+def rounding_names(settings: Mapping[str, object], has_router_loss: bool) -> set[str]:
+    """Return which names of ROUNDING change nothing but rounding in a run with these settings.
+
+    A mean over micro-batches, and a router's loss, depend on what is in a micro-batch; a sampler that sorts by length
+    depends on how many there are in a step.
+    """
+    names = set(ROUNDING)
+    if settings.get("micro_batch_mean") or has_router_loss:
+        names -= {"per_device_train_batch_size", "auto_find_batch_size", "processes"}
+    if settings.get("train_sampling_strategy") not in ("random", "sequential"):
+        names -= {"per_device_train_batch_size", "auto_find_batch_size", "processes"}
+    return names

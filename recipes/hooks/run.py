@@ -9,7 +9,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from .arguments import TrlParser
 from .checkpoints import choose_checkpoint, on_main_process
-from .checks import check_before_load, check_before_train, check_checkpoint
+from .checks import check_before_load, check_before_train, check_checkpoint, check_output_dir
 from .checks.rows import check_rows as check_loaded_rows
 from .end_block import print_end_block
 from .heartbeat import Heartbeat
@@ -41,6 +41,7 @@ def before_load(
     import_hook_files(script_args.hooks)
     check_before_load(script_args, training_args, model_args)
     on_main_process(lambda: lock_folder(training_args.output_dir))
+    on_main_process(lambda: check_output_dir(training_args))
     training_args.resume_from_checkpoint = choose_checkpoint(training_args)
     check_checkpoint(script_args, training_args)
     parser.run_settings = check_settings(script_args, training_args, model_args)

@@ -6,6 +6,7 @@ between machines. The file says who holds it.
 
 import atexit
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -37,30 +38,41 @@ class Holder:
 
 
 held: dict[Path, int] = {}  # folder: descriptor of its lock; a lock is of the process, as the kernel has it
+made: set[Path] = set()  # folders that were not there before
 
 
 def lock_folder(output_dir: str) -> None:
     """Hold a folder until this process ends; wait for a run that saves its last checkpoint there.
 
-    Raises UsageError where another run holds it.
+    Raises UsageError where another run holds it, or where it cannot be made.
     """
     folder = Path(output_dir).resolve()
     if fcntl is None or folder in held:
         return
+    make_folder(folder, output_dir)
     waiting = False
     while not try_lock(folder):
         holder = read_holder(folder)
-        if holder is None:  # it has just begun or ended
-            time.sleep(POLL_SECONDS)
-            continue
-        if not holder.stopping:
+        if holder is not None and not holder.stopping:
             raise UsageError(describe_holder(output_dir, holder))
-        if not waiting:
+        if holder is not None and not waiting:
             say(f"process {holder.pid} still saves its last checkpoint in {relative_path(output_dir)}: waits for it")
             waiting = True
-        time.sleep(POLL_SECONDS)
+        time.sleep(POLL_SECONDS)  # where nobody stands in it, it has just begun or ended
+    if folder not in held:
+        return
     write_holder(folder, Holder(os.getpid(), socket.gethostname(), recipe_name(), time.strftime("%F %T")))
     atexit.register(release_folder, output_dir)
+
+
+def make_folder(folder: Path, output_dir: str) -> None:
+    if folder.is_dir():
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output_dir {output_dir} cannot be made ({error.strerror}): pass another") from None
+    made.add(folder)
 
 
 def describe_holder(output_dir: str, holder: Holder) -> str:
@@ -75,23 +87,41 @@ def describe_holder(output_dir: str, holder: Holder) -> str:
 
 
 def try_lock(folder: Path) -> bool:
-    """Lock the file of a folder, and keep its descriptor; return whether it was free."""
+    """Lock the file of a folder, and keep its descriptor; return whether it was free.
+
+    Where the file system has no locks, it counts as free, and nothing is kept: that is said.
+    """
     path = folder / LOCK
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except FileNotFoundError:  # a run that ended has just removed the empty folder
+        folder.mkdir(parents=True, exist_ok=True)
         return False
+    except OSError as error:
+        raise UsageError(
+            f"{relative_path(path)} cannot be written ({error.strerror}): pass another --output_dir"
+        ) from None
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_current = path.stat().st_ino == os.fstat(descriptor).st_ino  # else a run has removed it as it ended
-    except OSError:  # held by another process, or removed
-        is_current = False
-    if is_current:
-        held[folder] = descriptor
-    else:
+    except OSError as error:
         os.close(descriptor)
-    return is_current
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        say(f"{relative_path(folder)}: no locks there ({error.strerror}): two runs in this folder are not told apart")
+        return True
+    if not is_current(path, descriptor):
+        os.close(descriptor)
+        return False
+    held[folder] = descriptor
+    return True
+
+
+def is_current(path: Path, descriptor: int) -> bool:
+    """Return whether a file is still the one that was opened: a run removes its own as it ends."""
+    try:
+        return path.stat().st_ino == os.fstat(descriptor).st_ino
+    except FileNotFoundError:
+        return False
 
 
 def write_holder(folder: Path, holder: Holder) -> None:
@@ -114,18 +144,22 @@ def note_stopping(output_dir: str) -> None:
     folder = Path(output_dir).resolve()
     if folder not in held:
         return
-    holder = Holder(**json.loads(os.pread(held[folder], HOLDER_BYTES, 0)))
-    holder.stopping = True
-    write_holder(folder, holder)
+    with contextlib.suppress(OSError, ValueError):  # the run must not fail over it
+        holder = Holder(**json.loads(os.pread(held[folder], HOLDER_BYTES, 0)))
+        holder.stopping = True
+        write_holder(folder, holder)
 
 
 def release_folder(output_dir: str) -> None:
-    """Let the folder go, and remove it where nothing was written in it."""
+    """Let the folder go; remove it where it was made for this run and nothing was written in it."""
     folder = Path(output_dir).resolve()
     descriptor = held.pop(folder, None)
     if descriptor is None:
         return
     with contextlib.suppress(OSError):
         (folder / LOCK).unlink()
-        folder.rmdir()  # fails where a run has begun in it
+    if folder in made:
+        made.discard(folder)
+        with contextlib.suppress(OSError):  # a run has begun in it
+            folder.rmdir()
     os.close(descriptor)

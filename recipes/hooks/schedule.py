@@ -28,9 +28,9 @@ def count_steps(trainer: SFTTrainer) -> int:
     return math.ceil(args.num_train_epochs * steps)
 
 
-def learning_rate_at(training_args: SFTConfig, step: int, steps: int) -> float | None:
-    """Return the rate of the schedule after a step, None where it does not depend on the step alone."""
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=training_args.learning_rate)
+def share_of_peak(training_args: SFTConfig, step: int, steps: int) -> float | None:
+    """Return the schedule's factor after a step, None where it does not depend on the step alone."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = get_scheduler(
         training_args.lr_scheduler_type,
         optimizer=optimizer,
@@ -40,7 +40,17 @@ def learning_rate_at(training_args: SFTConfig, step: int, steps: int) -> float |
     )
     if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
         return None
-    return training_args.learning_rate * scheduler.lr_lambdas[0](step)
+    return scheduler.lr_lambdas[0](step)
+
+
+def share_of_peak_of(checkpoint: Path) -> float | None:
+    """Return the same factor of a checkpoint's schedule, None where it does not say."""
+    path = checkpoint / "scheduler.pt"
+    if not path.is_file():
+        return None
+    state = torch.load(path, weights_only=True)
+    peaks = state.get("base_lrs")
+    return state["_last_lr"][0] / peaks[0] if peaks and peaks[0] else None
 
 
 def describe_schedule(trainer: SFTTrainer, checkpoint: str, steps: int) -> str:
@@ -48,16 +58,13 @@ def describe_schedule(trainer: SFTTrainer, checkpoint: str, steps: int) -> str:
     args = trainer.args
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
     step = state["global_step"]
-    name = args.lr_scheduler_type.value
     if steps <= step:
         return f"the checkpoint stands at step {step:,}: nothing is left to train"
-    before = learning_rate_at(args, step, state["max_steps"])
-    now = learning_rate_at(args, step, steps)
+    before = share_of_peak_of(Path(checkpoint))
+    now = share_of_peak(args, step, steps)
+    text = f"the {args.lr_scheduler_type.value} schedule now ends at step {steps:,}"
     if before is None or now is None:
-        return f"the {name} schedule goes on from step {step:,}"
+        return text
     if math.isclose(before, now, rel_tol=1e-6):
-        return f"the {name} schedule ends at step {steps:,}; at step {step:,} the rate stays {now:.3g}"
-    return (
-        f"the {name} schedule now ends at step {steps:,}, so at step {step:,} the rate jumps from {before:.3g} to "
-        f"{now:.3g}"
-    )
+        return f"{text}; at step {step:,} the rate stays at {now:.0%} of its peak"
+    return f"{text}, so at step {step:,} the rate jumps from {before:.0%} to {now:.0%} of its peak"

@@ -16,6 +16,8 @@ from .messages import relative_path
 from .throughput import DatasetSize, count_parameters, numel
 from .trainer import SFTTrainer
 
+AUTOCAST = {"bf16": "bfloat16", "fp16": "float16", "fp8": "fp8", "no": "off"}  # of accelerate's mixed_precision
+
 
 def amount(number: float) -> str:
     """Return a number as one reads it: 1234 -> '1,234', 12345 -> '12.3K', 4.02e9 -> '4.02B'."""
@@ -128,14 +130,9 @@ def describe_model(model: PreTrainedModel, model_args: ModelConfig) -> str:
     return f"{name}, {amount(count.total)} parameters, {amount(count.trained)} trained ({share:.2%})"
 
 
-def describe_weights(model: PreTrainedModel, training_args: SFTConfig) -> str:
-    if training_args.bf16:
-        autocast = "bfloat16"
-    elif training_args.fp16:
-        autocast = "float16"
-    else:
-        autocast = "off"
-    return f"{describe_dtypes(model)}; autocast {autocast}"
+def describe_weights(trainer: SFTTrainer) -> str:
+    autocast = AUTOCAST[trainer.accelerator.mixed_precision]
+    return f"{describe_dtypes(trainer.model)}; autocast {autocast}"
 
 
 def describe_attention(model: PreTrainedModel, training_args: SFTConfig) -> str:
@@ -212,7 +209,7 @@ def start_block(
     args = trainer.args
     block = {
         "model": describe_model(trainer.model, model_args),
-        "weights": describe_weights(trainer.model, args),
+        "weights": describe_weights(trainer),
         "attention": describe_attention(trainer.model, args),
         "template": describe_template(trainer),
     }

@@ -3,6 +3,7 @@
 Every private name that is overridden or called stands in private_names.py with its reason.
 """
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 import trl
 from datasets import Dataset
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from .checkpoints import find_fault, seal
+from .checkpoints import RUN, find_fault, seal
 from .parity import Parity, use_autocast
 from .resume_rules import CARRIED
 from .signals import SaveOnSignal
@@ -21,6 +24,15 @@ from .throughput import Throughput
 
 if TYPE_CHECKING:
     from .checks.trained_ends import ContextTurns
+
+
+class OwnIntervals(TrainerCallback):
+    """Has a resume log, evaluate and save as its own settings say: a checkpoint brings those of before."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        state.compute_steps(args, state.max_steps)
 
 
 class SFTTrainer(trl.SFTTrainer):
@@ -41,6 +53,7 @@ class SFTTrainer(trl.SFTTrainer):
         self.signals = SaveOnSignal(self)
         self.watch.signals = self.signals
         self.add_callback(self.signals)
+        self.add_callback(OwnIntervals)
         self.changed_settings: list[str] = []  # by a resume, as --allow has it
         self.context_turns: ContextTurns | None = None  # check_trained_ends counts them
         self.checkpoint_to_push: str | None = None  # written, not yet sealed
@@ -123,12 +136,14 @@ class SFTTrainer(trl.SFTTrainer):
                 for group, own_group in zip(self.optimizer.param_groups, own_groups, strict=True):
                     if name in own_group:
                         group[name] = own_group[name]
-        if "learning_rate" in self.changed_settings:
+        if self.changed_settings:
             self.set_scheduled_rates()
 
     def set_scheduled_rates(self) -> None:
-        """Have the schedule go on from the optimizer's new initial rates, at the step where it stands."""
+        """Take the rates of this run's schedule at the step where it stands: a checkpoint holds those of its own."""
         scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate may have wrapped it
+        if not isinstance(scheduler, LambdaLR):
+            return
         groups = self.optimizer.param_groups
         scheduler.base_lrs = [group["initial_lr"] for group in groups]
         rates = scheduler.get_lr()
@@ -178,6 +193,9 @@ class SFTTrainer(trl.SFTTrainer):
         self.accelerator.wait_for_everyone()
         if not self.is_world_process_zero():
             return
+        run = Path(self.args.output_dir, RUN)
+        if run.is_file():  # what a resume is compared with
+            shutil.copy(run, folder / RUN)
         seal(folder)
         if self.control.should_training_stop:
             fault = find_fault(folder)

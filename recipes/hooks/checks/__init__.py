@@ -11,7 +11,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig
 from ..checkpoints import read_run
 from .adapter_coverage import check_adapter_coverage, check_adapter_settings
 from .allowed import ALLOWED, check_allowed_names
-from .checkpoint import check_engine_of_checkpoint, check_optimizer_state
+from .checkpoint import check_engine_of_checkpoint, check_optimizer_state, check_output_dir, say_unknown_run
 from .compiled import check_compiled_for
 from .counts import check_counts
 from .downloads import say_downloads
@@ -42,6 +42,7 @@ __all__ = [
     "check_before_load",
     "check_before_train",
     "check_checkpoint",
+    "check_output_dir",
     "check_rows",
     "name_engine",
     "refuse_on_all_ranks",
@@ -81,7 +82,9 @@ def check_before_load(script_args: ScriptArguments, training_args: SFTConfig, mo
 def check_checkpoint(script_args: ScriptArguments, training_args: SFTConfig) -> None:
     """Raise UsageError for a checkpoint that cannot be gone on from exactly."""
     with refuse_on_all_ranks(training_args):
-        check_engine_of_checkpoint(read_run(training_args.resume_from_checkpoint), training_args)
+        run = read_run(training_args.resume_from_checkpoint)
+        say_unknown_run(training_args.resume_from_checkpoint, run)
+        check_engine_of_checkpoint(run, training_args)
         check_optimizer_state(training_args, script_args.allow)
 
 

@@ -1,6 +1,9 @@
 """What `--allow NAME` lets a run do that a check would refuse."""
 
 from collections.abc import Iterable
+from dataclasses import fields
+
+from peft import LoraConfig
 
 from .. import resume_rules
 from ..differences import CONTENTS
@@ -42,6 +45,6 @@ def check_allowed_names(allow: list[str], *arguments: object) -> None:
 
 def is_setting(name: str, arguments: Iterable[object]) -> bool:
     """Return whether a resume can ask for this name."""
-    if name == "max_steps":
+    if name in ("max_steps", "mixed_precision") or name in {field.name for field in fields(LoraConfig)}:
         return True
     return name not in resume_rules.FREE and any(hasattr(argument, name) for argument in arguments)

@@ -5,7 +5,9 @@ from pathlib import Path
 
 from trl import SFTConfig
 
-from ..messages import UsageError, relative_path
+from ..checkpoints import RUN
+from ..messages import UsageError, relative_path, say
+from ..run_lock import LOCK
 from .allowed import ALLOWED
 from .engine import name_engine
 
@@ -30,6 +32,12 @@ def engine_of_run(training_args: SFTConfig) -> str:
     return "FSDP" if name.startswith("FSDP") else UNSHARDED
 
 
+def describe_engine(engine: str, processes: int) -> str:
+    if engine == "one process":
+        return engine
+    return f"{engine} with {processes} processes"
+
+
 def check_engine_of_checkpoint(run: Mapping[str, object], training_args: SFTConfig) -> None:
     """Raise UsageError for a checkpoint of another engine, or of one that saves a piece for each of other processes.
 
@@ -41,10 +49,10 @@ def check_engine_of_checkpoint(run: Mapping[str, object], training_args: SFTConf
     engine = engine_of_checkpoint(Path(checkpoint))
     if engine == engine_of_run(training_args) == UNSHARDED:
         return
-    now = f"{name_engine(training_args)} with {training_args.world_size} processes"
+    now = describe_engine(name_engine(training_args), training_args.world_size)
     before = engine
     if run:
-        before = f"{run['engine']} with {run['settings']['processes']} processes"
+        before = describe_engine(run["engine"], run["settings"]["processes"])
     if before == now or (not run and engine == engine_of_run(training_args)):
         return
     raise UsageError(
@@ -54,16 +62,53 @@ def check_engine_of_checkpoint(run: Mapping[str, object], training_args: SFTConf
     )
 
 
+def say_unknown_run(checkpoint: str | None, run: Mapping[str, object]) -> None:
+    """Say that a checkpoint has no run.json, or one that cannot be read."""
+    if checkpoint and not run:
+        say(f"{relative_path(checkpoint)} has no {RUN} that can be read: whether it is of the same run is not checked")
+
+
 def check_optimizer_state(training_args: SFTConfig, allow: list[str]) -> None:
     """Raise UsageError for a checkpoint of --save_only_model true, whose optimizer and schedule would start over."""
     checkpoint = training_args.resume_from_checkpoint
-    if not checkpoint or "save_only_model" in allow:
+    if not checkpoint or holds_optimizer_state(Path(checkpoint)):
         return
-    folder = Path(checkpoint)
-    if (folder / "optimizer.pt").is_file() or engine_of_checkpoint(folder) != UNSHARDED:
+    fault = f"{relative_path(checkpoint)} holds no optimizer state (--save_only_model true)"
+    if "save_only_model" in allow:
+        say(f"{fault}: goes on with a new optimizer and a schedule from its start")
         return
     raise UsageError(
-        f"{relative_path(checkpoint)} holds no optimizer state (--save_only_model true): optimizer and schedule would "
-        f"start over in the middle of the run: another --output_dir starts afresh, --allow save_only_model goes on "
-        f"({ALLOWED['save_only_model']})"
+        f"{fault}: optimizer and schedule would start over in the middle of the run: another --output_dir starts "
+        f"afresh, --allow save_only_model goes on ({ALLOWED['save_only_model']})"
     )
+
+
+def holds_optimizer_state(folder: Path) -> bool:
+    if engine_of_checkpoint(folder) == "DeepSpeed":
+        return True
+    return any(path.name in ("optimizer.pt", "optimizer.bin") for path in folder.iterdir()) or any(
+        folder.glob("optimizer_*")
+    )
+
+
+def check_output_dir(training_args: SFTConfig) -> None:
+    """Raise UsageError where a run that starts here, or comes from elsewhere, would write into the files of another.
+
+    The recipe has looked too, before the folder was held.
+    """
+    output_dir = Path(training_args.output_dir)
+    is_used = output_dir.is_dir() and any(path.name != LOCK for path in output_dir.iterdir())
+    choice = str(training_args.resume_from_checkpoint).lower()
+    if not is_used or choice == "true":
+        return
+    if choice in ("none", "false"):
+        raise UsageError(
+            f"{relative_path(output_dir)} is in use: --resume_from_checkpoint true goes on there, another --output_dir "
+            "is new"
+        )
+    run_folder = Path(training_args.resume_from_checkpoint).parent
+    if run_folder.resolve() != output_dir.resolve():
+        raise UsageError(
+            f"{relative_path(output_dir)} holds another run than {relative_path(run_folder)}, whose checkpoint is to be "
+            f"resumed: --output_dir {relative_path(run_folder)} goes on there, a new --output_dir beside it"
+        )
