@@ -109,6 +109,6 @@ def check_output_dir(training_args: SFTConfig) -> None:
     run_folder = Path(training_args.resume_from_checkpoint).parent
     if run_folder.resolve() != output_dir.resolve():
         raise UsageError(
-            f"{relative_path(output_dir)} holds another run than {relative_path(run_folder)}, whose checkpoint is to be "
-            f"resumed: --output_dir {relative_path(run_folder)} goes on there, a new --output_dir beside it"
+            f"{relative_path(output_dir)} holds another run than {relative_path(run_folder)}, whose checkpoint is to "
+            f"be resumed: --output_dir {relative_path(run_folder)} goes on there, a new --output_dir beside it"
         )
