@@ -97,7 +97,7 @@ def try_lock(folder: Path) -> bool:
     except FileNotFoundError:  # a run that ended has just removed the empty folder
         folder.mkdir(parents=True, exist_ok=True)
         return False
-    except OSError as error:
+    except PermissionError as error:
         raise UsageError(
             f"{relative_path(path)} cannot be written ({error.strerror}): pass another --output_dir"
         ) from None
