@@ -595,8 +595,7 @@ def test_workers_do_not_hold_the_folder(tmp_path):
     code += "import os\npid = os.fork()\nif pid == 0:\n    time.sleep(60)\n"
     code += "print('forked', pid, sep='\\n', flush=True)\nos._exit(0)\n"
     process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
-    while process.stdout.readline() != "forked\n":
-        assert process.poll() is None
+    assert [process.stdout.readline() for _ in range(2)] == ["held\n", "forked\n"]
     worker = int(process.stdout.readline())
     process.wait()
     try:

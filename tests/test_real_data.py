@@ -21,7 +21,7 @@ def run(*command, cwd):
     return done
 
 
-@pytest.fixture(params=["real", "small"])
+@pytest.fixture(params=[pytest.param("real", marks=pytest.mark.long), "small"])
 def raw(request, demo, tmp_path):
     """(train file, rows in it, test file, model folder)"""
     if request.param == "real":
