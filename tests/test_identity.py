@@ -327,7 +327,7 @@ def test_steps_are_counted_as_the_trainer_counts_them(tmp_path, drop_last):
         (100, 3, 4, 1.3),
         (8, 4, 2, 2),
         (5, 8, 1, 3),
-        (9, 1, 4, 0.4),
+        (9, 4, 1, 2),
     ]:
         args = transformers.TrainingArguments(
             str(tmp_path),
