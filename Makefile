@@ -13,8 +13,8 @@ export PYTHONWARNINGS := ignore
 demo: export OMP_NUM_THREADS ?= 2
 demo: .venv/installed
 	rm -rf runs/demo
-	$(RUN) data_prep/demo_rows.py --out runs/demo/rows
-	$(RUN) data_prep/demo_model.py --rows runs/demo/rows --out runs/demo/init
+	$(RUN) -m data_prep.demo_rows --out runs/demo/rows
+	$(RUN) -m data_prep.demo_model --rows runs/demo/rows --out runs/demo/init
 	$(LAUNCH) --config_file accelerate_configs/cpu.yaml recipes/qwen3_full.py --config recipes/configs/demo_base.yaml
 	$(LAUNCH) --config_file accelerate_configs/cpu.yaml recipes/qwen3_qlora.py --config recipes/configs/demo_qlora.yaml
 	$(RUN) eval/compare.py --base runs/demo/base --tuned runs/demo/qlora --data runs/demo/rows/chat

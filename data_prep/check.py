@@ -1,7 +1,7 @@
 """Check messages rows before they cost a training run: every fault is counted by reason and named by file and line.
 
-    python data_prep/check.py data/chats --recipe recipes/qwen3_qlora.py
-    python data_prep/check.py rows.jsonl --chat_template_path chat_templates/qwen3.jinja --fix --out data/checked
+    python -m data_prep.check data/chats --recipe recipes/qwen3_qlora.py
+    python -m data_prep.check rows.jsonl --chat_template_path chat_templates/qwen3.jinja --fix --out data/checked
 
 PATH is a .jsonl, .json or .parquet file (.gz, .zst), or a save_to_disk folder, of which every split is read. What is
 found:
@@ -37,34 +37,16 @@ from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
-from batches import sound
-from pool import (
-    Result,
-    Writer,
-    add_num_proc,
-    check_out,
-    command,
-    find_inputs,
-    packed,
-    parser_of,
-    place,
-    read_blocks,
-    shards_of,
-    spread,
-    write_text,
-)
-from render import control_tokens, load_against, lost_personas, read_settings
-from rows import (
-    BadInput,
-    Refused,
-    check_messages,
-    completed,
-    language,
-    refuse_unkept,
-    spoken_text,
-    tools_of,
-    well_formed,
-)
+from data_prep.common.batches import sound
+from data_prep.common.command_line import add_num_proc, make_parser, run_command
+from data_prep.common.errors import InvalidRow, UsageError
+from data_prep.common.language import conversation_text, detect_language
+from data_prep.common.parallel import parallel_map
+from data_prep.common.readers import find_inputs, list_splits, read_chunks
+from data_prep.common.recipe_settings import read_settings
+from data_prep.common.rendering import find_control_tokens, find_lost_personas, load_renderer
+from data_prep.common.rows import check_messages, check_shape, complete_row, get_tools, refuse_unkept
+from data_prep.common.writer import ChunkResult, DatasetWriter, check_output_path, encode_rows, row_location, write_text
 
 NEWLINE = re.compile(r"\s*[\r\n]")  # blanks before the newline are no help: one token takes them all
 
@@ -76,7 +58,7 @@ def roles(row, against):
         if any(turn.get("content") is None for turn in turns):
             turns = [{**turn, "content": turn.get("content") or ""} for turn in turns]
         check_messages(turns)
-    except Refused as refusal:
+    except InvalidRow as refusal:
         yield refusal.reason, refusal.detail
     else:
         if any("tool_calls" in turn for turn in turns):
@@ -85,7 +67,7 @@ def roles(row, against):
 
 def tools(row):
     """Calls and replies, in turn: each reply has its call, by id where ids are given; arguments fit the schema."""
-    offered = {tool.get("function", tool).get("name"): tool.get("function", tool) for tool in tools_of(row) or []}
+    offered = {tool.get("function", tool).get("name"): tool.get("function", tool) for tool in get_tools(row) or []}
     waiting = []
     for number, turn in enumerate(row["messages"]):
         if waiting and turn["role"] != "tool":
@@ -145,7 +127,7 @@ def against_schema(schema, arguments):
 
 
 def control(row, against):
-    for where, token in control_tokens(row, against):
+    for where, token in find_control_tokens(row, against):
         yield "control token in text", f"{where}: {token}"
 
 
@@ -180,9 +162,9 @@ def leading_newline(row, against):
 def wrong_language(row, against):
     if not against.lang:
         return
-    told = row.get("lang") or language(spoken_text(row["messages"]))
+    told = row.get("lang") or detect_language(conversation_text(row["messages"]))
     answers = [turn for turn in row["messages"] if turn["role"] == "assistant" and turn.get("content")]
-    spoken = language(spoken_text(answers)) if answers else told
+    spoken = detect_language(conversation_text(answers)) if answers else told
     for what, found in (("row", told), ("answers", spoken)):
         if found not in against.lang and found != "und":
             yield "another language", f"the {what}: {found}"
@@ -193,7 +175,7 @@ def template(row, against):
     if against.template is not None:
         try:
             text, _ = against.render(row, row["messages"])
-        except Refused as refusal:
+        except InvalidRow as refusal:
             yield refusal.reason, refusal.detail
             return
         # no tokenizer makes more tokens than bytes
@@ -204,7 +186,7 @@ def template(row, against):
 
 
 def persona(row, against):
-    for where, text in lost_personas(row, against):
+    for where, text in find_lost_personas(row, against):
         yield "persona lost", f"{where}: {text[:60]!r} is not in the rendered text"
 
 
@@ -228,9 +210,9 @@ def begins_with_newline(row):
 def faults(row, against):
     """[(reason, detail)] of a row, empty where it is sound."""
     try:
-        well_formed(row)
+        check_shape(row)
         return [fault for check in CHECKS for fault in check(row, against)]
-    except Refused as refusal:
+    except InvalidRow as refusal:
         return [(refusal.reason, refusal.detail)]
     except RecursionError:
         return [("row nested too deep", "")]
@@ -256,10 +238,10 @@ FIXED = ("answer begins with a newline", "reasoning begins with a newline", "moj
 # -- many rows --------------------------------------------------------------------------------------------------------
 @cache
 def against_of(recipe, template_path, model, max_length, lang, told=True):
-    """What rows are checked against; told: whether it is said that there is no tokenizer. Raises BadInput."""
+    """What rows are checked against; told: whether it is said that there is no tokenizer. Raises UsageError."""
     flags = {"chat_template_path": template_path, "model_name_or_path": model, "max_length": max_length}
     settings = read_settings(recipe, flags=flags)
-    against = load_against(settings, lenient=model is None, told=told)
+    against = load_renderer(settings, lenient=model is None, told=told)
     against.lang = lang
     against.max_length = settings.max_length if recipe or max_length else None
     return against
@@ -267,26 +249,26 @@ def against_of(recipe, template_path, model, max_length, lang, told=True):
 
 def work(block, given, name, fix=False, out=None):
     """Result of a Block; more: the findings. given: arguments of against_of."""
-    against, result, rows, findings, left = against_of(*given, told=False), Result(), [], [], None
+    against, result, rows, findings, left = against_of(*given, told=False), ChunkResult(), [], [], None
     if block.own() and not (fix or against.template or against.tokenizer or against.lang):
         left = ~sound(block.data)
-        result.total = len(left) - int(left.sum())
+        result.rows_in = len(left) - int(left.sum())
     for line, row in block.rows(left):
-        result.total += 1
+        result.rows_in += 1
         found = left = faults(row, against)
         if not found and not fix:
             continue
-        where = place(block.file, line, row)
+        where = row_location(block.file, line, row)
         if fix and any(reason in FIXED for reason, _ in found):
             row = mended(row)
             left = faults(row, against)
             found = found + [fault for fault in left if fault not in found]  # nothing but newlines: now it is empty
         if fix and not left:
             try:
-                row = completed(row, name, line)
+                row = complete_row(row, name, line)
                 refuse_unkept(row, out)
                 rows.append(row)
-            except Refused as refusal:
+            except InvalidRow as refusal:
                 left = [(refusal.reason, refusal.detail)]
                 found = found + left
         findings += [
@@ -296,8 +278,8 @@ def work(block, given, name, fix=False, out=None):
             details = {"reason": left[0][0], "detail": "; ".join(detail or reason for reason, detail in left)}
             result.rejected.append(where | details)
     if fix:
-        result.packed = {block.split: packed(rows, out.suffix == ".jsonl")}
-    result.more = findings
+        result.encoded = {block.split: encode_rows(rows, out.suffix == ".jsonl")}
+    result.payload = findings
     return result
 
 
@@ -339,7 +321,7 @@ class Seen:
 
 
 def main():
-    parser = parser_of(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("path", type=Path, metavar="PATH", help="rows: a file or a save_to_disk folder")
     parser.add_argument("--chat_template_path", help="the template that the rows will be trained with")
     parser.add_argument("--model_name_or_path", help="folder or hub id of the tokenizer")
@@ -350,16 +332,16 @@ def main():
     parser.add_argument("--out", type=Path, help="NAME.jsonl, or a folder that does not exist yet; with --fix")
     parser.add_argument("--json", type=Path, help="file for every finding, machine-readable; written anew")
     add_num_proc(parser)
-    return command(parser, run)
+    return run_command(parser, run)
 
 
 def run(args):
-    """The exit code; raises BadInput."""
+    """The exit code; raises UsageError."""
     if args.fix != (args.out is not None):
-        raise BadInput("--fix and --out go together: pass both, or neither to look only")
+        raise UsageError("--fix and --out go together: pass both, or neither to look only")
     paths = find_inputs([args.path])
     if args.fix and args.path.is_dir() and (args.path / "dataset_dict.json").is_file():
-        check_out(args.out, shards_of(args.path))
+        check_output_path(args.out, list_splits(args.path))
     given = args.recipe, args.chat_template_path, args.model_name_or_path, args.max_length, tuple(args.lang)
     against, seen, inputs = against_of(*given), Seen(args.json), {}
     against_of.cache_clear()  # one block is worked on here, told or not
@@ -367,23 +349,23 @@ def run(args):
     job = partial(work, given=given, name=args.path.stem, fix=args.fix, out=args.out)
 
     def looked():
-        for result in spread(job, read_blocks(paths, inputs), args.num_proc):
-            seen.add(result.total, result.more)
+        for result in parallel_map(job, read_chunks(paths, inputs), args.num_proc):
+            seen.add(result.rows_in, result.payload)
             yield result
 
     refused = 0
     if args.fix:
-        with Writer(args.out, "check.py") as writer:
-            writer.inputs = inputs
+        with DatasetWriter(args.out, "check.py") as writer:
+            writer.input_hashes = inputs
             for result in looked():
                 writer.add(result)
-            refused, kept = writer.refused.total(), sum(writer.rows.values())
+            refused, kept = writer.refused.total(), sum(writer.rows_out.values())
             if kept:
                 writer.close({"mended": dict(sorted((+seen.mended).items())), **used})
     else:
         refused = sum(len(result.rejected) for result in looked())
     if not seen.rows:
-        raise BadInput(f"{args.path}: no rows: pass rows of messages (data_prep/normalize.py makes them)")
+        raise UsageError(f"{args.path}: no rows: pass rows of messages (python -m data_prep.normalize makes them)")
     seen.show(args.path)
     if args.json:
         report = {"script": "check.py", "in": seen.rows, "found": dict(sorted(seen.reasons.items())), **used}

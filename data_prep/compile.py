@@ -1,7 +1,7 @@
 """Compile rows to tokens, labels and packs once, as a set that every recipe with this tokenizer and template loads.
 
-    python data_prep/compile.py data/chats --recipe recipes/qwen3_qlora.py --out data/chats-compiled
-    python data_prep/compile.py data/step --recipe recipes/qwen3_full.py --packing_strategy sequential --out data/packs
+    python -m data_prep.compile data/chats --recipe recipes/qwen3_qlora.py --out data/chats-compiled
+    python -m data_prep.compile data/step --recipe recipes/qwen3_full.py --packing_strategy sequential --out data/packs
     accelerate launch recipes/qwen3_qlora.py --config recipes/configs/compiled.yaml --dataset_name data/chats-compiled
 
 DATA is what the recipe would load, its DEFAULTS, --config and these flags say how; for a recipe of compiled sets, which
@@ -35,38 +35,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
-from pool import (
-    SHARD,
-    Block,
-    Result,
-    add_num_proc,
-    check_out,
-    command,
-    dumped_anyhow,
-    find_inputs,
-    names_of,
-    parser_of,
-    report_of,
-    schema_of,
-    shards_of,
-    spread,
-    summary,
-    told,
-    write,
-)
-from render import (
-    MAP_BATCH,
-    is_chat,
-    load_against,
-    load_rows,
-    load_sets,
-    pack,
-    read_settings,
-    refuse_unnamed_mask,
-    split_by_prompt,
-    tokenised,
-)
-from rows import BadInput
+
+from data_prep.common.arrow_rows import schema_of
+from data_prep.common.chunks import Chunk
+from data_prep.common.command_line import add_num_proc, format_counts, make_parser, run_command
+from data_prep.common.errors import UsageError
+from data_prep.common.json_text import dump_json_lenient
+from data_prep.common.packing import MAP_BATCH, pack_lengths
+from data_prep.common.parallel import parallel_map
+from data_prep.common.readers import find_inputs, list_splits, relative_names
+from data_prep.common.recipe_rows import load_rows, load_sets, split_by_prompt
+from data_prep.common.recipe_settings import read_settings, require_named_mask
+from data_prep.common.rendering import load_renderer
+from data_prep.common.tokens import check_chat, tokenize_rows
+from data_prep.common.writer import SHARD, ChunkResult, check_output_path, explain_os_errors, make_report, write_utf8
 
 INTEGERS = {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "List"}
 FEATURES = {
@@ -93,10 +75,10 @@ FLAGS = {  # of the recipe: name: type
 
 # -- which rows, in the order in which the recipe packs them ----------------------------------------------------------
 def splits_of(data, settings):
-    """{split: (rows, order)}. Raises BadInput."""
+    """{split: (rows, order)}. Raises UsageError."""
     rows, order, note = load_rows(data, settings)
     if "input_ids" in rows.column_names:
-        raise BadInput(f"{data}: its rows are tokens already: pass the rows of messages that they were made of")
+        raise UsageError(f"{data}: its rows are tokens already: pass the rows of messages that they were made of")
     name, sets = settings.dataset_test_split, load_sets(Path(data), settings.dataset_train_split)
     splits = {settings.dataset_train_split: (rows, order)}
     if name in sets:
@@ -105,7 +87,7 @@ def splits_of(data, settings):
     elif settings.eval_rows:
         _, validation = split_by_prompt(rows, settings.eval_rows, settings.seed)
         if not validation:
-            raise BadInput(f"{data}: {note}")
+            raise UsageError(f"{data}: {note}")
         splits[name] = rows, shuffled(validation, settings)
     return splits
 
@@ -127,7 +109,7 @@ def blocks_of(splits, settings):
             stop = start + size + (share < rest)
             for first in range(start, stop, MAP_BATCH):
                 chosen = order[first : min(first + MAP_BATCH, stop)]
-                yield Block(split, split, first, [*zip(chosen, rows.select(chosen), strict=True)])
+                yield Chunk(split, split, first, [*zip(chosen, rows.select(chosen), strict=True)])
             start = stop
 
 
@@ -136,15 +118,15 @@ def blocks_of(splits, settings):
 def prepared(given):
     """(settings, Against) of settings as JSON: one load a process."""
     settings = SimpleNamespace(**json.loads(given))
-    return settings, load_against(settings)
+    return settings, load_renderer(settings)
 
 
 def work(block, given, chat):
     """Result of a Block of (number, row); packed: {split: RecordBatch of packs}, more: tokens in it that are trained. A
     sequential pack may span blocks: there the packs are single documents, and more than max_length tokens are none."""
     settings, against = prepared(given)
-    failed, result, kept = [], Result(total=len(block.data)), []
-    docs = tokenised(block.data, against, settings, chat, failed, encodings=False)
+    failed, result, kept = [], ChunkResult(rows_in=len(block.data)), []
+    docs = tokenize_rows(block.data, against, settings, chat, failed, encodings=False)
     for number, row, reason in failed:
         result.rejected.append(rejected(block.split, number, row, "template refuses the row", reason))
     sequential = settings.packing and settings.packing_strategy == "sequential"
@@ -174,9 +156,9 @@ def work(block, given, chat):
         kept.append((ids, labels, name))
     packs = [[(index, 0, len(ids))] for index, (ids, _, _) in enumerate(kept)]
     if settings.packing and not sequential:
-        packs = pack([len(ids) for ids, _, _ in kept], settings.max_length, settings.packing_strategy)
-    result.packed = {block.split: batch_of([[(*kept[index], a, b) for index, a, b in one] for one in packs])}
-    result.more = {"documents": len(kept) - sum(entry["reason"] == TOO_LONG for entry in result.rejected)}
+        packs = pack_lengths([len(ids) for ids, _, _ in kept], settings.max_length, settings.packing_strategy)
+    result.encoded = {block.split: batch_of([[(*kept[index], a, b) for index, a, b in one] for one in packs])}
+    result.payload = {"documents": len(kept) - sum(entry["reason"] == TOO_LONG for entry in result.rejected)}
     return result
 
 
@@ -245,12 +227,12 @@ class SetWriter:
     """Writes OUT, a dataset folder, aside and renames it in close(); without close() nothing is left."""
 
     def __init__(self, out):
-        check_out(out)
+        check_output_path(out)
         self.out, self.aside = out, out.with_name(f".{out.name}.{os.getpid()}.part")
         self.refused, self.found, self.digests, self.names, self.open = Counter(), {}, {}, {}, None
 
     def __enter__(self):
-        with told(self.out):
+        with explain_os_errors(self.out):
             self.aside.mkdir(parents=True)
             self.rejected = open(self.aside / "rejected.jsonl", "wb")
         return self
@@ -262,12 +244,12 @@ class SetWriter:
         shutil.rmtree(self.aside, ignore_errors=True)
 
     def reject(self, entry):
-        with told(self.out):
+        with explain_os_errors(self.out):
             self.refused[entry["reason"]] += 1
-            self.rejected.write(dumped_anyhow(entry) + b"\n")
+            self.rejected.write(dump_json_lenient(entry) + b"\n")
 
     def write(self, split, batch):
-        with told(self.out):
+        with explain_os_errors(self.out):
             found = self.found.setdefault(split, Counter())
             if not len(batch):
                 return
@@ -300,7 +282,7 @@ class SetWriter:
             self.open = None
 
     def close(self, report, card):
-        with told(self.out):
+        with explain_os_errors(self.out):
             self.shut()
             self.rejected.close()
             for split, names in self.names.items():
@@ -312,11 +294,11 @@ class SetWriter:
                 state |= {"_fingerprint": self.digests[split].hexdigest()[:16], "_output_all_columns": False}
                 state |= {"_format_columns": None, "_format_kwargs": {}, "_format_type": None}
                 info = {"citation": "", "description": "", "features": FEATURES, "homepage": "", "license": ""}
-                write(folder / "state.json", json.dumps(state, indent=2, sort_keys=True))
-                write(folder / "dataset_info.json", json.dumps(info, indent=2))
-            write(self.aside / "dataset_dict.json", json.dumps({"splits": [*self.names]}))
-            write(self.aside / "card.md", card)
-            write(self.aside / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+                write_utf8(folder / "state.json", json.dumps(state, indent=2, sort_keys=True))
+                write_utf8(folder / "dataset_info.json", json.dumps(info, indent=2))
+            write_utf8(self.aside / "dataset_dict.json", json.dumps({"splits": [*self.names]}))
+            write_utf8(self.aside / "card.md", card)
+            write_utf8(self.aside / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
             self.aside.rename(self.out)
 
 
@@ -340,7 +322,7 @@ def made_with(settings, against):
 def hashes_of(data):
     """{name: sha256} of the files of DATA."""
     path = find_inputs([data])[0]
-    files = {names_of([path])[path]: [path]} if path.is_file() else shards_of(path)
+    files = {relative_names([path])[path]: [path]} if path.is_file() else list_splits(path)
     hashes = {}
     for name, parts in files.items():
         digest = hashlib.sha256()
@@ -352,7 +334,7 @@ def hashes_of(data):
 
 
 def main():
-    parser = parser_of(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("data", metavar="DATA", help=".jsonl, .json or .parquet file, or a save_to_disk folder")
     parser.add_argument("--recipe", required=True, help="a recipes/NAME.py, whose DEFAULTS hold")
     parser.add_argument("--config", help="YAML file of a recipe's names: DEFAULTS < YAML < flags")
@@ -361,31 +343,31 @@ def main():
     for name, kind in FLAGS.items():
         parser.add_argument(f"--{name}", type=kind, help="as in the recipe")
     add_num_proc(parser)
-    return command(parser, compile_set)
+    return run_command(parser, compile_set)
 
 
 def compile_set(args):
-    """The exit code; raises BadInput."""
-    check_out(args.out)
+    """The exit code; raises UsageError."""
+    check_output_path(args.out)
     sequential = args.packing_strategy == "sequential"
     flags = {name: getattr(args, name) for name in FLAGS}
     flags |= {"packing_strategy": "bfd" if sequential else args.packing_strategy}
     flags |= {"packing": True} if sequential and args.packing is None else {}
     settings = read_settings(args.recipe, args.config, flags)
     if settings.packing_strategy == "wrapped" and settings.packing:
-        raise BadInput("packing_strategy wrapped: joins documents, and this set keeps them apart: pass "
+        raise UsageError("packing_strategy wrapped: joins documents, and this set keeps them apart: pass "
                        "--packing_strategy bfd_split, or leave it to the recipe")  # fmt: skip
     settings.packing_strategy = "sequential" if sequential else settings.packing_strategy
-    refuse_unnamed_mask(settings, args.assistant_only_loss)
+    require_named_mask(settings, args.assistant_only_loss)
     splits = splits_of(args.data, settings)
     given = json.dumps(vars(settings))
     against = prepared(given)[1]
     train, order = splits[settings.dataset_train_split]
-    chat = is_chat(train[order[0]], against, settings) if order else False
+    chat = check_chat(train[order[0]], against, settings) if order else False
     with SetWriter(args.out) as writer:
         report, lines = compiled(writer, splits, partial(work, given=given, chat=chat), settings, args)
         if not writer.found or not writer.found[settings.dataset_train_split]["packs"]:
-            print(f"{args.data}: nothing left to train ({summary(writer.refused)})", file=sys.stderr)
+            print(f"{args.data}: nothing left to train ({format_counts(writer.refused)})", file=sys.stderr)
             return 1
         report |= made_with(settings, against)
         writer.close(report, "\n".join([f"# {args.out.name}", "", *lines]) + "\n")
@@ -397,22 +379,22 @@ def compiled(writer, splits, job, settings, args):
     """Fill the writer; (report, lines of a table)."""
     rows, cut, total, fit, last = Counter(), Counter(), 0, NextFit(settings.max_length), None
     sequential = settings.packing and settings.packing_strategy == "sequential"
-    for result in spread(job, blocks_of(splits, settings), args.num_proc):
-        total += result.total
+    for result in parallel_map(job, blocks_of(splits, settings), args.num_proc):
+        total += result.rows_in
         cut += result.counts
         for entry in result.rejected:
             writer.reject(entry)
-        for split, batch in result.packed.items():
+        for split, batch in result.encoded.items():
             if sequential and last not in (None, split):
                 writer.write(last, fit.close())
-            rows[split], last = rows[split] + result.more["documents"], split
+            rows[split], last = rows[split] + result.payload["documents"], split
             writer.write(split, fit.add(batch) if sequential else batch)
     if sequential and last is not None:
         writer.write(last, fit.close())
     if total != sum(rows.values()) + writer.refused.total():
         raise AssertionError(f"compile.py: {total} rows in are not {rows} out + {writer.refused.total()} refused")
     hashes = {split: digest.hexdigest() for split, digest in writer.digests.items()}
-    report = report_of("compile.py", total, dict(rows), writer.refused, settings.seed, hashes_of(args.data), hashes)
+    report = make_report("compile.py", total, dict(rows), writer.refused, settings.seed, hashes_of(args.data), hashes)
     strategy = settings.packing_strategy if settings.packing else "none"
     report |= {"packing": strategy, "max_length": settings.max_length, "cut": dict(sorted(cut.items()))}
     report |= {"splits": {split: dict(found) for split, found in writer.found.items()}}

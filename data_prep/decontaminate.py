@@ -1,7 +1,7 @@
 """Remove the rows that repeat the text of an evaluation set, and show both texts of every hit.
 
-    python data_prep/decontaminate.py data/gsm8k --against raw/gsm8k/test.jsonl --out data/clean
-    python data_prep/decontaminate.py data/chats --against eval/*.jsonl --fields question prompt --out data/clean
+    python -m data_prep.decontaminate data/gsm8k --against raw/gsm8k/test.jsonl --out data/clean
+    python -m data_prep.decontaminate data/chats --against eval/*.jsonl --fields question prompt --out data/clean
 
 EVAL is a file of any shape (.jsonl, .json, .parquet; .gz, .zst), a dataset folder or a pool: every string in its rows
 is a text of its own, or those under the names that --fields lists; of messages all but the system's. A row is refused
@@ -26,22 +26,14 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
-from ngrams import hashed, ngrams, words
-from pool import (
-    Result,
-    Writer,
-    add_num_proc,
-    command,
-    find_inputs,
-    names_of,
-    packed,
-    parser_of,
-    place,
-    read_blocks,
-    spread,
-    summary,
-)
-from rows import BadInput, Refused, completed, refuse_unkept, well_formed
+
+from data_prep.common.command_line import add_num_proc, format_counts, make_parser, run_command
+from data_prep.common.errors import InvalidRow, UsageError
+from data_prep.common.ngrams import hashed, ngrams, words
+from data_prep.common.parallel import parallel_map
+from data_prep.common.readers import find_inputs, read_chunks, relative_names
+from data_prep.common.rows import check_shape, complete_row, refuse_unkept
+from data_prep.common.writer import ChunkResult, DatasetWriter, encode_rows, row_location
 
 SHORT, LONG = 8, 13  # words of an n-gram: Tulu 3's, GPT-3's
 SHOWN = 5  # hits of a row that are listed
@@ -62,20 +54,20 @@ def texts_of(value, fields=(), name=""):
 
 
 def read_evals(paths, fields, inputs):
-    """{file: [(line, name, text)]}; raises BadInput where a file has no text or a field is in none of its rows."""
-    names, out = names_of(paths), {}
+    """{file: [(line, name, text)]}; raises UsageError where a file has no text or a field is in none of its rows."""
+    names, out = relative_names(paths), {}
     for path in paths:
         texts, missing, found = [], {*fields}, {}
-        for block in read_blocks([path], found):
+        for block in read_chunks([path], found):
             for line, row in block.rows():
-                if isinstance(row, Refused):
-                    raise BadInput(f"{path}:{line}: {row}: mend the eval file, no part of it may go unseen")
+                if isinstance(row, InvalidRow):
+                    raise UsageError(f"{path}:{line}: {row}: mend the eval file, no part of it may go unseen")
                 missing -= {*row} if isinstance(row, dict) else set()
                 texts += [(line, name, text) for name, text in texts_of(row, fields) if text.strip()]
         if missing:
-            raise BadInput(f"{path}: no row has the field {min(missing)}: pass --fields that every eval file has")
+            raise UsageError(f"{path}: no row has the field {min(missing)}: pass --fields that every eval file has")
         if not texts:
-            raise BadInput(f"{path}: no text: pass an eval file with strings in its rows")
+            raise UsageError(f"{path}: no text: pass an eval file with strings in its rows")
         out[names[path]] = texts
         inputs |= {f"against {names[path]}" + (f"/{part}" if len(found) > 1 else ""): h for part, h in found.items()}
     return out
@@ -172,24 +164,24 @@ def hits_of(row, index, threshold):
 
 def work(block, index, threshold, out):
     """Result of a Block; more: (eval file, line) of all hits of each refused row."""
-    index, result, rows = index_at(index), Result(more=[]), []
+    index, result, rows = index_at(index), ChunkResult(payload=[]), []
     for line, row in block.rows():
-        result.total += 1
-        where = place(block.file, line, row)
+        result.rows_in += 1
+        where = row_location(block.file, line, row)
         try:
-            row = completed(well_formed(row), Path(block.file).stem, line)
+            row = complete_row(check_shape(row), Path(block.file).stem, line)
             refuse_unkept(row, out)
-        except Refused as refusal:
+        except InvalidRow as refusal:
             result.rejected.append(where | {"reason": refusal.reason, "detail": refusal.detail})
             continue
         if hits := hits_of(row, index, threshold):
             told = f"{hits[0]['words']} words of {hits[0]['against']}:{hits[0]['line']}"
             told += f" and {len(hits) - 1} more" if len(hits) > 1 else ""
             result.rejected.append(where | {"reason": "eval text", "detail": told, "hits": hits[:SHOWN]})
-            result.more.append({(hit["against"], hit["line"]) for hit in hits})
+            result.payload.append({(hit["against"], hit["line"]) for hit in hits})
         else:
             rows.append(row)
-    result.packed = {block.split: packed(rows, out.suffix == ".jsonl")}
+    result.encoded = {block.split: encode_rows(rows, out.suffix == ".jsonl")}
     return result
 
 
@@ -210,7 +202,7 @@ def markdown(name, counts, shown, total):
 
 
 def main():
-    parser = parser_of(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("pool", metavar="POOL", help="dataset folder, or file of rows")
     parser.add_argument("--against", nargs="+", required=True, metavar="EVAL", help="files, folders, quoted globs")
     parser.add_argument("--fields", nargs="+", default=(), help="names of the texts in eval rows, default every string")
@@ -222,41 +214,41 @@ def main():
     parser.add_argument("--common", type=int, default=10,
                         help="texts of an eval file that an n-gram may stand in, default 10")  # fmt: skip
     add_num_proc(parser)
-    return command(parser, run)
+    return run_command(parser, run)
 
 
 def run(args):
-    """The exit code; raises BadInput."""
+    """The exit code; raises UsageError."""
     if not 0 <= args.match_threshold <= 1:
-        raise BadInput(f"--match_threshold {args.match_threshold}: pass a share from 0 to 1")
+        raise UsageError(f"--match_threshold {args.match_threshold}: pass a share from 0 to 1")
     if args.common < 1:
-        raise BadInput(f"--common {args.common}: pass a number of texts of at least 1")
-    with Writer(args.out, "decontaminate.py") as writer:
-        evals = read_evals(find_inputs(args.against), args.fields, writer.inputs)
+        raise UsageError(f"--common {args.common}: pass a number of texts of at least 1")
+    with DatasetWriter(args.out, "decontaminate.py") as writer:
+        evals = read_evals(find_inputs(args.against), args.fields, writer.input_hashes)
         index = Index(evals, sorted({*args.ngram_sizes}), args.common)
-        with open(writer.aside / "index", "wb") as file:
+        with open(writer.staging / "index", "wb") as file:
             pickle.dump(index.__dict__, file)
         counts, shown = counts_of(evals, index, min(args.ngram_sizes)), []
         hit = {file: set() for file in evals}
-        blocks = read_blocks(find_inputs([args.pool]), writer.inputs)
-        job = partial(work, index=str(writer.aside / "index"), threshold=args.match_threshold, out=args.out)
-        for result in spread(job, blocks, args.num_proc):
-            for places in result.more:
+        blocks = read_chunks(find_inputs([args.pool]), writer.input_hashes)
+        job = partial(work, index=str(writer.staging / "index"), threshold=args.match_threshold, out=args.out)
+        for result in parallel_map(job, blocks, args.num_proc):
+            for places in result.payload:
                 for file in {file for file, _ in places}:
                     counts[file]["refused"] += 1
                 for file, line in places:
                     hit[file].add(line)
             shown += [entry for entry in result.rejected if "hits" in entry][: IN_MARKDOWN - len(shown)]
             writer.add(result)
-        (writer.aside / "index").unlink()
-        if not writer.total:
-            raise BadInput(f"{args.pool}: no rows: pass rows of messages (data_prep/normalize.py makes them)")
+        (writer.staging / "index").unlink()
+        if not writer.rows_in:
+            raise UsageError(f"{args.pool}: no rows: pass rows of messages (python -m data_prep.normalize makes them)")
         for file, lines in hit.items():
             counts[file]["rows_hit"] = len(lines)
         show(counts)
-        kept, refused = sum(writer.rows.values()), summary(writer.refused)
+        kept, refused = sum(writer.rows_out.values()), format_counts(writer.refused)
         if not kept:
-            print(f"all {writer.total} rows refused ({refused})", file=sys.stderr)
+            print(f"all {writer.rows_in} rows refused ({refused})", file=sys.stderr)
             return 1
         rules = {"ngram_sizes": sorted({*args.ngram_sizes}), "match_threshold": args.match_threshold}
         more = {**rules, "common": args.common, "common_left_out": index.left_out, "against": counts}

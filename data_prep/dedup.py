@@ -1,7 +1,7 @@
 """Keep one of the rows that say the same: equal ones, and near ones by MinHash, in one pool and across pools.
 
-    python data_prep/dedup.py data/gsm8k data/chats --out data/unique
-    python data_prep/dedup.py data/chats --by prompt --threshold 0.7 --out data/prompts.jsonl
+    python -m data_prep.dedup data/gsm8k data/chats --out data/unique
+    python -m data_prep.dedup data/chats --by prompt --threshold 0.7 --out data/prompts.jsonl
 
 Pools (dataset folders or files of rows) are read in the order given and the first of equal rows stays, so name the pool
 to keep first; a folder's train split comes before its validation split.
@@ -26,23 +26,17 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from ngrams import hashed, mixed, ngrams, words
-from pool import (
-    Result,
-    Writer,
-    add_num_proc,
-    command,
-    find_inputs,
-    names_of,
-    packed,
-    parser_of,
-    place,
-    read_blocks,
-    spread,
-    summary,
-)
 from rensa import RMinHash
-from rows import SWITCH, BadInput, Refused, completed, dumped, key_of, prompt_of, refuse_unkept, strings, well_formed
+
+from data_prep.common.command_line import add_num_proc, format_counts, make_parser, run_command
+from data_prep.common.errors import InvalidRow, UsageError
+from data_prep.common.json_text import dump_json
+from data_prep.common.ngrams import hashed, mixed, ngrams, words
+from data_prep.common.parallel import parallel_map
+from data_prep.common.readers import find_inputs, read_chunks, relative_names
+from data_prep.common.row_keys import SWITCH, prompt_key, row_key
+from data_prep.common.rows import check_shape, complete_row, iter_strings, refuse_unkept
+from data_prep.common.writer import ChunkResult, DatasetWriter, encode_rows, row_location
 
 SLOTS = 128  # hashes of a MinHash signature
 CAUGHT = 0.99  # of the pairs at the threshold, that share a band
@@ -64,17 +58,17 @@ class Look:
 # -- what is known of each row ----------------------------------------------------------------------------------------
 def pool_blocks(paths, inputs):
     """Yield (number of its pool, Block) of all pools in order, a folder's named POOL/SPLIT."""
-    names = names_of(paths)
+    names = relative_names(paths)
     for number, path in enumerate(paths):
         found, saved = {}, isinstance(path, Path) and path.is_dir()
-        for block in read_blocks([path], found):
+        for block in read_chunks([path], found):
             yield number, replace(block, file=f"{names[path]}/{block.split}" if saved else names[path])
         inputs |= {f"{names[path]}/{name}" if saved else names[path]: digest for name, digest in found.items()}
 
 
 def usable(row, block, line, out):
-    """The house's row; raises Refused."""
-    row = completed(well_formed(row), Path(block.file).stem, line)
+    """The house's row; raises InvalidRow."""
+    row = complete_row(check_shape(row), Path(block.file).stem, line)
     refuse_unkept(row, out)
     return row
 
@@ -84,7 +78,7 @@ def said(row, by):
     found = []
     for turn in row["messages"]:
         if by == "whole":
-            for text in (turn.get("reasoning_content"), turn.get("content"), *strings(turn.get("tool_calls"))):
+            for text in (turn.get("reasoning_content"), turn.get("content"), *iter_strings(turn.get("tool_calls"))):
                 found += words(text or "")
         elif turn["role"] != "assistant":
             found += words(SWITCH.sub("", turn.get("content") or ""))
@@ -96,7 +90,7 @@ def shingles(row, look):
     found = hashed(said(row, look.by))
     out = np.unique(ngrams(found, min(look.ngram_size, len(found)) or 1))
     if look.by == "whole" and (row.get("tools") or row["chat_template_kwargs"]):
-        apart = hashed([dumped([row.get("tools"), row["chat_template_kwargs"]]).decode()])
+        apart = hashed([dump_json([row.get("tools"), row["chat_template_kwargs"]]).decode()])
         out = np.sort(mixed(out ^ apart))
     return out
 
@@ -108,13 +102,13 @@ def known(block, look, out):
         total += 1
         try:
             row = usable(row, block, line, out)
-            keys.append(key_of(row) if look.by == "whole" else prompt_of(row).to_bytes(16, "little"))
+            keys.append(row_key(row) if look.by == "whole" else prompt_key(row).to_bytes(16, "little"))
             sets.append(np.zeros(0, "u8") if look.exact else shingles(row, look))
-        except Refused:  # told in the second reading
+        except InvalidRow:  # told in the second reading
             keys.append(b"")
             sets.append(np.zeros(0, "u8"))
     flat, counts = np.concatenate([np.zeros(0, "u8"), *sets]), np.array([*map(len, sets)], int)
-    return Result(total=total, more=(keys, flat, counts, bands_of(flat, counts, look)))
+    return ChunkResult(rows_in=total, payload=(keys, flat, counts, bands_of(flat, counts, look)))
 
 
 def bands_of(flat, counts, look):
@@ -205,13 +199,13 @@ def sifted(block, out):
     """Result of a Block whose data is (Block, number of the row that each row repeats or -1, similarity to it, whether
     a row is repeated by others); more: [(place in the block, how rejected.jsonl names it)] of the last."""
     inner, repeats, similar, named = block.data
-    result, rows, names = Result(), [], []
+    result, rows, names = ChunkResult(), [], []
     for number, (line, row) in enumerate(inner.rows()):
-        result.total += 1
-        where = place(inner.file, line, row)
+        result.rows_in += 1
+        where = row_location(inner.file, line, row)
         try:
             row = usable(row, inner, line, out)
-        except Refused as refusal:
+        except InvalidRow as refusal:
             result.rejected.append(where | {"reason": refusal.reason, "detail": refusal.detail})
             continue
         if repeats[number] < 0:
@@ -221,12 +215,12 @@ def sifted(block, out):
         else:
             told = {"repeats": int(repeats[number]), "similarity": round(float(similar[number]), 4), "place": number}
             result.rejected.append(where | {"id": row["id"]} | told)
-    result.packed, result.more = {inner.split: packed(rows, out.suffix == ".jsonl")}, names
+    result.encoded, result.payload = {inner.split: encode_rows(rows, out.suffix == ".jsonl")}, names
     return result
 
 
 def main():
-    parser = parser_of(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("pools", nargs="+", metavar="POOL", help="dataset folder, or file of rows")
     parser.add_argument("--out", type=Path, required=True, help="NAME.jsonl, or a folder that does not exist yet")
     parser.add_argument("--by", choices=("whole", "prompt"), default="whole", help="what of a row is compared")
@@ -234,20 +228,20 @@ def main():
     parser.add_argument("--threshold", type=float, default=0.8, help="least similarity of near duplicates, default 0.8")
     parser.add_argument("--ngram_size", type=int, default=5, help="words of an n-gram, default 5")
     add_num_proc(parser)
-    return command(parser, run)
+    return run_command(parser, run)
 
 
 def run(args):
-    """The exit code; raises BadInput."""
+    """The exit code; raises UsageError."""
     if not 0 < args.threshold <= 1:
-        raise BadInput(f"--threshold {args.threshold}: pass a similarity above 0, at most 1")
+        raise UsageError(f"--threshold {args.threshold}: pass a similarity above 0, at most 1")
     if args.ngram_size < 1:
-        raise BadInput(f"--ngram_size {args.ngram_size}: pass a number of words of at least 1")
+        raise UsageError(f"--ngram_size {args.ngram_size}: pass a number of words of at least 1")
     paths = find_inputs(args.pools)
     if Path("-") in paths:
-        raise BadInput("-: rows are read twice: write stdin to a file first")
+        raise UsageError("-: rows are read twice: write stdin to a file first")
     look = Look(args.by, args.exact, args.threshold, args.ngram_size, *banding(args.threshold))
-    with Writer(args.out, "dedup.py") as writer:
+    with DatasetWriter(args.out, "dedup.py") as writer:
         return dedup(args, paths, look, writer)
 
 
@@ -255,24 +249,26 @@ def dedup(args, paths, look, writer):
     owners, sizes, keys, counts, bands = [], [], [], [], []
 
     def blocks():
-        for owner, block in pool_blocks(paths, writer.inputs):
+        for owner, block in pool_blocks(paths, writer.input_hashes):
             owners.append(owner)
             yield block
 
-    with open(writer.aside / "ngrams", "wb") as file:
-        for result in spread(partial(known, look=look, out=args.out), blocks(), args.num_proc, "read"):
-            some_keys, flat, some_counts, some_bands = result.more
-            sizes.append(result.total)
+    with open(writer.staging / "ngrams", "wb") as file:
+        for result in parallel_map(partial(known, look=look, out=args.out), blocks(), args.num_proc, "read"):
+            some_keys, flat, some_counts, some_bands = result.payload
+            sizes.append(result.rows_in)
             keys.append(np.array(some_keys, "S16"))
             counts.append(some_counts)
             bands.append(some_bands)
             file.write(flat)
     if not sum(sizes):
-        raise BadInput(f"{', '.join(map(str, paths))}: no rows: pass pools of messages rows (data_prep/normalize.py)")
+        raise UsageError(
+            f"{', '.join(map(str, paths))}: no rows: pass pools of messages rows (python -m data_prep.normalize)"
+        )
     keys, counts, bands = map(np.concatenate, (keys, counts, bands))
-    sets = Sets(writer.aside / "ngrams", counts)
+    sets = Sets(writer.staging / "ngrams", counts)
     first, same, similar = repeated(keys, sets, bands, look)
-    (writer.aside / "ngrams").unlink()
+    (writer.staging / "ngrams").unlink()
     owner, starts = np.repeat(owners, sizes), np.cumsum([0, *sizes])
     named = np.isin(np.arange(len(same)), same[same != np.arange(len(same))])
 
@@ -285,8 +281,8 @@ def dedup(args, paths, look, writer):
             yield replace(block, data=data)
 
     kept = {}  # row: what rejected.jsonl says of it
-    for number, result in enumerate(spread(partial(sifted, out=args.out), marked(), args.num_proc, "write")):
-        kept |= {starts[number] + place: told for place, told in result.more}
+    for number, result in enumerate(parallel_map(partial(sifted, out=args.out), marked(), args.num_proc, "write")):
+        kept |= {starts[number] + place: told for place, told in result.payload}
         for entry in result.rejected:
             if "repeats" in entry:
                 row, head = starts[number] + entry.pop("place"), entry["repeats"]
@@ -294,15 +290,15 @@ def dedup(args, paths, look, writer):
                 where = "in its pool" if owner[row] == owner[head] else "of another pool"
                 entry |= {"reason": f"{kind} {where}", "repeats": kept[head]}
         writer.add(result)
-    if not sum(writer.rows.values()):
-        print(f"all {writer.total} rows refused ({summary(writer.refused)})", file=sys.stderr)
+    if not sum(writer.rows_out.values()):
+        print(f"all {writer.rows_in} rows refused ({format_counts(writer.refused)})", file=sys.stderr)
         return 1
     compared = {"by": look.by, "exact": look.exact}
     compared |= {} if look.exact else {"threshold": look.threshold, "ngram_size": look.ngram_size}
     writer.close({"compared": compared})
     left = writer.refused.total()
-    told = f" ({summary(writer.refused)})" if left else ""
-    print(f"{args.out}: {sum(writer.rows.values()):,} rows kept of {writer.total:,}, {left:,} left out{told}")
+    told = f" ({format_counts(writer.refused)})" if left else ""
+    print(f"{args.out}: {sum(writer.rows_out.values()):,} rows kept of {writer.rows_in:,}, {left:,} left out{told}")
     return 0
 
 

@@ -1,6 +1,6 @@
 """Build the demo's starting point from its rows: a byte-level BPE tokenizer and an untrained Qwen3 model.
 
-    python data_prep/demo_model.py --rows runs/demo/rows --out runs/demo/init
+    python -m data_prep.demo_model --rows runs/demo/rows --out runs/demo/init
 
 The tokenizer is trained on ROWS/pretrain.jsonl and has Qwen3's pre-tokenizer (digits stand alone), special tokens and
 defaults (eos <|im_end|>, pad <|endoftext|>), but no chat template: that comes from chat_templates/. The model is a
@@ -134,7 +134,7 @@ def main():
     args = parser.parse_args()
     source = args.rows / "pretrain.jsonl"
     if not source.is_file():
-        print(f"{source}: no such file: run data_prep/demo_rows.py --out {args.rows} first", file=sys.stderr)
+        print(f"{source}: no such file: run python -m data_prep.demo_rows --out {args.rows} first", file=sys.stderr)
         return 2
     if args.out.exists():
         print(f"{args.out}: exists already: remove it or pass another --out", file=sys.stderr)
@@ -148,7 +148,7 @@ def main():
     try:
         texts = [json.loads(line)["text"] for line in source.read_text(encoding="utf-8").splitlines()]
     except (ValueError, KeyError, TypeError) as error:
-        print(f"{source}: not rows of text ({error}): run data_prep/demo_rows.py again", file=sys.stderr)
+        print(f"{source}: not rows of text ({error}): run python -m data_prep.demo_rows again", file=sys.stderr)
         return 2
 
     if not sys.stderr.isatty():

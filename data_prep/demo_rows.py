@@ -1,6 +1,6 @@
 """Produce the demo's rows: plain text to pre-train a tiny base on, and chats in six task groups to fine-tune it on.
 
-    python data_prep/demo_rows.py --out runs/demo/rows
+    python -m data_prep.demo_rows --out runs/demo/rows
 
 Writes OUT/pretrain.jsonl ({"text": str}), OUT/chat (dataset folder with train, validation, test), OUT/chat/test.jsonl
 (the test split for eval) and OUT/report.json. Everything is made up here: words, people, prices, weather. Each group
@@ -25,8 +25,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from pool import stop, write_rows
-from rows import BadInput, json_line
+from data_prep.common.command_line import print_error
+from data_prep.common.errors import UsageError
+from data_prep.common.json_text import json_line
+from data_prep.common.writer import write_rows
 
 NAMES, CITIES, DAYS, SKIES, THINGS, COLORS, SHAPES, ONSETS = map(
     str.split,
@@ -340,9 +342,9 @@ def main():
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
     if args.out.exists():
-        return stop(f"{args.out}: exists already: remove it or pass another --out")
+        return print_error(f"{args.out}: exists already: remove it or pass another --out")
     if not 60 <= args.rows <= 20000:
-        return stop(f"--rows {args.rows}: the items are enough for 60 to 20000 rows, pass a number between")
+        return print_error(f"--rows {args.rows}: the items are enough for 60 to 20000 rows, pass a number between")
 
     dealt = deal(args.seed)
     pools = {split: {kind: parts[split] for kind, parts in dealt.items()} for split in SPLITS}
@@ -370,8 +372,8 @@ def main():
         report["out"]["pretrain"] = len(texts)
         (aside / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8", newline="\n")
         aside.rename(args.out)
-    except (OSError, BadInput) as error:
-        return stop(f"{args.out}: not written ({error}): make room or pass another --out")
+    except (OSError, UsageError) as error:
+        return print_error(f"{args.out}: not written ({error}): make room or pass another --out")
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     print(f"{args.out}: {len(texts):,} texts, " + ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items()))

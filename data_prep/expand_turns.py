@@ -1,6 +1,6 @@
 """Turn a conversation into as many rows as its template needs to train every answer under its true prompt.
 
-    python data_prep/expand_turns.py data/chats --chat_template_path chat_templates/qwen3.jinja --out data/turns
+    python -m data_prep.expand_turns data/chats --chat_template_path chat_templates/qwen3.jinja --out data/turns
 
 Some templates strip the reasoning of earlier answers, or close them in another way than the model does: as they stand
 in the middle of a conversation, no server would expect them, so the template trains the last ones only. Here each of
@@ -28,31 +28,21 @@ from collections import Counter, namedtuple
 from functools import cache, partial
 from pathlib import Path
 
-from pool import (
-    Result,
-    Writer,
-    add_num_proc,
-    check_out,
-    command,
-    find_inputs,
-    is_saved,
-    packed,
-    parser_of,
-    place,
-    read_blocks,
-    shards_of,
-    spread,
-    summary,
-)
-from render import load_against, read_settings
-from rows import BadInput, Refused, completed, refuse_unkept, well_formed
+from data_prep.common.command_line import add_num_proc, format_counts, make_parser, run_command
+from data_prep.common.errors import InvalidRow, UsageError
+from data_prep.common.parallel import parallel_map
+from data_prep.common.readers import find_inputs, is_dataset_folder, list_splits, read_chunks
+from data_prep.common.recipe_settings import read_settings
+from data_prep.common.rendering import load_renderer
+from data_prep.common.rows import check_shape, complete_row, refuse_unkept
+from data_prep.common.writer import ChunkResult, DatasetWriter, check_output_path, encode_rows, row_location
 
 # an answer's request + output, what of it is trained, and (text, spans) of the row that ends with it
 Answer = namedtuple("Answer", "text spans rendered")
 
 
 def true_answers(row, render):
-    """({k: Answer}, [(k, Refused)]): what each answer that the row asks to train looks like where it is the last."""
+    """({k: Answer}, [(k, InvalidRow)]): what each answer that the row asks to train looks like where it is the last."""
     turns, asked = row["messages"], (row.get("chat_template_kwargs") or {}).get("train_turns")
     numbers = [k for k, turn in enumerate(turns) if turn["role"] == "assistant"]
     found, refused = {}, []
@@ -62,10 +52,10 @@ def true_answers(row, render):
             text, whole = render(row, turns[: k + 1])
             spans = [span for span in whole if span[1] > len(request)]
             if not text.startswith(request):
-                raise Refused("answer that the template does not render behind its request", f"message {k}")
+                raise InvalidRow("answer that the template does not render behind its request", f"message {k}")
             if spans:  # none: the row's own flags make it context
                 found[k] = Answer(text[: spans[-1][1]], spans, (text, whole))
-        except Refused as refusal:
+        except InvalidRow as refusal:
             refused.append((k, refusal))
     return found, refused
 
@@ -76,7 +66,7 @@ def covered(found, text, spans):
 
 
 def expanded(row, render):
-    """([(row, text, spans)], {k: Answer}, [(k, Refused)]): each answer is trained in one of the rows, from the longest
+    """([(row, text, spans)], {k: Answer}, [(k, InvalidRow)]): each answer is trained in one of the rows, from the longest
     row down: what a row covers, no shorter one trains again."""
     found, refused = true_answers(row, render)
     out, left, end = [], set(found), len(row["messages"]) - 1
@@ -84,7 +74,7 @@ def expanded(row, render):
         cut = {**row, "messages": row["messages"][: end + 1]}
         try:
             as_is = found[end].rendered if end in found else render(cut, cut["messages"])
-        except Refused:  # because of a last answer that cannot be trained
+        except InvalidRow:  # because of a last answer that cannot be trained
             as_is = "", []
         wanted = covered({k: found[k] for k in left}, *as_is)
         if wanted:
@@ -109,11 +99,11 @@ def marked(row, as_is, wanted, found, render, alone):
     for variant in variants:
         try:
             text, here = as_is if variant is row else render(variant, variant["messages"])
-        except Refused:
+        except InvalidRow:
             continue  # a template that does not know the argument
         if sorted(here) == spans and text == as_is[0]:
             return variant, text, here
-    raise BadInput(
+    raise UsageError(
         f"row {row.get('id', '')!r}: the template honours neither train_turns nor loss_mask, an answer would be "
         "trained twice or under a prompt that no server sends: use a template of chat_templates/"
     )
@@ -129,7 +119,7 @@ def cost(text, spans, tokenizer):
 
 
 def expand(row, against):
-    """(rows, Counter of what it cost, [(k, Refused)] of its refused answers) of one row; raises Refused where no answer
+    """(rows, Counter of what it cost, [(k, InvalidRow)] of its refused answers) of one row; raises InvalidRow where no answer
     is left. Counted before and after: answers, and tokens, all and trained ones (without a tokenizer, characters)."""
 
     def render(row, turns, prompt=False):
@@ -139,16 +129,16 @@ def expand(row, against):
     rows, found, refused = expanded(row, render)
     answers = sum(turn["role"] == "assistant" for turn in row["messages"])
     if not answers:
-        raise Refused("no assistant turn")
+        raise InvalidRow("no assistant turn")
     if not rows:
-        raise refused[0][1] if refused else Refused("no answer that its flags let train")
+        raise refused[0][1] if refused else InvalidRow("no answer that its flags let train")
     after = [cost(text, spans, against.tokenizer) for _, text, spans in rows]
     before, trained = after[0], len(found)
     if len(rows) > 1 or rows[0][0] != row:
         try:
             text, spans = render(row, row["messages"])
             before, trained = cost(text, spans, against.tokenizer), len(covered(found, text, spans))
-        except Refused:
+        except InvalidRow:
             before, trained = (0, 0), 0  # the trainer would have stopped at it
     counts = {"total_before": before[0], "trained_before": before[1]}
     counts |= {"total_after": sum(n for n, _ in after), "trained_after": sum(n for _, n in after)}
@@ -157,41 +147,41 @@ def expand(row, against):
 
 
 def main():
-    parser = parser_of(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("path", type=Path, metavar="PATH", help="rows: a file or a save_to_disk folder")
     parser.add_argument("--chat_template_path", required=True, help="the template to train with")
     parser.add_argument("--out", type=Path, required=True, help="NAME.jsonl, or a folder that does not exist yet")
     parser.add_argument("--model_name_or_path", help="folder or hub id of the tokenizer, to count tokens")
     add_num_proc(parser)
-    return command(parser, run)
+    return run_command(parser, run)
 
 
 def run(args):
-    """The exit code; raises BadInput."""
+    """The exit code; raises UsageError."""
     paths = find_inputs([args.path])
-    if is_saved(args.path):
-        check_out(args.out, shards_of(args.path))
+    if is_dataset_folder(args.path):
+        check_output_path(args.out, list_splits(args.path))
     given = args.chat_template_path, args.model_name_or_path
     against = against_of(*given)
     against_of.cache_clear()
     if not against.marked:
-        raise BadInput(f"{args.chat_template_path}: no {{% generation %}} markers: pass one of chat_templates/")
+        raise UsageError(f"{args.chat_template_path}: no {{% generation %}} markers: pass one of chat_templates/")
     job, first = partial(work, given=given, name=args.path.stem, out=args.out), None
-    with Writer(args.out, "expand_turns.py") as writer:
-        for result in spread(job, read_blocks(paths, writer.inputs), args.num_proc):
+    with DatasetWriter(args.out, "expand_turns.py") as writer:
+        for result in parallel_map(job, read_chunks(paths, writer.input_hashes), args.num_proc):
             first = first or next(iter(result.rejected), None)
             writer.add(result)
-        rows_in, rows_out = writer.total, sum(writer.rows.values())
-        counts, said = writer.counts, summary(writer.refused)
+        rows_in, rows_out = writer.rows_in, sum(writer.rows_out.values())
+        counts, said = writer.counts, format_counts(writer.refused)
         if not rows_in:
-            raise BadInput(f"{args.path}: no rows: pass rows of messages (data_prep/normalize.py makes them)")
+            raise UsageError(f"{args.path}: no rows: pass rows of messages (python -m data_prep.normalize makes them)")
         if not rows_out:
             where = f"the first at {first['file']}:{first['line']}"
             print(f"{args.path}: no row is left ({said}), {where}", file=sys.stderr)
             return 1
         unit = "tokens" if against.tokenizer is not None else "characters"
         more = {  # an answer beyond a row's first is an added row, kept or refused
-            "added": writer.added,
+            "added": writer.rows_added,
             "rows_expanded": counts["expanded"],
             "answers": {"in": counts["answers"], "before": counts["answers_before"], "after": counts["answers_after"]},
             unit: {name: counts[name] for name in ("total_before", "total_after", "trained_before", "trained_after")},
@@ -209,35 +199,35 @@ def run(args):
 
 @cache
 def against_of(template_path, model, told=True):
-    """Against of the template and the tokenizer; told: whether it is said that there is none. Raises BadInput."""
+    """Against of the template and the tokenizer; told: whether it is said that there is none. Raises UsageError."""
     settings = read_settings(flags={"chat_template_path": template_path, "model_name_or_path": model})
-    return load_against(settings, lenient=model is None, told=told)
+    return load_renderer(settings, lenient=model is None, told=told)
 
 
 def work(block, given, name, out):
     """Result of a Block."""
-    against, result, rows = against_of(*given, told=False), Result(), []
+    against, result, rows = against_of(*given, told=False), ChunkResult(), []
     for line, row in block.rows():
-        result.total += 1
-        where = place(block.file, line, row)
+        result.rows_in += 1
+        where = row_location(block.file, line, row)
         try:
-            row = completed(well_formed(row), name, line)
+            row = complete_row(check_shape(row), name, line)
             refuse_unkept(row, out)
             found, spent, refused = expand(row, against)
             result.counts.update(spent)
         except RecursionError:
-            found, refused = [], [(None, Refused("row nested too deep"))]
-        except Refused as refusal:
+            found, refused = [], [(None, InvalidRow("row nested too deep"))]
+        except InvalidRow as refusal:
             found, refused = [], [(None, refusal)]
         same = found == [row]
-        result.added += len(found) + len(refused) - 1
+        result.rows_added += len(found) + len(refused) - 1
         result.counts["expanded"] += bool(found) and not same
         for one in found:
             rows.append(one | {"id": row["id"] if same else f"{row['id']}#{len(one['messages']) - 1}"})
         for k, refusal in refused:
             row_id = where["id"] if k is None else f"{row['id']}#{k}"
             result.rejected.append(where | {"id": row_id, "reason": refusal.reason, "detail": refusal.detail})
-    result.packed = {block.split: packed(rows, out.suffix == ".jsonl")}
+    result.encoded = {block.split: encode_rows(rows, out.suffix == ".jsonl")}
     return result
 
 

@@ -1,9 +1,9 @@
 """Leave out rows that repeat themselves, refuse, are too long, speak another language, or whose answers disagree.
 
-    python data_prep/filter.py data/chats --repetition --refusals --lang zh en --out data/filtered
-    python data_prep/filter.py data/chats --recipe recipes/qwen3_qlora.py --max_chars 20000 --out data/fits
-    python data_prep/filter.py judged.jsonl --agreement --refusals --out data/agreed
-    python data_prep/filter.py judged.jsonl --agreement --export preference --out pairs.jsonl
+    python -m data_prep.filter data/chats --repetition --refusals --lang zh en --out data/filtered
+    python -m data_prep.filter data/chats --recipe recipes/qwen3_qlora.py --max_chars 20000 --out data/fits
+    python -m data_prep.filter judged.jsonl --agreement --refusals --out data/agreed
+    python -m data_prep.filter judged.jsonl --agreement --export preference --out pairs.jsonl
 
 PATH is a dataset folder or a file of rows. Each flag is a rule; a row stays where none is against it:
   --repetition   over half (or the share given) of the 10-grams of an answer or its reasoning stand in it more than
@@ -40,24 +40,17 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from check import against_of, template, wrong_language
-from ngrams import hashed, ngrams, words
-from pool import (
-    Packed,
-    Result,
-    Writer,
-    add_num_proc,
-    command,
-    find_inputs,
-    packed,
-    parser_of,
-    place,
-    read_blocks,
-    row_digest,
-    spread,
-    summary,
-)
-from rows import BadInput, Refused, completed, dumped, refuse_unkept, well_formed
+
+from data_prep.check import against_of, template, wrong_language
+from data_prep.common.command_line import add_num_proc, format_counts, make_parser, run_command
+from data_prep.common.errors import InvalidRow, UsageError
+from data_prep.common.json_text import dump_json
+from data_prep.common.ngrams import hashed, ngrams, words
+from data_prep.common.parallel import parallel_map
+from data_prep.common.readers import find_inputs, read_chunks
+from data_prep.common.row_keys import row_digest
+from data_prep.common.rows import check_shape, complete_row, refuse_unkept
+from data_prep.common.writer import ChunkResult, DatasetWriter, EncodedRows, encode_rows, row_location
 
 REFUSAL_WITHIN = 120  # characters; further on the same words are mostly advice or a quotation
 CANNOT = r"(?:i\ (?:can'?t|cannot|can\ not|won'?t|am\ unable|am\ not\ able)|i'm\ (?:unable|not\ able))"
@@ -122,11 +115,11 @@ def simple(text):
 
 
 def answers_of(row):
-    """({letter: answer}, {letter: reasoning}, the row's messages before the answer); raises Refused."""
+    """({letter: answer}, {letter: reasoning}, the row's messages before the answer); raises InvalidRow."""
     answers, reasoning = row.get("answers") or {}, row.get("answers_reasoning") or {}
     for name, value in (("answers", answers), ("answers_reasoning", reasoning)):
         if not isinstance(value, dict) or not all(isinstance(text, str) and text.strip() for text in value.values()):
-            raise Refused("field of another type", f"{name} must hold a text for each letter")
+            raise InvalidRow("field of another type", f"{name} must hold a text for each letter")
     turns, last = row["messages"], row["messages"][-1]
     if last["role"] == "assistant":
         own = {name: last[key] for name, key in (("answer", "content"), ("reasoning", "reasoning_content"))
@@ -139,47 +132,47 @@ def answers_of(row):
 
 
 def objective(row, answers, reference):
-    """The letter of the answer that is right, A; raises Refused."""
+    """The letter of the answer that is right, A; raises InvalidRow."""
     other = row.get(reference)
     other = answers.get("C") if other in (None, "") else other
     if isinstance(other, bool) or not isinstance(other, (str, int, float)):
-        raise Refused("no reference and no answer C")
+        raise InvalidRow("no reference and no answer C")
     if "A" not in answers:
-        raise Refused("no answer A")
+        raise InvalidRow("no answer A")
     verdict, answer, other = row.get("verdict"), answers["A"], str(other)
     agree = verdict.get("agree") if isinstance(verdict, dict) else None
     if agree is not None and not isinstance(agree, bool):
-        raise Refused("field of another type", "agree of the verdict must be true or false")
+        raise InvalidRow("field of another type", "agree of the verdict must be true or false")
     same = numbers_agree(answer, other)
     if same is False:
-        raise Refused("answers disagree", f"{stated(answer) or last_number(answer)}, not {other[-60:]!r}")
+        raise InvalidRow("answers disagree", f"{stated(answer) or last_number(answer)}, not {other[-60:]!r}")
     if agree is False:
-        raise Refused("verifier disagrees", str(verdict.get("said") or "")[-120:])
+        raise InvalidRow("verifier disagrees", str(verdict.get("said") or "")[-120:])
     if same is None and agree is None and simple(answer) != simple(other):
-        raise Refused("no verdict", "and the texts are not equal")
+        raise InvalidRow("no verdict", "and the texts are not equal")
     return "A"
 
 
 def subjective(row, answers):
-    """(letter of the better answer, of the other); raises Refused."""
+    """(letter of the better answer, of the other); raises InvalidRow."""
     judgement = row["judgement"]
     roles = judgement.get("roles") if isinstance(judgement, dict) else None
     shown = sorted(roles.get(name) or "" for name in "AB") if isinstance(roles, dict) else []
     if not all(letter in answers for letter in shown) or len({*shown}) != 2:
-        raise Refused("judgement without its answers", f"roles {roles!r}, answers {', '.join(answers)}")
+        raise InvalidRow("judgement without its answers", f"roles {roles!r}, answers {', '.join(answers)}")
     winner = judgement.get("winner")
     if winner == "tie":
-        raise Refused("tie")
+        raise InvalidRow("tie")
     if winner not in shown:
-        raise Refused("judgement without a winner", repr(winner))
+        raise InvalidRow("judgement without a winner", repr(winner))
     return winner, shown[shown[0] == winner]
 
 
 def agreed(row, reference, preference):
-    """The row with the answer that the models agree on, or as a preference pair; raises Refused."""
+    """The row with the answer that the models agree on, or as a preference pair; raises InvalidRow."""
     answers, reasoning, turns = answers_of(row)
     if not turns or turns[-1]["role"] not in ("user", "tool"):
-        raise Refused("no question before the answer")
+        raise InvalidRow("no question before the answer")
 
     def message(letter):
         told = {"reasoning_content": reasoning[letter]} if letter in reasoning else {}
@@ -187,7 +180,7 @@ def agreed(row, reference, preference):
 
     if not row.get("judgement"):
         if preference:
-            raise Refused("no judgement")
+            raise InvalidRow("no judgement")
         return row | {"messages": [*turns, message(objective(row, answers, reference))]}
     better, other = subjective(row, answers)
     row = row | {"messages": [*turns, message(better)]}
@@ -266,24 +259,24 @@ def check_rule(row, given, check, against):
 # -- many rows --------------------------------------------------------------------------------------------------------
 def work(block, given):
     """Result of a Block."""
-    result, rows, rules = Result(), [], rules_of(given)
+    result, rows, rules = ChunkResult(), [], rules_of(given)
     preference = given.export == "preference"
     for line, row in block.rows():
-        result.total += 1
-        where = place(block.file, line, row)
+        result.rows_in += 1
+        where = row_location(block.file, line, row)
         try:
-            row = completed(well_formed(row), Path(block.file).stem, line)
+            row = complete_row(check_shape(row), Path(block.file).stem, line)
             if given.agreement:
                 row = agreed(row, given.reference, preference)
             refuse_unkept(row, given.out)
             fault = next((fault for rule in rules for fault in rule(row, given)), None)
             if fault:
-                raise Refused(*fault)
+                raise InvalidRow(*fault)
             rows.append(row)
-        except Refused as refusal:
+        except InvalidRow as refusal:
             result.rejected.append(where | {"reason": refusal.reason, "detail": refusal.detail})
-    made = pairs(rows) if preference else packed(rows, given.out.suffix == ".jsonl")
-    result.packed = {block.split: made}
+    made = pairs(rows) if preference else encode_rows(rows, given.out.suffix == ".jsonl")
+    result.encoded = {block.split: made}
     return result
 
 
@@ -292,12 +285,12 @@ def pairs(rows):
     names = ("id", "prompt", "chosen", "rejected", "tools", "source", "tags", "lang")
     counts = Counter((row["source"], row["lang"], "preference") for row in rows)
     rows = [{name: row[name] for name in names if row.get(name)} for row in rows]
-    data, digests = b"".join([dumped(row) + b"\n" for row in rows]), b"".join(map(row_digest, rows))
-    return Packed(data, [row["id"] for row in rows], digests, counts, Counter())
+    data, digests = b"".join([dump_json(row) + b"\n" for row in rows]), b"".join(map(row_digest, rows))
+    return EncodedRows(data, [row["id"] for row in rows], digests, counts, Counter())
 
 
 def main():
-    parser = parser_of(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("path", metavar="PATH", help="rows: a file or a dataset folder")
     parser.add_argument("--out", type=Path, required=True, help="NAME.jsonl, or a folder that does not exist yet")
     parser.add_argument("--repetition", type=float, nargs="?", const=0.5, metavar="SHARE",
@@ -315,26 +308,26 @@ def main():
     parser.add_argument("--export", choices=("winner", "preference"), default="winner",
                         help="with --agreement: the better answer (default), or both as a pair")  # fmt: skip
     add_num_proc(parser)
-    return command(parser, run)
+    return run_command(parser, run)
 
 
 def run(args):
-    """The exit code; raises BadInput."""
+    """The exit code; raises UsageError."""
     if args.export == "preference" and not (args.agreement and args.out.suffix == ".jsonl"):
-        raise BadInput("--export preference: pass --agreement and a .jsonl file as --out, a folder keeps no pairs")
+        raise UsageError("--export preference: pass --agreement and a .jsonl file as --out, a folder keeps no pairs")
     if args.max_length and not (args.recipe or args.model_name_or_path):
-        raise BadInput("--max_length: needs a tokenizer: pass --recipe or --model_name_or_path")
+        raise UsageError("--max_length: needs a tokenizer: pass --recipe or --model_name_or_path")
     if not rules_of(args) and not args.agreement:
-        raise BadInput("no rule is asked for: pass --repetition, --refusals, --max_chars or another, see --help")
+        raise UsageError("no rule is asked for: pass --repetition, --refusals, --max_chars or another, see --help")
     paths = find_inputs([args.path])
-    with Writer(args.out, "filter.py") as writer:
-        for result in spread(partial(work, given=args), read_blocks(paths, writer.inputs), args.num_proc):
+    with DatasetWriter(args.out, "filter.py") as writer:
+        for result in parallel_map(partial(work, given=args), read_chunks(paths, writer.input_hashes), args.num_proc):
             writer.add(result)
-        if not writer.total:
-            raise BadInput(f"{args.path}: no rows: pass rows of messages (data_prep/normalize.py makes them)")
-        kept, refused = sum(writer.rows.values()), summary(writer.refused)
+        if not writer.rows_in:
+            raise UsageError(f"{args.path}: no rows: pass rows of messages (python -m data_prep.normalize makes them)")
+        kept, refused = sum(writer.rows_out.values()), format_counts(writer.refused)
         if not kept:
-            print(f"all {writer.total} rows refused ({refused})", file=sys.stderr)
+            print(f"all {writer.rows_in} rows refused ({refused})", file=sys.stderr)
             return 1
         writer.close()
     out = writer.refused.total()

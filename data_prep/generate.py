@@ -1,7 +1,7 @@
 """Ask a model for what rows lack: second answers, verdicts, judgements, think and no_think twins, multi-turn reasoning.
 
-    python data_prep/generate.py answer rows.jsonl --model M2 --base_url http://localhost:8000/v1 --out answered.jsonl
-    python data_prep/generate.py judge answered.jsonl --model M3 --out judged.jsonl --price_out 0.3 --max_cost 5
+    python -m data_prep.generate answer rows.jsonl --model M2 --base_url http://localhost:8000/v1 --out answered.jsonl
+    python -m data_prep.generate judge answered.jsonl --model M3 --out judged.jsonl --price_out 0.3 --max_cost 5
 
 The model answers at any OpenAI-compatible endpoint (vLLM, SGLang, llama.cpp, transformers serve, a provider). The key
 comes from the environment variable that --api_key_env names; without one none is sent. Tasks:
@@ -52,35 +52,16 @@ from pathlib import Path
 from time import monotonic, time
 
 import httpx2
-from pool import (
-    Result,
-    Writer,
-    check_out,
-    command,
-    find_inputs,
-    is_saved,
-    packed,
-    parser_of,
-    place,
-    read_blocks,
-    shards_of,
-    summary,
-)
-from rows import (
-    CONTROL,
-    SWITCH,
-    BadInput,
-    Refused,
-    check_messages,
-    completed,
-    dumped,
-    loaded,
-    refuse_unkept,
-    tool_call,
-    tool_list,
-    well_formed,
-)
 from tqdm import tqdm
+
+from data_prep.common.command_line import format_counts, make_parser, run_command
+from data_prep.common.errors import InvalidRow, UsageError
+from data_prep.common.json_text import dump_json, load_json
+from data_prep.common.parsing import parse_tool_call, parse_tools
+from data_prep.common.readers import find_inputs, is_dataset_folder, list_splits, read_chunks
+from data_prep.common.row_keys import SWITCH
+from data_prep.common.rows import CONTROL, check_messages, check_shape, complete_row, refuse_unkept
+from data_prep.common.writer import ChunkResult, DatasetWriter, check_output_path, encode_rows, row_location
 
 VERIFY = """Below are a question, a reference answer and an answer to check. Does the answer come to the same result \
 as the reference? Only the result counts: working, wording and format may differ.
@@ -169,7 +150,7 @@ class Again(Exception):
         self.reason, self.detail, self.wait, self.counts = reason, detail, wait, counts
 
 
-# -- tasks: a row -> the rows out; each raises Refused ----------------------------------------------------------------
+# -- tasks: a row -> the rows out; each raises InvalidRow ----------------------------------------------------------------
 async def answer(row, endpoint, args):
     prompt, own = parted(row)
     answers = {"A": own, **answers_of(row)}
@@ -187,7 +168,9 @@ async def verify(row, endpoint, args):
     if reference in (None, ""):
         reference, against = answers.get("C"), "C"
     if isinstance(reference, bool) or not isinstance(reference, (str, int, float)):
-        raise Refused("no reference and no answer C", f"{args.reference} is {type(row.get(args.reference)).__name__}")
+        raise InvalidRow(
+            "no reference and no answer C", f"{args.reference} is {type(row.get(args.reference)).__name__}"
+        )
     text = VERIFY.format(question=shown(prompt), reference=reference, answer=answers.get("A", own))
     said, agree = await endpoint.ask([user(text)], parse=lambda reply: verdict(reply, ("AGREE", "DISAGREE")))
     return [row | {"verdict": {"agree": agree == "AGREE", "against": against, "said": said}}]
@@ -197,7 +180,7 @@ async def judge(row, endpoint, args):
     prompt, own = parted(row)
     answers = {"A": own, **answers_of(row)}
     if "B" not in answers:
-        raise Refused("no answer B", "run the task answer first")
+        raise InvalidRow("no answer B", "run the task answer first")
     # the judge's A is the row's A or, as often, its B: a judge who prefers a place favours neither model
     roles = {"A": "A", "B": "B"} if drawn(args, row).random() < 0.5 else {"A": "B", "B": "A"}
     text = JUDGE.format(question=shown(prompt), a=answers[roles["A"]], b=answers[roles["B"]])
@@ -209,12 +192,12 @@ async def twins(row, endpoint, args):
     turns = row["messages"]
     parted(row)
     if any(turn["role"] == "tool" or turn.get("tool_calls") for turn in turns):
-        raise Refused("tool calls have no twin")
+        raise InvalidRow("tool calls have no twin")
     if any(SWITCH.search(turn.get("content") or "") for turn in turns if turn["role"] != "assistant"):
-        raise Refused("switch in the prompt", "/think or /no_think would contradict one of the twins")
+        raise InvalidRow("switch in the prompt", "/think or /no_think would contradict one of the twins")
     thinks = {bool(turn.get("reasoning_content")) for turn in turns if turn["role"] == "assistant"}
     if len(thinks) > 1 and not args.both:
-        raise Refused("reasoning in some answers only", "neither twin; --both asks for both")
+        raise InvalidRow("reasoning in some answers only", "neither twin; --both asks for both")
     rows = []
     for think in (True, False):
         mode, same = "think" if think else "no_think", thinks == {think} and not args.both
@@ -231,9 +214,9 @@ async def twins(row, endpoint, args):
 async def ifthink(row, endpoint, args):
     start = [turn for turn in row["messages"] if turn["role"] != "assistant"]
     if [turn["role"] for turn in start if turn["role"] != "system"] != ["user"] or start[-1]["role"] != "user":
-        raise Refused("not a single turn", "ifthink starts from one instruction")
+        raise InvalidRow("not a single turn", "ifthink starts from one instruction")
     if not start[-1].get("content"):
-        raise Refused("empty text", "of the user")
+        raise InvalidRow("empty text", "of the user")
     lot = drawn(args, row)
     first = lot.choice(INSTRUCTIONS)
     group = first[0].split(":")[0]
@@ -270,14 +253,14 @@ def parted(row):
     check_messages([{**turn, "content": turn.get("content") or ""} for turn in row["messages"]])
     *prompt, last = row["messages"]
     if last.get("tool_calls"):
-        raise Refused("last answer is a tool call")
+        raise InvalidRow("last answer is a tool call")
     return prompt, last["content"]
 
 
 def answers_of(row):
     answers = row.get("answers") or {}
     if not isinstance(answers, dict) or not all(isinstance(text, str) for text in answers.values()):
-        raise Refused("field of another type", "answers must be an object of strings")
+        raise InvalidRow("field of another type", "answers must be an object of strings")
     return answers
 
 
@@ -298,7 +281,7 @@ async def spoken(turns, row, think, endpoint, args):
 
     def in_mode(reply):
         if bool(reply["reasoning_content"]) != think:
-            raise Refused("no reasoning" if think else "reasoning in a no_think answer")
+            raise InvalidRow("no reasoning" if think else "reasoning in a no_think answer")
         return reply
 
     out = []
@@ -320,7 +303,7 @@ def verdict(reply, allowed):
     match = VERDICT.fullmatch(said.rsplit("\n", 1)[-1])
     found = match[1] if match else (object_in(said) or {}).get("verdict")
     if found not in allowed:
-        raise Refused("no verdict", f"ends with {said[-80:]!r}")
+        raise InvalidRow("no verdict", f"ends with {said[-80:]!r}")
     return said, found
 
 
@@ -328,7 +311,7 @@ def follow_ups(reply):
     found = object_in(reply["content"]) or {}
     prompts = [found.get(name) for name in ("second", "third")]
     if not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
-        raise Refused("no follow-up prompts", f"said {reply['content'][:80]!r}")
+        raise InvalidRow("no follow-up prompts", f"said {reply['content'][:80]!r}")
     return [prompt.strip() for prompt in prompts]
 
 
@@ -336,8 +319,8 @@ def object_in(said):
     """The JSON object that a reply is, in a code fence too, or None."""
     fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", said.strip(), re.DOTALL)
     try:
-        found = loaded((fenced[1] if fenced else said).encode())
-    except Refused:
+        found = load_json((fenced[1] if fenced else said).encode())
+    except InvalidRow:
         return None
     return found if isinstance(found, dict) else None
 
@@ -352,10 +335,10 @@ def request(turns, row=None):
     body, kwargs = {"messages": [sent(turn) for turn in turns]}, row["chat_template_kwargs"] if row else {}
     if (persona := kwargs.get("custom_instructions")) and turns[0]["role"] != "system":
         if not isinstance(persona, str):
-            raise Refused("field of another type", "custom_instructions must be a string")
+            raise InvalidRow("field of another type", "custom_instructions must be a string")
         body["messages"].insert(0, {"role": "system", "content": persona})
     if row and row.get("tools"):
-        body["tools"] = tool_list(row["tools"])
+        body["tools"] = parse_tools(row["tools"])
     if more := {name: value for name, value in kwargs.items() if name not in LOCAL}:
         body["chat_template_kwargs"] = more
     return body
@@ -364,8 +347,8 @@ def request(turns, row=None):
 def sent(turn):
     """A message as the API has it: without reasoning, arguments of calls as text."""
     out = {"role": turn["role"], "content": turn.get("content") or ""}
-    for call in map(tool_call, turn.get("tool_calls") or []):
-        function = call["function"] | {"arguments": dumped(call["function"]["arguments"]).decode()}
+    for call in map(parse_tool_call, turn.get("tool_calls") or []):
+        function = call["function"] | {"arguments": dump_json(call["function"]["arguments"]).decode()}
         out.setdefault("tool_calls", []).append(call | {"function": function})
     return out | {name: turn[name] for name in ("tool_call_id", "name") if turn.get(name)}
 
@@ -373,9 +356,9 @@ def sent(turn):
 def received(data):
     """What is kept of a reply (bytes): content, reasoning, how it ended, tokens. Raises Again."""
     try:
-        reply = loaded(data)
-        dumped(reply)
-    except (Refused, RecursionError) as refusal:
+        reply = load_json(data)
+        dump_json(reply)
+    except (InvalidRow, RecursionError) as refusal:
         raise Again("reply that is not JSON", str(refusal)) from None
     try:
         choice = reply["choices"][0]
@@ -400,18 +383,18 @@ def received(data):
 
 
 def usable(reply):
-    """The reply, where it is one that a row may hold; raises Refused."""
+    """The reply, where it is one that a row may hold; raises InvalidRow."""
     if reply["finish_reason"] == "length":
-        raise Refused("cut by length", "pass a higher --max_tokens")
+        raise InvalidRow("cut by length", "pass a higher --max_tokens")
     if reply["finish_reason"] == "content_filter":
-        raise Refused("content filter")
+        raise InvalidRow("content filter")
     if reply["tool_calls"]:
-        raise Refused("answer is a tool call")
+        raise InvalidRow("answer is a tool call")
     if not reply["content"]:
-        raise Refused("empty answer")
+        raise InvalidRow("empty answer")
     for text in (reply["content"], reply["reasoning_content"]):
         if hit := CONTROL.search(text):
-            raise Refused("control token in text", hit[0])
+            raise InvalidRow("control token in text", hit[0])
     return reply
 
 
@@ -427,7 +410,7 @@ def retry_after(response):
 
 
 class Cache:
-    """Replies by the hash of their request, in one SQLite file; each is on disk when put() returns. Raises BadInput."""
+    """Replies by the hash of their request, in one SQLite file; each is on disk when put() returns. Raises UsageError."""
 
     def __init__(self, path):
         self.path = path
@@ -446,7 +429,7 @@ class Cache:
             yield
         except (sqlite3.Error, OSError) as error:
             said = f"{self.path}: the cache cannot be used ({error})"
-            raise BadInput(f"{said}: wait for the run that has it, make room or pass another --cache") from None
+            raise UsageError(f"{said}: wait for the run that has it, make room or pass another --cache") from None
 
     def get(self, key):
         with self.told():
@@ -455,7 +438,7 @@ class Cache:
 
     def put(self, key, reply):
         with self.told():
-            self.base.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (key, dumped(reply)))
+            self.base.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (key, dump_json(reply)))
 
     def close(self):
         self.base.close()
@@ -499,11 +482,11 @@ class Endpoint:
         self.requests, self.tokens = Limit(args.requests_per_minute), Limit(args.tokens_per_minute)
         self.flying, self.used, self.count, self.purse = {}, set(), Counter(), asyncio.Condition()
         self.reserved, self.paused, self.failures = {}, 0.0, 0
-        self.halted = asyncio.get_running_loop().create_future()  # BadInput that ends the run, whoever met it
+        self.halted = asyncio.get_running_loop().create_future()  # UsageError that ends the run, whoever met it
 
     # what is asked, at what cost
     async def ask(self, turns, row=None, more=None, parse=lambda reply: reply):
-        """parse(reply) of the first reply that is usable and that parse takes; raises Refused as the last one did."""
+        """parse(reply) of the first reply that is usable and that parse takes; raises InvalidRow as the last one did."""
         args = self.args
         body = {"model": args.model} | request(turns, row)
         body |= {"max_tokens": args.max_tokens, "temperature": args.temperature}
@@ -512,14 +495,14 @@ class Endpoint:
             asked = {name: value for name, value in asked.items() if value is not None}
             try:
                 return parse(usable(await self.reply(asked, attempt)))
-            except Refused as refusal:
+            except InvalidRow as refusal:
                 last = refusal
                 if refusal.reason in FINAL or refusal.reason.startswith("server"):
                     break
         raise last
 
     async def reply(self, body, attempt):
-        data = dumped(body)
+        data = dump_json(body)
         key = hashlib.sha256(data + b" %d" % attempt).digest()
         if key not in self.flying:
             if found := self.cache.get(key):
@@ -546,7 +529,7 @@ class Endpoint:
         return self.cost() + sum(self.reserved.values())
 
     async def fetched(self, key, data, body):
-        """The reply to a request, kept; raises Refused, OverBudget, BadInput."""
+        """The reply to a request, kept; raises InvalidRow, OverBudget, UsageError."""
         most = body.get("max_tokens") or body.get("max_completion_tokens") or self.args.max_tokens
         # half of its bytes: more tokens than any text has in practice
         guess = (len(data) // 2, most)
@@ -565,7 +548,7 @@ class Endpoint:
             self.cache.put(key, reply)
             self.counted(key, reply, "asked")
             return reply
-        except BadInput as error:
+        except UsageError as error:
             if not self.halted.done():
                 self.halted.set_result(error)
             raise
@@ -587,14 +570,14 @@ class Endpoint:
                 told = f"{again.reason} ({self.hidden(again.detail)})"
                 never = again.reason == "no connection" and not self.count["asked"] and failed > self.args.max_retries
                 if never or self.failures >= self.args.max_failures:
-                    raise BadInput(f"{self.url}: {told}, {self.failures} failures in a row: mend it, then start again: "
+                    raise UsageError(f"{self.url}: {told}, {self.failures} failures in a row: mend it, then start again: "
                                    "every reply so far is kept") from None  # fmt: skip
                 if failed > self.args.max_retries:
-                    raise Refused(f"server: {again.reason}", self.hidden(again.detail)) from None
+                    raise InvalidRow(f"server: {again.reason}", self.hidden(again.detail)) from None
                 await sleep(max(again.wait, BACKOFF * 2 ** min(tries - 1, 6) * (0.5 + jitter.random())))
 
     async def once(self, data, guess):
-        """What is kept of one try's reply; raises Again, Refused, BadInput."""
+        """What is kept of one try's reply; raises Again, InvalidRow, UsageError."""
         async with self.slots:
             while (wait := self.paused - monotonic()) > 0:
                 await sleep(wait)
@@ -616,9 +599,9 @@ class Endpoint:
         # 403 in the midst of a run is about the row: a provider's moderation
         if (status in HALTS or 300 <= status < 400) and not (status == 403 and self.used):
             job = HALTS.get(status, "pass the address that it redirects to").format(env=self.args.api_key_env)
-            raise BadInput(f"{self.url}: {said}: {job}")
+            raise UsageError(f"{self.url}: {said}: {job}")
         if status >= 400:
-            raise Refused("server: request not taken", said)
+            raise InvalidRow("server: request not taken", said)
         reply = received(response.content)
         entry[1] = sum(reply["tokens"] or [guess])
         return reply
@@ -638,30 +621,30 @@ def merged(body, more):
 
 # -- many rows --------------------------------------------------------------------------------------------------------
 async def worked(row, line, split, endpoint, args):
-    """The rows out; raises Refused."""
+    """The rows out; raises InvalidRow."""
     try:
-        row = completed(well_formed(row), args.path.stem, line)
+        row = complete_row(check_shape(row), args.path.stem, line)
         row["chat_template_kwargs"] = row["chat_template_kwargs"] or {}
         out = await TASKS[args.task](row, endpoint, args)
         for one in out:
             refuse_unkept(one, args.out)
         return out
     except RecursionError:
-        raise Refused("row nested too deep") from None
+        raise InvalidRow("row nested too deep") from None
 
 
 async def stream(args, paths, writer, endpoint, first):
     """Every row in, in order out; so many are under way that a slow row does not hold up the others. first: a list that
     gets the first refusal."""
-    under_way, result, rows = deque(), Result(), []
+    under_way, result, rows = deque(), ChunkResult(), []
     bar = tqdm(desc=args.task, unit=" rows", disable=not sys.stderr.isatty())
 
     def flush():
         nonlocal result, rows
-        if result.total:
-            result.packed = {split: packed(rows, writer.lines)}
+        if result.rows_in:
+            result.encoded = {split: encode_rows(rows, writer.is_jsonl)}
             writer.add(result)
-        result, rows = Result(), []
+        result, rows = ChunkResult(), []
 
     async def finish(left):
         while len(under_way) > left:
@@ -672,13 +655,13 @@ async def stream(args, paths, writer, endpoint, first):
             try:
                 found = await task
                 rows.extend(found)
-                result.added += len(found) - 1
+                result.rows_added += len(found) - 1
                 result.counts.update(outcomes(args.task, found))
-            except Refused as refusal:
+            except InvalidRow as refusal:
                 result.rejected.append(where | {"reason": refusal.reason, "detail": refusal.detail})
                 first[:] = first or result.rejected
             under_way.popleft()
-            result.total += 1
+            result.rows_in += 1
             bar.update()
             if not bar.disable:
                 bar.set_postfix_str(spent(endpoint), refresh=False)
@@ -686,7 +669,7 @@ async def stream(args, paths, writer, endpoint, first):
     split = None
     try:
         with bar:
-            for block in read_blocks(paths, writer.inputs):
+            for block in read_chunks(paths, writer.input_hashes):
                 if block.split != split:
                     await finish(0)
                     flush()
@@ -696,7 +679,7 @@ async def stream(args, paths, writer, endpoint, first):
                     if len(rows) >= 500:
                         flush()
                     task = asyncio.ensure_future(worked(row, line, split, endpoint, args))
-                    under_way.append((place(block.file, line, row), task))
+                    under_way.append((row_location(block.file, line, row), task))
             await finish(0)
             flush()
     finally:
@@ -736,7 +719,7 @@ def json_object(text):
 
 
 def main():
-    parser = parser_of(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("path", type=Path, metavar="PATH", help="rows: a file or a save_to_disk folder")
     parser.add_argument("--out", type=Path, required=True, help="NAME.jsonl; of twins and ifthink also a new folder")
@@ -765,42 +748,42 @@ def main():
     group.add_argument("--price_in", type=float, default=0.0, help="dollars a million prompt tokens")
     group.add_argument("--price_out", type=float, default=0.0, help="dollars a million answer tokens")
     group.add_argument("--max_cost", type=float, help="dollars; what it cannot pay is not asked")
-    return command(parser, run)
+    return run_command(parser, run)
 
 
 def checked(args):
-    """Raises BadInput for arguments that cannot be meant."""
+    """Raises UsageError for arguments that cannot be meant."""
     if args.task in COLUMNED and args.out.suffix != ".jsonl":
-        raise BadInput(f"--out {args.out}: {args.task} writes a column, which a folder drops: pass NAME.jsonl")
+        raise UsageError(f"--out {args.out}: {args.task} writes a column, which a folder drops: pass NAME.jsonl")
     for name in ("max_tokens", "max_concurrency", "requests_per_minute", "tokens_per_minute", "timeout", "tries",
                  "max_failures"):  # fmt: skip
         if getattr(args, name) is not None and not getattr(args, name) > 0:
-            raise BadInput(f"--{name} {getattr(args, name)}: pass a number above 0")
+            raise UsageError(f"--{name} {getattr(args, name)}: pass a number above 0")
     if args.max_cost is not None and not (args.price_in or args.price_out):
-        raise BadInput("--max_cost: pass --price_in and --price_out too, dollars a million tokens")
+        raise UsageError("--max_cost: pass --price_in and --price_out too, dollars a million tokens")
     try:
         url = httpx2.URL(args.base_url)
     except httpx2.InvalidURL:
         url = None
     if url is None or url.scheme not in ("http", "https") or not url.host:
-        raise BadInput(f"--base_url {args.base_url}: pass an address such as http://localhost:8000/v1")
+        raise UsageError(f"--base_url {args.base_url}: pass an address such as http://localhost:8000/v1")
     if url.userinfo or url.query:
-        raise BadInput("--base_url: holds a password or a query: pass the key in an environment variable")
+        raise UsageError("--base_url: holds a password or a query: pass the key in an environment variable")
 
 
 def run(args):
-    """The exit code; raises BadInput."""
+    """The exit code; raises UsageError."""
     checked(args)
     paths = find_inputs([args.path])
-    if is_saved(args.path):
-        check_out(args.out, shards_of(args.path))
+    if is_dataset_folder(args.path):
+        check_output_path(args.out, list_splits(args.path))
     key = os.environ.get(args.api_key_env, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise BadInput(f"{args.api_key_env}: not a key (letters that no header may hold): set it anew")
+        raise UsageError(f"{args.api_key_env}: not a key (letters that no header may hold): set it anew")
     stem = args.out.stem if args.out.suffix == ".jsonl" else args.out.name
     path = args.cache or args.out.with_name(f"{stem}.cache.sqlite")
     first = []
-    with Writer(args.out, f"generate.py {args.task}", args.seed) as writer:
+    with DatasetWriter(args.out, f"generate.py {args.task}", args.seed) as writer:
         cache = Cache(path)
 
         async def work():
@@ -819,10 +802,10 @@ def run(args):
             return 130
         finally:
             cache.close()
-        kept, said, count = sum(writer.rows.values()), summary(writer.refused), endpoint.count
-        if not writer.total:
-            raise BadInput(f"{args.path}: no rows: pass rows of messages (data_prep/normalize.py makes them)")
-        print(f"{args.out}: {kept:,} rows of {writer.total:,}" + (f"; refused: {said}" if said else ""))
+        kept, said, count = sum(writer.rows_out.values()), format_counts(writer.refused), endpoint.count
+        if not writer.rows_in:
+            raise UsageError(f"{args.path}: no rows: pass rows of messages (python -m data_prep.normalize makes them)")
+        print(f"{args.out}: {kept:,} rows of {writer.rows_in:,}" + (f"; refused: {said}" if said else ""))
         print(f"  {spent(endpoint)}" + (f" ({count['estimated']:,} replies estimated)" if count["estimated"] else ""))
         if not kept:
             where = f"the first at {first[0]['file']}:{first[0]['line']}: {first[0]['detail'] or first[0]['reason']}"

@@ -1,7 +1,7 @@
 """Mix pools into one training set by a YAML of sources and weights, validation held out before anything is mixed.
 
-    python data_prep/mix.py data_prep/mixes/day2_4080.yaml --pools data --out data/day2
-    python data_prep/mix.py my.yaml --out data/mine --recipe recipes/qwen3_qlora.py
+    python -m data_prep.mix data_prep/mixes/day2_4080.yaml --pools data --out data/day2
+    python -m data_prep.mix my.yaml --out data/mine --recipe recipes/qwen3_qlora.py
 
     strategy: interleave   # interleave, resample, subsample, concatenate
     by: rows               # what weights are shares of: rows or tokens of the final train set (tokens need --recipe)
@@ -44,30 +44,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import yaml
-from batches import keys
-from pool import (
-    ROWS,
-    SCHEMA,
-    Block,
-    Packed,
-    Result,
-    Writer,
-    add_num_proc,
-    arrow_blocks,
-    batches_of,
-    bodies,
-    command,
-    counts_of,
-    is_saved,
-    json_array,
-    json_lines,
-    own_rows,
-    parser_of,
-    plain_columns,
-    shards_of,
-    spread,
-)
-from rows import BadInput, dumped, key_of, loaded, prompt_of
+
+from data_prep.common.arrow_rows import SCHEMA, batch_rows, counts_of, json_array, json_lines, plain_columns, row_bodies
+from data_prep.common.batches import keys
+from data_prep.common.chunks import ROWS, Chunk, batches_of
+from data_prep.common.command_line import add_num_proc, make_parser, run_command
+from data_prep.common.errors import UsageError
+from data_prep.common.json_text import dump_json, load_json
+from data_prep.common.parallel import parallel_map
+from data_prep.common.readers import arrow_chunks, is_dataset_folder, list_splits
+from data_prep.common.row_keys import prompt_key, row_key
+from data_prep.common.writer import ChunkResult, DatasetWriter, EncodedRows
 
 STRATEGIES = ("interleave", "resample", "subsample", "concatenate")
 MIX = {  # name: (type, default)
@@ -84,17 +71,19 @@ GATHER = 5000  # rows of an output block
 
 # -- the YAML ---------------------------------------------------------------------------------------------------------
 def read_mix(path, pools=None, seed=None):
-    """The mix as a dict of MIX's names, its sources as dicts of SOURCE's. Raises BadInput."""
+    """The mix as a dict of MIX's names, its sources as dicts of SOURCE's. Raises UsageError."""
     try:
         given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror}): pass a mix like those of data_prep/mixes") from None
+        raise UsageError(
+            f"{path}: cannot be read ({error.strerror}): pass a mix like those of data_prep/mixes"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: not YAML ({' '.join(str(error).split())}): mend it") from None
+        raise UsageError(f"{path}: not YAML ({' '.join(str(error).split())}): mend it") from None
     if not isinstance(given, dict) or not isinstance(given.get("sources"), list) or not given["sources"]:
-        raise BadInput(f"{path}: names no sources: write `sources:` and lines of `- {{path: …, weight: …}}`")
+        raise UsageError(f"{path}: names no sources: write `sources:` and lines of `- {{path: …, weight: …}}`")
     if unknown := [name for name in given if name not in MIX]:
-        raise BadInput(f"{path}: {unknown[0]} is no name of a mix: write one of {', '.join(MIX)}")
+        raise UsageError(f"{path}: {unknown[0]} is no name of a mix: write one of {', '.join(MIX)}")
     mix = {name: default for name, (_, default) in MIX.items()} | given
     if mix["validation"] in (0, None, False):
         mix["validation"] = {"share": 0, "min": 0}
@@ -103,19 +92,19 @@ def read_mix(path, pools=None, seed=None):
         value = mix[name]
         fits_type = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
         if not fits_type and not (value is None and default is None):
-            raise BadInput(f"{path}: {name} is {value!r}, it must be {kind.__name__}")
+            raise UsageError(f"{path}: {name} is {value!r}, it must be {kind.__name__}")
         if name in CHOICES and value not in CHOICES[name]:
-            raise BadInput(f"{path}: {name} is {value!r}, it must be one of {', '.join(map(str, CHOICES[name]))}")
+            raise UsageError(f"{path}: {name} is {value!r}, it must be one of {', '.join(map(str, CHOICES[name]))}")
     if {*mix["validation"]} - {"share", "min"} or not all(number(v) and v >= 0 for v in mix["validation"].values()):
-        raise BadInput(f"{path}: validation holds share and min, numbers of at least 0")
+        raise UsageError(f"{path}: validation holds share and min, numbers of at least 0")
     mix["sources"] = [read_source(path, place, source, pools) for place, source in enumerate(mix["sources"], 1)]
     names = Counter(source["name"] for source in mix["sources"])
     if twice := [name for name, count in names.items() if count > 1]:
-        raise BadInput(f"{path}: two sources are called {twice[0]}: give them a `name` each")
+        raise UsageError(f"{path}: two sources are called {twice[0]}: give them a `name` each")
     if mix["strategy"] == "subsample" and any(source["weight"] > 1 for source in mix["sources"]):
-        raise BadInput(f"{path}: the weights of subsample are shares of each pool, at most 1 (repeat by epochs)")
+        raise UsageError(f"{path}: the weights of subsample are shares of each pool, at most 1 (repeat by epochs)")
     if mix["literal"] and (mix["strategy"] not in ("interleave", "resample") or mix["by"] != "rows"):
-        raise BadInput(f"{path}: literal mixes by rows with interleave or resample, as the tutorial does")
+        raise UsageError(f"{path}: literal mixes by rows with interleave or resample, as the tutorial does")
     return mix
 
 
@@ -125,28 +114,30 @@ def number(value):
 
 def read_source(path, place, source, pools):
     if not isinstance(source, dict) or not isinstance(source.get("path"), str):
-        raise BadInput(f"{path}: source {place} has no path: write - {{path: data/pool, weight: 1}}")
+        raise UsageError(f"{path}: source {place} has no path: write - {{path: data/pool, weight: 1}}")
     if unknown := [name for name in source if name not in SOURCE]:
-        raise BadInput(f"{path}: source {place}: {unknown[0]} is unknown: write one of {', '.join(SOURCE)}")
+        raise UsageError(f"{path}: source {place}: {unknown[0]} is unknown: write one of {', '.join(SOURCE)}")
     defaults = {"weight": 1.0, "epochs": 1, "rows": None, "shuffle": None, "where": {}, "split": "train"}
     source = {"name": source["path"], **defaults} | source
     for name, kind in SOURCE.items():
         value = source[name]
         if kind is float and not number(value) or kind in (str, dict) and not isinstance(value, kind):
-            raise BadInput(f"{path}: source {place}: {name} is {value!r}, it must be {kind.__name__}")
+            raise UsageError(f"{path}: source {place}: {name} is {value!r}, it must be {kind.__name__}")
     for name, least in (("rows", 1), ("shuffle", 0)):
         if source[name] is not None and (not isinstance(source[name], int) or source[name] < least):
-            raise BadInput(f"{path}: source {place}: {name} is {source[name]!r}, it must be a number from {least} on")
+            raise UsageError(f"{path}: source {place}: {name} is {source[name]!r}, it must be a number from {least} on")
     if source["epochs"] <= 0:
-        raise BadInput(f"{path}: source {place}: epochs is {source['epochs']}, it must be above 0")
+        raise UsageError(f"{path}: source {place}: epochs is {source['epochs']}, it must be above 0")
     if unknown := {*source["where"]} - {"source", "tags", "lang", "mode"}:
-        raise BadInput(f"{path}: source {place}: where knows source, tags, lang and mode, not {min(unknown)}")
+        raise UsageError(f"{path}: source {place}: where knows source, tags, lang and mode, not {min(unknown)}")
     if source["weight"] < 0:
         print(f"{path}: the weight of {source['name']} is {source['weight']}, counted as 0", file=sys.stderr)
         source["weight"] = 0.0
     folder = Path(pools or ".", source["path"])
-    if not is_saved(folder):
-        raise BadInput(f"{folder}: no dataset folder: make it (data_prep/normalize.py), or pass its parent as --pools")
+    if not is_dataset_folder(folder):
+        raise UsageError(
+            f"{folder}: no dataset folder: make it (python -m data_prep.normalize), or pass its parent as --pools"
+        )
     source["folder"] = folder
     return source
 
@@ -169,25 +160,25 @@ def known(block, where, recipe_flags=None, kwargs=None):
     plain, *columns = keys(batch)
     for name, column in zip(("key", "prompt", "turns"), columns, strict=True):
         table[name][plain] = column
-    for place, row in zip(np.flatnonzero(~plain), own_rows(batch.filter(pa.array(~plain))), strict=True):
-        table[place]["key"], table[place]["prompt"] = key_of(row), prompt_of(row)
+    for place, row in zip(np.flatnonzero(~plain), batch_rows(batch.filter(pa.array(~plain))), strict=True):
+        table[place]["key"], table[place]["prompt"] = row_key(row), prompt_key(row)
         table[place]["turns"] = sum(turn["role"] in ("user", "assistant") for turn in row["messages"])
         table[place]["think"] = any(turn.get("reasoning_content") for turn in row["messages"])
     ids, sources, tags, langs = (batch.column(name).to_pylist() for name in ("id", "source", "tags", "lang"))
     modes = ["think" if think else "no_think" for think in table["think"]]
     table["kept"] = [fits(*has, where) for has in zip(sources, langs, tags, modes, strict=True)] if where else True
     if recipe_flags:
-        from render import tokenised
+        from data_prep.common.tokens import tokenize_rows
 
         against, settings = against_of(recipe_flags)
         failed = []
         rows = [row | {"chat_template_kwargs": {**(kwargs or {}), **row["chat_template_kwargs"]}}
-                for row in own_rows(batch)]  # fmt: skip
-        for doc in tokenised([*enumerate(rows)], against, settings, True, failed, False):
+                for row in batch_rows(batch)]  # fmt: skip
+        for doc in tokenize_rows([*enumerate(rows)], against, settings, True, failed, False):
             table[doc.number]["tokens"], table[doc.number]["trained"] = len(doc.ids), doc.trained()
         for number, *_ in failed:
             table[number]["broken"], table[number]["kept"] = table[number]["kept"], False
-    return Result(total=len(batch), more=(table, ids, langs))
+    return ChunkResult(rows_in=len(batch), payload=(table, ids, langs))
 
 
 def fits(source, lang, tags, mode, where):
@@ -199,12 +190,13 @@ def fits(source, lang, tags, mode, where):
 
 @cache
 def against_of(flags):
-    from render import load_against, read_settings
+    from data_prep.common.recipe_settings import read_settings
+    from data_prep.common.rendering import load_renderer
 
     recipe, *more = flags
     settings = read_settings(recipe, flags=dict(zip(("model_name_or_path", "chat_template_path"), more, strict=True)))
     settings.assistant_only_loss = True  # response tokens are told from context ones, whatever the recipe trains
-    return load_against(settings), settings
+    return load_renderer(settings), settings
 
 
 # -- which rows, how often, in which order ----------------------------------------------------------------------------
@@ -230,7 +222,7 @@ def held_out(rows, owner, prompts, validation, seed):
     if not count:
         return mask
     if count >= len(rows):
-        raise BadInput(f"validation: {count} of {len(rows)} rows would be held out: write a smaller min and share")
+        raise UsageError(f"validation: {count} of {len(rows)} rows would be held out: write a smaller min and share")
     pools = np.unique(owner[rows])
     quotas = rounded(count, np.array([(owner[rows] == pool).sum() / len(rows) for pool in pools]))
     sides = set()
@@ -244,7 +236,7 @@ def held_out(rows, owner, prompts, validation, seed):
             left -= 1
     mask[rows] = np.isin(prompts[rows], np.array(sorted(sides), "u8"))
     if mask.sum() >= len(rows):
-        raise BadInput("validation: rows of one prompt would all be held out: write a smaller min and share")
+        raise UsageError("validation: rows of one prompt would all be held out: write a smaller min and share")
     return mask
 
 
@@ -372,7 +364,7 @@ def literal(table, owner, rows, mix):
     unique = unique[np.random.default_rng(seed).permutation(len(unique))]
     count = max(int(mix["validation"].get("min", 0)), int(len(unique) * mix["validation"].get("share", 0)))
     if count >= len(unique):
-        raise BadInput(f"validation: {count} of {len(unique)} rows would be held out: write a smaller min and share")
+        raise UsageError(f"validation: {count} of {len(unique)} rows would be held out: write a smaller min and share")
     return unique[count:], unique[:count]
 
 
@@ -410,7 +402,7 @@ def gathered(block, files, kwargs=None):
     rows, passes = block.data
     batch = shards(files).take(rows)
     if kwargs:
-        told = [dumped({**kwargs, **loaded(own.encode())}) for own in plain_columns(batch)[3]]
+        told = [dump_json({**kwargs, **load_json(own.encode())}) for own in plain_columns(batch)[3]]
         batch = batch.set_column(3, SCHEMA.field(3), json_array(told))
     if passes.any():
         ids = [f"{name}@{number + 1}" if number else name
@@ -419,16 +411,16 @@ def gathered(block, files, kwargs=None):
     digests, lines, counts = [], [], Counter()
     for start in range(0, len(batch), ROWS):
         part = batch.slice(start, ROWS)
-        told = bodies(part)
+        told = row_bodies(part)
         digests += [hashlib.sha256(b"{" + body).digest() for body in told]
         lines.append(json_lines(part, told))
         counts += counts_of(part)
-    made = Packed(batch, batch.column(0).to_pylist(), b"".join(digests), counts, Counter())
-    return Result({block.split: made}, total=len(rows), more=(block.split, b"".join(lines)))
+    made = EncodedRows(batch, batch.column(0).to_pylist(), b"".join(digests), counts, Counter())
+    return ChunkResult({block.split: made}, rows_in=len(rows), payload=(block.split, b"".join(lines)))
 
 
 def main():
-    parser = parser_of(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("mix", metavar="MIX.yaml")
     parser.add_argument("--out", type=Path, required=True, help="folder that does not exist yet")
     parser.add_argument("--pools", help="folder that the paths of the mix are under")
@@ -437,42 +429,42 @@ def main():
     parser.add_argument("--chat_template_path", help="template, instead of the recipe's")
     parser.add_argument("--seed", type=int, help="instead of the mix's")
     add_num_proc(parser)
-    return command(parser, run)
+    return run_command(parser, run)
 
 
 def run(args):
-    """The exit code; raises BadInput."""
+    """The exit code; raises UsageError."""
     if args.out.suffix == ".jsonl":
-        raise BadInput(f"{args.out}: a mix has splits: pass a folder as --out")
+        raise UsageError(f"{args.out}: a mix has splits: pass a folder as --out")
     mix = read_mix(args.mix, args.pools, args.seed)
     flags = args.recipe, args.model_name_or_path, args.chat_template_path
     flags = flags if any(flags) else None
     if mix["by"] == "tokens" and not flags:
-        raise BadInput(f"{args.mix}: weights by tokens: pass --recipe, whose tokenizer and template count them")
+        raise UsageError(f"{args.mix}: weights by tokens: pass --recipe, whose tokenizer and template count them")
     if flags:
         against_of(flags)  # a fault in it is told before the pools are read
-    with Writer(args.out, "mix.py", mix["seed"]) as writer:
+    with DatasetWriter(args.out, "mix.py", mix["seed"]) as writer:
         return build(mix, args, flags, writer)
 
 
 def build(mix, args, flags, writer):
     files, tables, ids, langs = [], [], [], []
     for source in mix["sources"]:
-        found = shards_of(source["folder"])
+        found = list_splits(source["folder"])
         if source["split"] not in found:
             has = f"no split {source['split']}, only {', '.join(found)}"
-            raise BadInput(f"{source['folder']}: {has}: name one as `split`")
+            raise UsageError(f"{source['folder']}: {has}: name one as `split`")
         files += map(str, found[source["split"]])
         digest, count = hashlib.sha256(), len(ids)
         work = partial(known, where=source["where"], recipe_flags=flags, kwargs=mix["chat_template_kwargs"])
         blocks = pool_blocks(source, found[source["split"]], digest)
-        for result in spread(work, blocks, args.num_proc, source["name"]):
-            table, names, languages = result.more
+        for result in parallel_map(work, blocks, args.num_proc, source["name"]):
+            table, names, languages = result.payload
             tables.append(table)
             ids += names
             langs += languages
         source["count"] = len(ids) - count
-        writer.inputs[source["name"]] = digest.hexdigest()
+        writer.input_hashes[source["name"]] = digest.hexdigest()
     table = np.concatenate(tables) if tables else np.zeros(0, COLUMNS_READ)
     owner = np.repeat(np.arange(len(mix["sources"])), [source["count"] for source in mix["sources"]])
     reasons = np.full(len(table), "", object)
@@ -488,17 +480,17 @@ def build(mix, args, flags, writer):
     taken[train] = taken[validation] = True
     reasons[~taken & (reasons == "")] = "not drawn"
 
-    writer.total, writer.added = len(table), len(train) + len(validation) - int(taken.sum())
-    texts = {"train": open(writer.aside / "train.jsonl", "wb")}  # noqa: SIM115 (closed below, removed by the writer)
+    writer.rows_in, writer.rows_added = len(table), len(train) + len(validation) - int(taken.sum())
+    texts = {"train": open(writer.staging / "train.jsonl", "wb")}  # noqa: SIM115 (closed below, removed by the writer)
     if len(validation):
-        texts["validation"] = open(writer.aside / "validation.jsonl", "wb")  # noqa: SIM115
+        texts["validation"] = open(writer.staging / "validation.jsonl", "wb")  # noqa: SIM115
     parts = (("train", train, passes), ("validation", validation, np.zeros(len(validation), int)))
-    blocks = (Block(split, split, start + 1, (some[start : start + GATHER], number[start : start + GATHER]))
+    blocks = (Chunk(split, split, start + 1, (some[start : start + GATHER], number[start : start + GATHER]))
               for split, some, number in parts for start in range(0, len(some), GATHER))  # fmt: skip
     job = partial(gathered, files=tuple(files), kwargs=mix["chat_template_kwargs"])
-    for result in spread(job, blocks, args.num_proc, "write"):
-        split, lines = result.more
-        result.total = 0  # counted above
+    for result in parallel_map(job, blocks, args.num_proc, "write"):
+        split, lines = result.payload
+        result.rows_in = 0  # counted above
         writer.add(result)
         texts[split].write(lines)
     [file.close() for file in texts.values()]
@@ -521,10 +513,12 @@ def build(mix, args, flags, writer):
 
 
 def pool_blocks(source, files, digest):
-    """Blocks of one split of a pool; digest gets its files. Raises BadInput."""
-    for block in arrow_blocks(files, source["name"], source["split"], digest):
+    """Blocks of one split of a pool; digest gets its files. Raises UsageError."""
+    for block in arrow_chunks(files, source["name"], source["split"], digest):
         if not block.own():
-            raise BadInput(f"{block.place[0]}: not a pool of this room: data_prep/normalize.py messages makes one")
+            raise UsageError(
+                f"{block.place[0]}: not a pool of this room: python -m data_prep.normalize messages makes one"
+            )
         yield block
 
 

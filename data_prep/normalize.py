@@ -1,13 +1,13 @@
 """Turn raw rows of a known source into messages rows, the one row shape of this collection.
 
-    python data_prep/normalize.py gsm8k raw/gsm8k/train.jsonl --out data/gsm8k
-    python data_prep/normalize.py sharegpt "raw/chat/*.json*" --out data/chat.jsonl
-    zcat rows.jsonl.gz | python data_prep/normalize.py messages - --out data/rows
-    python data_prep/normalize.py gsm8k openai/gsm8k:main --out data/gsm8k
-    python data_prep/normalize.py fields raw.jsonl --map prompt=question answer=response system=persona --out data/own
-    python data_prep/normalize.py fields x.parquet --map messages=dialog role=who content=text --roles bot=assistant \\
+    python -m data_prep.normalize gsm8k raw/gsm8k/train.jsonl --out data/gsm8k
+    python -m data_prep.normalize sharegpt "raw/chat/*.json*" --out data/chat.jsonl
+    zcat rows.jsonl.gz | python -m data_prep.normalize messages - --out data/rows
+    python -m data_prep.normalize gsm8k openai/gsm8k:main --out data/gsm8k
+    python -m data_prep.normalize fields raw.jsonl --map prompt=question answer=response system=persona --out data/own
+    python -m data_prep.normalize fields x.parquet --map messages=dialog role=who content=text --roles bot=assistant \\
         --out data/own
-    python data_prep/normalize.py spelling --rows 1000 --eval_rows 200 --out data/spelling
+    python -m data_prep.normalize spelling --rows 1000 --eval_rows 200 --out data/spelling
 
 INPUT is a file (JSON lines, one JSON array, parquet; .gz or .zst), a folder of them, a quoted glob, - for stdin, a hub
 id owner/name:config@split, or hf://datasets/owner/name/path, a repository's files as they lie there. OUT ending in
@@ -39,74 +39,54 @@ from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 
-from pool import (
-    ROWS,
-    Block,
-    Result,
-    Writer,
-    add_num_proc,
-    bundled,
-    command,
-    encoded,
-    find_inputs,
-    parser_of,
-    read_blocks,
-    spread,
-    summary,
-)
-from rows import (
-    MARKS,
-    BadInput,
-    Refused,
-    check_messages,
-    columns,
-    control_token,
-    dumped,
-    language,
-    refuse_unkept,
-    schemas_of,
-    spoken_text,
-    unfilled,
-    without_nulls,
-)
-from sources import MADE, MAPPED, SOURCES, messages, smoltalk
+from data_prep.common.chunks import ROWS, Chunk
+from data_prep.common.command_line import add_num_proc, format_counts, make_parser, run_command
+from data_prep.common.errors import InvalidRow, UsageError
+from data_prep.common.json_text import dump_json
+from data_prep.common.language import conversation_text, detect_language
+from data_prep.common.nulls import drop_filled_nulls, drop_nulls, tool_schemas
+from data_prep.common.parallel import parallel_map
+from data_prep.common.readers import find_inputs, read_chunks
+from data_prep.common.rows import MARKS, check_messages, find_control_token, read_columns, refuse_unkept
+from data_prep.common.sources import MADE, MAPPED, SOURCES, messages, smoltalk
+from data_prep.common.writer import ChunkResult, DatasetWriter, bundled, encoded
 
 
 # -- one row ----------------------------------------------------------------------------------------------------------
 def to_row(raw, source, row_id, reasoning="keep", **flags):
-    """A checked row, keys in the order of the house; raises Refused. flags: those of the source's function."""
+    """A checked row, keys in the order of the house; raises InvalidRow. flags: those of the source's function."""
     convert, lang = SOURCES[source]
     if isinstance(raw, list):  # a line that is a list of messages
         raw = {"messages": raw}
     if not isinstance(raw, dict):
-        raise Refused("row that is not an object", type(raw).__name__)
+        raise InvalidRow("row that is not an object", type(raw).__name__)
     try:
         found = convert(raw, **flags)
-    except Refused:
+    except InvalidRow:
         raise
     except (KeyError, IndexError) as error:
-        raise Refused("missing field", str(error.args[0])) from None
+        raise InvalidRow("missing field", str(error.args[0])) from None
     except (TypeError, AttributeError, ValueError) as error:  # a number where text belongs, a list for an object, …
-        raise Refused("field of another type", str(error)[:200]) from None
+        raise InvalidRow("field of another type", str(error)[:200]) from None
     turns = found["messages"]
-    tools, kwargs, tags = columns(found)
+    tools, kwargs, tags = read_columns(found)
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     if reasoning != "keep":
         without_reasoning(turns, kwargs, inline=reasoning == "inline")
     check_messages(turns)
     if tools:
-        tools = without_nulls(tools)
-        without_filled(turns, schemas_of(tools))
+        tools = drop_nulls(tools)
+        without_filled(turns, tool_schemas(tools))
     for value in chain(*map(dict.values, turns), tools):
-        if hit := control_token(value):
-            raise Refused("control token in text", hit)
+        if hit := find_control_token(value):
+            raise InvalidRow("control token in text", hit)
     row = {"id": str(found.get("id") or row_id), "messages": turns}
     row |= {"tools": tools} if tools else {}
     row |= {
         "chat_template_kwargs": kwargs,
         "source": str(found.get("source") or source),
         "tags": tags,
-        "lang": str(found.get("lang") or lang or language(spoken_text(turns))),
+        "lang": str(found.get("lang") or lang or detect_language(conversation_text(turns))),
     }
     refuse_unkept(row)
     return row
@@ -127,7 +107,7 @@ def without_filled(turns, schemas):
     for turn in turns:
         for call in turn.get("tool_calls", ()):
             function = call["function"]
-            function["arguments"] = unfilled(function["arguments"], schemas.get(function["name"]))
+            function["arguments"] = drop_filled_nulls(function["arguments"], schemas.get(function["name"]))
 
 
 def stem_of(file):
@@ -157,13 +137,13 @@ def quick(raw, source, row_id):
         content = content.strip()
         if not content or "<" in content and any([mark in content for mark in MARKS]):
             return None
-        told.append(HEADS[role] + dumped(content) + b"}")
+        told.append(HEADS[role] + dump_json(content) + b"}")
         roles.append(role)
         if role != "system":
             said.append(content)
     if not alternate(tuple(roles)):
         return None
-    lang = SOURCES[source][1] or language("".join(said))
+    lang = SOURCES[source][1] or detect_language("".join(said))
     return row_id, told, None, b"{}", where, [], lang, False
 
 
@@ -173,7 +153,7 @@ def alternate(roles):
     try:
         check_messages([{"role": role, "content": "a"} for role in roles])
         return True
-    except Refused:
+    except InvalidRow:
         return False
 
 
@@ -185,7 +165,7 @@ def work(block, source, lines=False, reasoning="keep", flags=None):
         row_id = str(raw["id"]) if isinstance(raw, dict) and raw.get("id") is not None else ""
         row_id = row_id or f"{stem}-{line}"
         try:
-            if isinstance(raw, Refused):
+            if isinstance(raw, InvalidRow):
                 raise raw
             if not (one := chats and quick(raw, source, row_id)):
                 row = to_row(raw, source, row_id, reasoning, **(flags or {}))
@@ -193,15 +173,15 @@ def work(block, source, lines=False, reasoning="keep", flags=None):
                 one = encoded(row)
             rows.append(one)
             continue
-        except Refused as error:
+        except InvalidRow as error:
             refusal = error
         except RecursionError:
-            refusal = Refused("row nested too deep")
+            refusal = InvalidRow("row nested too deep")
         except TypeError as error:
-            refusal = Refused("value that is not JSON", str(error))
+            refusal = InvalidRow("value that is not JSON", str(error))
         told = {"reason": refusal.reason, "detail": str(refusal)}
         rejected.append({"file": block.file, "line": line, "id": row_id, **told})
-    return Result({block.split: bundled(rows, lines)}, rejected, len(rows) + len(rejected))
+    return ChunkResult({block.split: bundled(rows, lines)}, rejected, len(rows) + len(rejected))
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------
@@ -211,7 +191,7 @@ def made_blocks(source, rows, eval_rows, seed):
         for start in range(0, count, ROWS):
             numbers = range(start, min(start + ROWS, count))
             data = [{"id": f"{source}-{split}-{n + 1}", "number": n, "split": split, "seed": seed} for n in numbers]
-            yield Block(source, split, start + 1, data)
+            yield Chunk(source, split, start + 1, data)
 
 
 def first_rows(blocks, count):
@@ -221,24 +201,24 @@ def first_rows(blocks, count):
             rows = [row for row, _ in zip(block.rows(), range(count), strict=False)]
             count -= len(rows)
             if rows and isinstance(block.data, bytes):
-                end = rows[-1][0] - block.first + 1
-                yield Block(block.file, block.split, block.first, b"\n".join(block.data.split(b"\n")[:end]))
+                end = rows[-1][0] - block.first_line + 1
+                yield Chunk(block.file, block.split, block.first_line, b"\n".join(block.data.split(b"\n")[:end]))
             elif rows:
-                yield Block(block.file, block.split, block.first, block.data[: len(rows)])
+                yield Chunk(block.file, block.split, block.first_line, block.data[: len(rows)])
 
 
 def pairs(given, flag, known=None):
-    """{name: value} of NAME=VALUE arguments. Raises BadInput."""
+    """{name: value} of NAME=VALUE arguments. Raises UsageError."""
     for one in given:
         name, equals, _ = one.partition("=")
         if not equals or known and name not in known:
             said = f"one of {', '.join(known)}" if known else "a name"
-            raise BadInput(f"{flag} {one}: pass NAME=VALUE with {said} before the =")
+            raise UsageError(f"{flag} {one}: pass NAME=VALUE with {said} before the =")
     return dict(one.split("=", 1) for one in given)
 
 
 def flags_of(args, paths, inputs):
-    """The flags of the source's function; their files go into `inputs`. Raises BadInput."""
+    """The flags of the source's function; their files go into `inputs`. Raises UsageError."""
     given = {
         "keep_disagreeing": args.keep_disagreeing,
         "fill": pairs(args.fill, "--fill"),
@@ -249,9 +229,9 @@ def flags_of(args, paths, inputs):
     }
     takes = inspect.getfullargspec(SOURCES[args.source][0]).kwonlyargs
     if wrong := [name for name, value in given.items() if value and name not in takes]:
-        raise BadInput(f"--{wrong[0]}: {args.source} has no use for it: leave it out")
+        raise UsageError(f"--{wrong[0]}: {args.source} has no use for it: leave it out")
     if args.source == "fields" and not ("messages" in given["map"] or {"prompt", "answer"} <= {*given["map"]}):
-        raise BadInput("fields: pass --map prompt=COLUMN answer=COLUMN, or --map messages=COLUMN")
+        raise UsageError("fields: pass --map prompt=COLUMN answer=COLUMN, or --map messages=COLUMN")
     if args.words:
         inputs |= read_words(args.words)
     if args.source == "bfcl":
@@ -262,27 +242,27 @@ def flags_of(args, paths, inputs):
 
 
 def read_words(path):
-    """{name: sha256} of a list of words. Raises BadInput."""
+    """{name: sha256} of a list of words. Raises UsageError."""
     import hashlib
 
-    from sources import held_out, word_list
+    from data_prep.common.sources import held_out, word_list
 
     try:
         words = word_list(path)
         if not any(map(held_out, words)) or all(map(held_out, words)):
-            raise BadInput(f"{path}: too few words to keep some for validation: pass a longer list, one word a line")
+            raise UsageError(f"{path}: too few words to keep some for validation: pass a longer list, one word a line")
         return {Path(path).name: hashlib.sha256(Path(path).read_bytes()).hexdigest()}
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: cannot be read ({error}): pass a text file, one word a line") from None
+        raise UsageError(f"{path}: cannot be read ({error}): pass a text file, one word a line") from None
 
 
 def read_answers(paths, inputs):
-    """{id: ground_truth} of BFCL's answer files. Raises BadInput."""
+    """{id: ground_truth} of BFCL's answer files. Raises UsageError."""
     out, hashes = {}, {}
-    for block in read_blocks(find_inputs(paths), hashes):
+    for block in read_chunks(find_inputs(paths), hashes):
         for line, row in block.rows():
             if not isinstance(row, dict) or not isinstance(row.get("id"), str) or "ground_truth" not in row:
-                raise BadInput(f"{block.file}:{line}: no id and ground_truth: pass files of BFCL's possible_answer")
+                raise UsageError(f"{block.file}:{line}: no id and ground_truth: pass files of BFCL's possible_answer")
             out[row["id"]] = row["ground_truth"]
     inputs |= {f"answers: {name}": digest for name, digest in hashes.items()}
     return out
@@ -294,7 +274,7 @@ def main():
                       subsequent_indent=" " * 20, break_on_hyphens=False)
         for name, (function, _) in SOURCES.items()
     )  # fmt: skip
-    parser = parser_of(__doc__.replace("{sources}", sources))
+    parser = make_parser(__doc__.replace("{sources}", sources))
     parser.add_argument("source", choices=SOURCES, metavar="SOURCE", help="one of those above")
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help="file, folder, quoted glob, - or owner/name")
     parser.add_argument("--out", type=Path, required=True, help="NAME.jsonl, or a folder that does not exist yet")
@@ -315,47 +295,49 @@ def main():
     parser.add_argument("--keep_disagreeing", action="store_true", help="mawps: keep rows whose equation disagrees")
     parser.add_argument("--seed", type=int, default=42)
     add_num_proc(parser)
-    return command(parser, normalize)
+    return run_command(parser, normalize)
 
 
 def normalize(args):
-    """The exit code; raises BadInput."""
+    """The exit code; raises UsageError."""
     made = args.source in MADE
     if made and (args.inputs or args.rows is None):
-        raise BadInput(f"{args.source} makes its rows: pass --rows N and no INPUT")
+        raise UsageError(f"{args.source} makes its rows: pass --rows N and no INPUT")
     if not made and not args.inputs:
-        raise BadInput(f"{args.source} needs an INPUT: pass files, a folder, a quoted glob, - or a hub id")
+        raise UsageError(f"{args.source} needs an INPUT: pass files, a folder, a quoted glob, - or a hub id")
     if args.rows is not None and args.rows < 1:
-        raise BadInput(f"--rows {args.rows}: pass a number above 0")
+        raise UsageError(f"--rows {args.rows}: pass a number above 0")
     if args.eval_rows < 0 or args.eval_rows and args.out.suffix == ".jsonl":
-        raise BadInput("--eval_rows: needs a number above 0 and a folder as --out, a .jsonl file has no splits")
+        raise UsageError("--eval_rows: needs a number above 0 and a folder as --out, a .jsonl file has no splits")
     paths = find_inputs(args.inputs)
     if args.source == "bfcl":  # a folder of it holds these too, which are no rows
         paths = [p for p in paths if not {"possible_answer", "multi_turn_func_doc"} & {*Path(p).parts[-2:-1]}]
-    with Writer(args.out, f"normalize.py {args.source}", args.seed) as writer:
-        flags = flags_of(args, paths, writer.inputs)
-        job = partial(work, source=args.source, lines=writer.lines, reasoning=args.reasoning, flags=flags)
+    with DatasetWriter(args.out, f"normalize.py {args.source}", args.seed) as writer:
+        flags = flags_of(args, paths, writer.input_hashes)
+        job = partial(work, source=args.source, lines=writer.is_jsonl, reasoning=args.reasoning, flags=flags)
         if made:
             blocks = made_blocks(args.source, args.rows, args.eval_rows, args.seed)
         else:
-            blocks = read_blocks(paths, writer.inputs)
+            blocks = read_chunks(paths, writer.input_hashes)
             blocks = first_rows(blocks, args.rows) if args.rows else blocks
         first = None
-        for result in spread(job, blocks, args.num_proc):
+        for result in parallel_map(job, blocks, args.num_proc):
             first = first or next(iter(result.rejected), None)
             writer.add(result)
-        kept, refused = sum(writer.rows.values()), summary(writer.refused)
-        if not writer.total:
-            raise BadInput(f"{', '.join(map(str, paths))}: no rows: pass files with JSON lines or a JSON array")
+        kept, refused = sum(writer.rows_out.values()), format_counts(writer.refused)
+        if not writer.rows_in:
+            raise UsageError(f"{', '.join(map(str, paths))}: no rows: pass files with JSON lines or a JSON array")
         if not kept:
             where = f"the first at {first['file']}:{first['line']}"
-            print(f"all {writer.total} rows refused ({refused}), {where}", file=sys.stderr)
+            print(f"all {writer.rows_in} rows refused ({refused}), {where}", file=sys.stderr)
             return 1
         if args.eval_rows and not made:
-            if [*writer.rows] != ["train"]:
-                raise BadInput(f"--eval_rows: the input has splits already ({', '.join(writer.rows)}): leave it out")
+            if [*writer.rows_out] != ["train"]:
+                raise UsageError(
+                    f"--eval_rows: the input has splits already ({', '.join(writer.rows_out)}): leave it out"
+                )
             if args.eval_rows >= kept:
-                raise BadInput(f"--eval_rows {args.eval_rows}: only {kept} rows: keep some to train on")
+                raise UsageError(f"--eval_rows {args.eval_rows}: only {kept} rows: keep some to train on")
             writer.hold_out(args.eval_rows)
         writer.close()
     out = writer.refused.total()

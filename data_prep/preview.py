@@ -1,7 +1,7 @@
 """See what a run would train on, before you pay for it: coloured tokens, figures, and an exit code.
 
-    python data_prep/preview.py data/chats --recipe recipes/qwen3_qlora.py --html preview.html
-    python data_prep/preview.py rows.jsonl --recipe recipes/qwen3_qlora.py --max_length 1024 --rows 5
+    python -m data_prep.preview data/chats --recipe recipes/qwen3_qlora.py --html preview.html
+    python -m data_prep.preview rows.jsonl --recipe recipes/qwen3_qlora.py --max_length 1024 --rows 5
 
 DATA is what recipes take: a .jsonl, .json or .parquet file or a save_to_disk folder, of chats or compiled rows. Model,
 template, length, packing, batch and epochs are the recipe's: DEFAULTS < --config run.yaml < flags. Compiled rows are
@@ -22,22 +22,17 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from pool import command, parser_of, write_text
-from render import (
-    control_tokens,
-    documents,
-    load_against,
-    load_rows,
-    lost_personas,
-    name_of,
-    pack,
-    read_settings,
-    refuse_unnamed_mask,
-    steps,
-    within,
-)
-from rows import BadInput, Refused, turns_of
 from tqdm import tqdm
+
+from data_prep.common.command_line import make_parser, run_command
+from data_prep.common.errors import InvalidRow, UsageError
+from data_prep.common.packing import count_steps, pack_lengths
+from data_prep.common.recipe_rows import load_rows
+from data_prep.common.recipe_settings import read_settings, require_named_mask
+from data_prep.common.rendering import find_control_tokens, find_lost_personas, load_renderer
+from data_prep.common.rows import get_turns
+from data_prep.common.tokens import count_within, iter_documents, row_name
+from data_prep.common.writer import write_text
 
 SHOWN_TOKENS = 600  # of a row in the terminal; the page shows all
 TROUBLE = "untrained", "cut", "no_stop", "persona", "control", "newline", "straddle"  # of a row
@@ -63,14 +58,14 @@ class Checks:
 
     def control_token(self, doc):
         """The first control token that stands in the row's own text, else None."""
-        if turns_of(doc.row):
-            return next((token for _, token in control_tokens(doc.row, self.against)), None)
+        if get_turns(doc.row):
+            return next((token for _, token in find_control_tokens(doc.row, self.against)), None)
         hit = self.against.control.search(doc.text.removesuffix(self.tokenizer.eos_token or ""))  # which TRL adds
         return hit and hit[0]
 
     def lost_persona(self, doc):
         """The first system text that the template leaves out, else None."""
-        return next((text for _, text in lost_personas(doc.row, self.against)), None)
+        return next((text for _, text in find_lost_personas(doc.row, self.against)), None)
 
     def of(self, doc):
         """What is to be said about a row: {name: value}, its figures first."""
@@ -87,7 +82,7 @@ class Checks:
             "untrained": not trained,
             "empty": not left,
             "no_stop": bool(trained) and not self.stop_is_trained(doc),
-            "persona": self.lost_persona(doc) if doc.text is not None and turns_of(doc.row) else None,
+            "persona": self.lost_persona(doc) if doc.text is not None and get_turns(doc.row) else None,
             "control": self.control_token(doc) if doc.text is not None else None,
             "newline": any(re.match(r"[^\S\n]*\n", doc.text[a:b]) for a, b in doc.chars),
             "straddle": straddles(doc),
@@ -132,7 +127,7 @@ def stop_tokens(against, settings):
     for turn in ({"content": answer}, {"content": "", "tool_calls": [call]}):
         try:
             text, _ = against.render({}, [asked, {"role": "assistant", **turn}])
-        except Refused:  # a template that demands more than the probe has: the eos token must do
+        except InvalidRow:  # a template that demands more than the probe has: the eos token must do
             continue
         tail = tokenizer(text[text.rfind(answer) + len(answer) :], add_special_tokens=False)["input_ids"]
         tail = [token for token in tail if token in tokenizer.added_tokens_decoder]
@@ -158,7 +153,7 @@ def figures(marks, trained, order, settings, compiled):
         units = [[(row, 0, marks[row]["tokens"])] for row in order]
     elif settings.packing:
         sizes = [marks[row]["tokens"] for row in order]
-        packs = pack(sizes, limit, settings.packing_strategy, settings.dataset_num_proc, settings.one_stream)
+        packs = pack_lengths(sizes, limit, settings.packing_strategy, settings.dataset_num_proc, settings.one_stream)
         units = [[(order[row], start, end) for row, start, end in one] for one in packs]
     else:  # TRL drops rows that the cut leaves without a trained token
         whole = settings.max_length is None
@@ -167,8 +162,8 @@ def figures(marks, trained, order, settings, compiled):
     if settings.one_stream:  # as nanochat_midtrain.py: the last pack, which may be short, never
         units = units[: whole_steps(made - 1, settings) or made]
     sizes = [sum(end - start for _, start, end in one) for one in units]
-    learnt = [sum(within(trained[row], start, end) for row, start, end in one) for one in units]
-    epoch, run = steps(len(units), settings)
+    learnt = [sum(count_within(trained[row], start, end) for row, start, end in one) for one in units]
+    epoch, run = count_steps(len(units), settings)
     return found | {
         "training_rows": len(order),
         "packs": len(units) if settings.packing or compiled else None,
@@ -397,7 +392,7 @@ def show(console, shown, lines, findings, warnings, head, note):
     # fmt: on
     for mark, parts in shown:
         words, wrong = facts(mark)
-        title = name_of(mark["row"], mark).translate(HIDDEN)
+        title = row_name(mark["row"], mark).translate(HIDDEN)
         say("\n", (title, "bold"), f": {words}", *[("; " + text.translate(HIDDEN), "red") for text in wrong])
         text, before, skipped = Text(), (False, False), max(0, len(parts) - SHOWN_TOKENS)
         half = SHOWN_TOKENS // 2
@@ -502,7 +497,7 @@ def row_html(mark, parts):
             cut = part[4]
         body.append(token_html(part))
     said = "".join(f" · <em>{html.escape(text.translate(HIDDEN))}</em>" for text in wrong)
-    title = html.escape(name_of(mark["row"], mark).translate(HIDDEN))
+    title = html.escape(row_name(mark["row"], mark).translate(HIDDEN))
     return f'<article><h3>{title} <span>{words}</span>{said}</h3><div class="text">{"".join(body)}</div></article>\n'
 
 
@@ -563,7 +558,7 @@ FLAGS = {  # of the recipe: name: type
 
 
 def main():
-    parser = parser_of(__doc__, usage="preview.py DATA --recipe FILE [--rows N] [--html FILE] [--name value]")
+    parser = make_parser(__doc__, usage="preview.py DATA --recipe FILE [--rows N] [--html FILE] [--name value]")
     parser.add_argument("data", metavar="DATA", help=".jsonl, .json or .parquet file, or a save_to_disk folder")
     parser.add_argument("--recipe", required=True, help="a recipes/NAME.py, whose DEFAULTS hold")
     parser.add_argument("--config", help="YAML file of a recipe's names: DEFAULTS < YAML < flags")
@@ -573,30 +568,30 @@ def main():
     parser.add_argument("--max_cut", type=float, default=0.01, help="share of rows whose answer may be cut off (0.01)")
     for name, kind in FLAGS.items():
         parser.add_argument(f"--{name}", type=kind, help="as in the recipe")
-    return command(parser, preview)
+    return run_command(parser, preview)
 
 
 def preview(args):
-    """The exit code; raises BadInput."""
+    """The exit code; raises UsageError."""
     if args.rows < 0:
-        raise BadInput(f"--rows {args.rows}: must be 0 or more")
+        raise UsageError(f"--rows {args.rows}: must be 0 or more")
     if not 0 <= args.max_cut <= 1:
-        raise BadInput(f"--max_cut {args.max_cut}: must be a share between 0 and 1")
+        raise UsageError(f"--max_cut {args.max_cut}: must be a share between 0 and 1")
     settings = read_settings(args.recipe, args.config, {name: getattr(args, name) for name in FLAGS})
     rows, order, note = load_rows(args.data, settings)
     if settings.whole_steps:  # as nanochat_sft.py
         order = order[: whole_steps(len(order), settings) or len(order)]
-    against = load_against(settings)
+    against = load_renderer(settings)
     compiled = "input_ids" in rows.column_names
     settings.pack_length = settings.max_length
     if compiled:
         settings.pack_length = compiled_length(Path(args.data)) or settings.max_length
         settings.max_length, settings.packing = None, False
     else:
-        refuse_unnamed_mask(settings, args.assistant_only_loss)
+        require_named_mask(settings, args.assistant_only_loss)
     checks, marks, trained, shown, first = Checks(against, settings), [], {}, [], {}
     with tqdm(total=len(rows), unit=" rows", disable=not sys.stderr.isatty()) as bar:
-        for doc in documents(rows, against, settings, bar.update):
+        for doc in iter_documents(rows, against, settings, bar.update):
             mark = checks.of(doc)
             marks.append(mark)
             trained[doc.number] = doc.spans
@@ -606,7 +601,7 @@ def preview(args):
             for name in TROUBLE:
                 if args.html and mark[name] and name not in first:
                     first[name] = mark, pieces(doc, checks, settings)
-    chat = bool(turns_of(rows[0])) and not compiled
+    chat = bool(get_turns(rows[0])) and not compiled
     found = figures(marks, trained, order, settings, compiled)
     findings, warnings = judge(marks, found, settings, args.max_cut, chat)
     lines = table(found, settings, compiled)

@@ -1,7 +1,7 @@
 """normalize.py and exact deduplication over many files on many machines, by datatrove's executors.
 
-    python data_prep/shards.py sharegpt "raw/*.jsonl.zst" --out data/big --tasks 64 --workers 8
-    python data_prep/shards.py sharegpt "raw/*.jsonl.zst" --out data/big --tasks 64 --executor slurm --partition cpu
+    python -m data_prep.shards sharegpt "raw/*.jsonl.zst" --out data/big --tasks 64 --workers 8
+    python -m data_prep.shards sharegpt "raw/*.jsonl.zst" --out data/big --tasks 64 --executor slurm --partition cpu
 
 Three stages, each of --tasks tasks; task K takes every file whose place in the sorted list is K modulo --tasks:
   1 normalize   its files to OUT/.parts/K, by normalize.py itself, and the key of every row, dealt by key
@@ -24,19 +24,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from pool import (
-    Result,
-    Writer,
-    command,
-    find_inputs,
-    names_of,
-    own_rows,
-    packed_batch,
-    parser_of,
-    read_blocks,
-    shards_of,
-)
-from rows import BadInput, key_of
+
+from data_prep.common.arrow_rows import batch_rows
+from data_prep.common.command_line import make_parser, run_command
+from data_prep.common.errors import UsageError
+from data_prep.common.readers import find_inputs, list_splits, read_chunks, relative_names
+from data_prep.common.row_keys import row_key
+from data_prep.common.writer import ChunkResult, DatasetWriter, packed_batch
 
 KEY = [("key", "S16"), ("file", "u4"), ("line", "u8")]  # of a kept row; file: its place in the sorted list
 AGAIN = [("file", "u4"), ("line", "u8"), ("first_file", "u4"), ("first_line", "u8")]
@@ -45,31 +39,31 @@ AGAIN = [("file", "u4"), ("line", "u8"), ("first_file", "u4"), ("first_line", "u
 # -- the stages, in the form of datatrove's pipeline steps: data is what stands before them, here nothing -------------
 def normalize_part(data, rank, world_size, source, files, out):
     """Stage 1: OUT/.parts/RANK, and OUT/.keys/RANK/P.npy, the keys that task P compares."""
-    from normalize import work
+    from data_prep.normalize import work
 
     part, keys = out / ".parts" / str(rank), out / ".keys" / str(rank)
     for folder in (part, keys):
         shutil.rmtree(folder, ignore_errors=True)  # of a task that did not end
-    found, names, mine = [], names_of(files), range(rank, len(files), world_size)
+    found, names, mine = [], relative_names(files), range(rank, len(files), world_size)
     if not mine:
         return
-    with Writer(part, f"shards.py {source}") as writer:
+    with DatasetWriter(part, f"shards.py {source}") as writer:
         for number in mine:
             inputs = {}
-            for block in read_blocks([files[number]], inputs):
+            for block in read_chunks([files[number]], inputs):
                 block.file = names[files[number]]
                 result = work(block, source)
                 writer.add(result)
                 refused = {entry["line"] for entry in result.rejected}
                 lines = (line for line in lines_of(block) if line not in refused)
-                kept = (row for one in result.packed.values() for row in own_rows(one.data))
-                found += [(key_of(row), number, line) for row, line in zip(kept, lines, strict=True)]
-            writer.inputs[names[files[number]]] = next(iter(inputs.values()))
-        if writer.rows:
+                kept = (row for one in result.encoded.values() for row in batch_rows(one.data))
+                found += [(row_key(row), number, line) for row, line in zip(kept, lines, strict=True)]
+            writer.input_hashes[names[files[number]]] = next(iter(inputs.values()))
+        if writer.rows_out:
             writer.close()
         else:
             part.mkdir()  # its rows were all refused
-            (writer.aside / "rejected.jsonl").replace(part / "rejected.jsonl")
+            (writer.staging / "rejected.jsonl").replace(part / "rejected.jsonl")
     table, dealt = np.array(found, KEY), np.array([key[0] % world_size for key, *_ in found], int)
     keys.mkdir(parents=True)
     np.save(part / "places.npy", table[["file", "line"]])
@@ -80,9 +74,9 @@ def normalize_part(data, rank, world_size, source, files, out):
 def lines_of(block):
     """The lines of a Block's rows, as Block.rows counts them."""
     if isinstance(block.data, bytes):
-        lines = enumerate(block.data.split(b"\n"), block.first)
+        lines = enumerate(block.data.split(b"\n"), block.first_line)
         return [number for number, line in lines if line and not line.isspace()]
-    return range(block.first, block.first + len(block.data))
+    return range(block.first_line, block.first_line + len(block.data))
 
 
 def compare_keys(data, rank, world_size, out):
@@ -103,27 +97,27 @@ def compare_keys(data, rank, world_size, out):
 
 def keep_part(data, rank, world_size, source, files, out):
     """Stage 3: the pool OUT/RANK, with what stages 1 and 2 left out in its rejected.jsonl."""
-    part, pool, names = out / ".parts" / str(rank), out / str(rank), names_of(files)
+    part, pool, names = out / ".parts" / str(rank), out / str(rank), relative_names(files)
     if not part.is_dir():
         return  # fewer files than tasks
     shutil.rmtree(pool, ignore_errors=True)
     parts = [np.load(path) for path in sorted((out / ".again").glob(f"*/{rank}.npy"))]
     again = {(int(a["file"]), int(a["line"])): a for a in np.concatenate(parts)} if parts else {}
-    with Writer(pool, f"shards.py {source}") as writer:
+    with DatasetWriter(pool, f"shards.py {source}") as writer:
         rejected = [json.loads(line) for line in (part / "rejected.jsonl").read_text().splitlines()]
-        writer.add(Result(rejected=rejected, total=len(rejected)))
+        writer.add(ChunkResult(rejected=rejected, rows_in=len(rejected)))
         saved = (part / "report.json").is_file()
-        writer.inputs |= json.loads((part / "report.json").read_text())["input"] if saved else {}
+        writer.input_hashes |= json.loads((part / "report.json").read_text())["input"] if saved else {}
         places = ((int(place["file"]), int(place["line"])) for place in np.load(part / "places.npy"))
-        for file in shards_of(part)["train"] if saved else ():
+        for file in list_splits(part)["train"] if saved else ():
             with pa.memory_map(str(file)) as opened:
                 for batch in pa.ipc.open_stream(opened):
                     writer.add(without(batch, places, again, names, files))
-        if writer.rows:
+        if writer.rows_out:
             writer.close()
         else:
             pool.mkdir()
-            (writer.aside / "rejected.jsonl").replace(pool / "rejected.jsonl")
+            (writer.staging / "rejected.jsonl").replace(pool / "rejected.jsonl")
 
 
 def without(batch, places, again, names, files):
@@ -137,11 +131,11 @@ def without(batch, places, again, names, files):
             entry = {"file": names[files[place[0]]], "line": place[1], "id": row_id, "reason": "duplicate"}
             rejected.append(entry | {"detail": told})
     kept = batch.filter(pa.array([place not in again for place in mine]))
-    return Result({"train": packed_batch(kept)} if len(kept) else {}, rejected, len(batch))
+    return ChunkResult({"train": packed_batch(kept)} if len(kept) else {}, rejected, len(batch))
 
 
 def main():
-    parser = parser_of(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("source", help="as normalize.py has them")
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders or quoted globs")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pools")
@@ -150,30 +144,30 @@ def main():
     parser.add_argument("--executor", choices=["local", "slurm"], default="local")
     parser.add_argument("--partition", help="of Slurm")
     parser.add_argument("--time", default="04:00:00", help="of Slurm, for a task")
-    return command(parser, run)
+    return run_command(parser, run)
 
 
 def run(args):
-    """The exit code; raises BadInput."""
-    from sources import SOURCES
+    """The exit code; raises UsageError."""
+    from data_prep.common.sources import SOURCES
 
     if args.source not in SOURCES:
-        raise BadInput(f"{args.source}: unknown source: pass one of {', '.join(SOURCES)}")
+        raise UsageError(f"{args.source}: unknown source: pass one of {', '.join(SOURCES)}")
     if args.tasks < 1:
-        raise BadInput(f"--tasks {args.tasks}: pass a number of at least 1")
+        raise UsageError(f"--tasks {args.tasks}: pass a number of at least 1")
     if args.executor == "slurm" and not args.partition:
-        raise BadInput("--executor slurm: needs --partition")
+        raise UsageError("--executor slurm: needs --partition")
     try:
         from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
     except ImportError:
-        raise BadInput("datatrove is not installed: pip install datatrove==0.10.1") from None
+        raise UsageError("datatrove is not installed: pip install datatrove==0.10.1") from None
     files = find_inputs(args.inputs)
     if other := [str(path) for path in files if not isinstance(path, Path) or str(path) == "-" or path.is_dir()]:
-        raise BadInput(f"{other[0]}: shards are files: pass .jsonl, .json or .parquet files")
+        raise UsageError(f"{other[0]}: shards are files: pass .jsonl, .json or .parquet files")
     check_plan(args, files)
-    import shards  # by name, so that tasks elsewhere find the functions
+    from data_prep import shards  # by name, so that tasks elsewhere find the functions
 
-    here = str(Path(__file__).resolve().parent)
+    here = str(Path(__file__).resolve().parents[1])
     os.environ["PYTHONPATH"] = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
     files, out = [path.resolve() for path in files], args.out.resolve()
     told = {"source": args.source, "files": files, "out": out}
@@ -204,11 +198,11 @@ def run(args):
 
 
 def check_plan(args, files):
-    """Raises BadInput where OUT was begun with other files or tasks: parts would not fit together."""
+    """Raises UsageError where OUT was begun with other files or tasks: parts would not fit together."""
     plan = {"source": args.source, "files": [str(path) for path in files], "tasks": args.tasks}
     path = args.out / "plan.json"
     if path.is_file() and json.loads(path.read_text()) != plan:
-        raise BadInput(f"{args.out}: begun with other files, source or tasks (plan.json): pass another --out")
+        raise UsageError(f"{args.out}: begun with other files, source or tasks (plan.json): pass another --out")
     args.out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(plan, indent=2))
 

@@ -1,8 +1,8 @@
 """Measure the lengths of a set as a recipe tokenises it, and say which max_length fits: a table, a histogram and a CDF.
 
-    python data_prep/stats.py data/chats --recipe recipes/qwen3_qlora.py
-    python data_prep/stats.py data/chats --recipe recipes/qwen3_qlora.py --out runs/chats-stats
-    python data_prep/stats.py data/chats --recipe recipes/qwen3_qlora.py --json stats.json
+    python -m data_prep.stats data/chats --recipe recipes/qwen3_qlora.py
+    python -m data_prep.stats data/chats --recipe recipes/qwen3_qlora.py --out runs/chats-stats
+    python -m data_prep.stats data/chats --recipe recipes/qwen3_qlora.py --json stats.json
 
 DATA is what the recipe would load; its DEFAULTS, --config and these flags say how. For each max_length, of the rows
 that are trained: rows and tokens that it cuts off, answer tokens lost, the packs that TRL makes (bfd) and how full they
@@ -25,22 +25,24 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from compile import FLAGS, blocks_of, hashes_of, prepared, rejected
-from pool import (
-    Result,
-    add_num_proc,
-    check_out,
-    command,
-    dumped_anyhow,
-    parser_of,
-    report_of,
-    spread,
-    told,
-    write,
+
+from data_prep.common.command_line import add_num_proc, make_parser, run_command
+from data_prep.common.errors import UsageError
+from data_prep.common.json_text import dump_json_lenient
+from data_prep.common.packing import pack_lengths
+from data_prep.common.parallel import parallel_map
+from data_prep.common.recipe_rows import load_rows
+from data_prep.common.recipe_settings import read_settings, require_named_mask
+from data_prep.common.tokens import check_chat, tokenize_rows
+from data_prep.common.writer import (
+    ChunkResult,
+    check_output_path,
+    explain_os_errors,
+    make_report,
     write_text,
+    write_utf8,
 )
-from render import is_chat, load_rows, pack, read_settings, refuse_unnamed_mask, tokenised
-from rows import BadInput
+from data_prep.compile import FLAGS, blocks_of, hashes_of, prepared, rejected
 
 LIMITS = [1 << power for power in range(9, 18)]  # 512 to 131,072
 
@@ -50,7 +52,7 @@ def work(block, given, chat):
     """Result of a Block of (number, row); more: its figures, a Counter {(name, max_length or bin): count}."""
     settings, against = prepared(given)
     failed, found = [], Counter()
-    docs = tokenised(block.data, against, settings, chat, failed, encodings=False)
+    docs = tokenize_rows(block.data, against, settings, chat, failed, encodings=False)
     refused = [rejected(block.split, number, row, "template refuses the row", reason) for number, row, reason in failed]
     lengths = np.array([len(doc.ids) for doc in docs], np.int64)
     trained = np.array([doc.trained() for doc in docs], np.int64)
@@ -60,13 +62,13 @@ def work(block, given, chat):
             found[name, int(value)] += int(count)
     for limit in LIMITS:
         kept = np.array([doc.trained(0, limit) for doc in docs], np.int64)
-        packs = pack(lengths.tolist(), limit, "bfd") if len(docs) else []
+        packs = pack_lengths(lengths.tolist(), limit, "bfd") if len(docs) else []
         found["cut_rows", limit] += int((lengths > limit).sum())
         found["cut_answers", limit] += int((kept < trained).sum())
         found["cut_tokens", limit] += int((lengths - limit).clip(0).sum())
         found["cut_trained", limit] += int((trained - kept).sum())
         found["packs", limit] += len(packs)
-    return Result(rejected=refused, total=len(block.data), counts=found)
+    return ChunkResult(rejected=refused, rows_in=len(block.data), counts=found)
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------
@@ -173,7 +175,7 @@ def draw(found, limit, path):
 
 
 def main():
-    parser = parser_of(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("data", metavar="DATA", help=".jsonl, .json or .parquet file, or a save_to_disk folder")
     parser.add_argument("--recipe", required=True, help="a recipes/NAME.py, whose DEFAULTS hold")
     parser.add_argument("--config", help="YAML file of a recipe's names: DEFAULTS < YAML < flags")
@@ -184,28 +186,28 @@ def main():
     for name, kind in FLAGS.items():
         parser.add_argument(f"--{name}", type=kind, help="as in the recipe")
     add_num_proc(parser)
-    return command(parser, stats)
+    return run_command(parser, stats)
 
 
 def stats(args):
-    """The exit code; raises BadInput."""
+    """The exit code; raises UsageError."""
     if not (0 <= args.keep <= 1 and 0 <= args.max_cut <= 1):
-        raise BadInput("--keep and --max_cut: must be shares between 0 and 1")
+        raise UsageError("--keep and --max_cut: must be shares between 0 and 1")
     if args.out:
-        check_out(args.out)
+        check_output_path(args.out)
     settings = read_settings(args.recipe, args.config, {name: getattr(args, name) for name in FLAGS})
-    refuse_unnamed_mask(settings, args.assistant_only_loss)
+    require_named_mask(settings, args.assistant_only_loss)
     rows, order, note = load_rows(args.data, settings)
     if "input_ids" in rows.column_names:
-        raise BadInput(f"{args.data}: its rows are tokens already: pass the rows of messages that they were made of")
+        raise UsageError(f"{args.data}: its rows are tokens already: pass the rows of messages that they were made of")
     given = json.dumps(vars(settings))
-    chat, split = is_chat(rows[order[0]], prepared(given)[1], settings), settings.dataset_train_split
+    chat, split = check_chat(rows[order[0]], prepared(given)[1], settings), settings.dataset_train_split
     found, refused, total = Counter(), [], 0
     blocks = blocks_of({split: (rows, order)}, SimpleNamespace(dataset_num_proc=settings.dataset_num_proc))
-    for result in spread(partial(work, given=given, chat=chat), blocks, args.num_proc):
+    for result in parallel_map(partial(work, given=given, chat=chat), blocks, args.num_proc):
         found.update(result.counts)
         refused += result.rejected
-        total += result.total
+        total += result.rows_in
     if not found["rows", 0]:
         print(f"{args.data}: no row can be rendered: {refused[0]['detail']}", file=sys.stderr)
         return 1
@@ -213,7 +215,7 @@ def stats(args):
     limit, sentence = recommended(figures, args.keep, args.max_cut)
     figures |= {"recommended_max_length": limit, "reason": sentence} | ({"note": note} if note else {})
     reasons = Counter(entry["reason"] for entry in refused)
-    report = report_of("stats.py", total, {split: figures["rows"]}, reasons, settings.seed, hashes_of(args.data), {})
+    report = make_report("stats.py", total, {split: figures["rows"]}, reasons, settings.seed, hashes_of(args.data), {})
     report = {name: value for name, value in report.items() if name not in ("output", "hash")} | figures
     if args.json:
         write_text(args.json, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
@@ -229,11 +231,11 @@ def save(out, report, refused, found, limit):
     """Write the folder aside and rename it."""
     aside = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
-        with told(out):
+        with explain_os_errors(out):
             aside.mkdir(parents=True)
             draw(found, limit, aside / "lengths.png")
-            (aside / "rejected.jsonl").write_bytes(b"".join(dumped_anyhow(entry) + b"\n" for entry in refused))
-            write(aside / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+            (aside / "rejected.jsonl").write_bytes(b"".join(dump_json_lenient(entry) + b"\n" for entry in refused))
+            write_utf8(aside / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
             aside.rename(out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

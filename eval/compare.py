@@ -49,7 +49,7 @@ from rich.table import Table
 from scores import command, parser_of, write_files
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from data_prep.run_folder import plot_log, read_log
+from data_prep.common.run_folder import plot_log, read_log
 
 # fmt: off
 METRICS = {  # metric: (its name in the table, its unit of count, 1 where more is better, -1 less, 0 neither)

@@ -11,6 +11,7 @@ of the proportional set sizes (PSS) of all processes, sampled ten times a second
 import argparse
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
@@ -51,16 +52,18 @@ def raw_rows(folder, count, out):
 def ours(folder, num_proc):
     def script(name, *flags):
         many = ["--num_proc", str(num_proc)] if num_proc else []
-        command = [sys.executable, REPO / "data_prep" / name, *flags, *many]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        command = [sys.executable, "-m", f"data_prep.{name}", *flags, *many]
+        done = subprocess.run(
+            command, cwd=folder, env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True
+        )
         if done.returncode:
             sys.exit(done.stdout + done.stderr)
 
     (folder / "mix.yaml").write_text(MIX)
     for name in "ab":
-        script("normalize.py", "messages", f"{name}.jsonl", "--out", f"pools/{name}")
-        script("check.py", f"pools/{name}")
-    script("mix.py", "mix.yaml", "--pools", "pools", "--out", "mixed")
+        script("normalize", "messages", f"{name}.jsonl", "--out", f"pools/{name}")
+        script("check", f"pools/{name}")
+    script("mix", "mix.yaml", "--pools", "pools", "--out", "mixed")
 
 
 def theirs(folder, num_proc):

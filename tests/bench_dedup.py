@@ -67,9 +67,9 @@ def main():
         rows, out = Path(folder, "rows.jsonl"), Path(folder, "out")
         near, equal = make(rows, args.rows)
         megabytes = rows.stat().st_size / 1e6
-        command = [sys.executable, ROOT / "data_prep" / "dedup.py", rows, "--out", out, "--num_proc", args.num_proc]
+        command = [sys.executable, "-m", "data_prep.dedup", rows, "--out", out, "--num_proc", args.num_proc]
         start = time.perf_counter()
-        subprocess.run(command, check=True)
+        subprocess.run(command, cwd=ROOT, check=True)
         seconds = time.perf_counter() - start
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
         refused = json.loads((out / "report.json").read_text())["refused"]

@@ -29,10 +29,12 @@ from models import add_adapter, fill_of, generate, load_model, load_tokenizer  #
 def made(folder):
     """The demo's rows and its untrained model."""
     for script, *flags in (
-        ("demo_rows.py", "--out", folder / "rows"),
-        ("demo_model.py", "--rows", folder / "rows", "--out", folder / "init"),
+        ("demo_rows", "--out", folder / "rows"),
+        ("demo_model", "--rows", folder / "rows", "--out", folder / "init"),
     ):
-        subprocess.run([sys.executable, REPO / "data_prep" / script, *flags], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-m", f"data_prep.{script}", *flags], cwd=REPO, check=True, stdout=subprocess.DEVNULL
+        )
     # the recipe would put it there
     shutil.copy(REPO / "chat_templates" / "qwen3.jinja", folder / "init" / "chat_template.jinja")
     return folder / "init", folder / "rows" / "chat"

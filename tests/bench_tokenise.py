@@ -19,16 +19,17 @@ from itertools import cycle, islice
 from pathlib import Path
 from types import SimpleNamespace
 
+from data_prep import normalize
+from data_prep.common import recipe_settings, rendering, tokens
+from data_prep.common.errors import InvalidRow
+from data_prep.common.readers import read_rows
+from data_prep.common.writer import write_rows
+
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO / "data_prep"))
 
 import datasets  # noqa: E402
-import normalize  # noqa: E402
 import numpy as np  # noqa: E402
-import render  # noqa: E402
-from pool import read_rows, write_rows  # noqa: E402
-from rows import Refused  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 
@@ -38,7 +39,7 @@ def rows_of(source, path, count):
     for line, raw in read_rows(Path(path)):
         try:
             found.append(normalize.to_row(raw, source, str(line)))
-        except Refused:
+        except InvalidRow:
             continue
     return [*islice(cycle(found), count)]
 
@@ -67,8 +68,8 @@ def main():
     parser.add_argument("--timed_rows", type=int, default=1000, help="rows of each source that are timed")
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
-    settings = render.read_settings(given.recipe, flags={"model_name_or_path": given.model_name_or_path})
-    against, plain = render.load_against(settings), render.load_against(settings)
+    settings = recipe_settings.read_settings(given.recipe, flags={"model_name_or_path": given.model_name_or_path})
+    against, plain = rendering.load_renderer(settings), rendering.load_renderer(settings)
     datasets.disable_caching()
     datasets.disable_progress_bars()
     for source in given.inputs:
@@ -77,7 +78,7 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             theirs = by_trl(rows, plain, f"{folder}/rows")().select_columns(["input_ids", "labels"])[:]
         for doc, row in zip(
-            render.documents(rows, against, settings, encodings=False),
+            tokens.iter_documents(rows, against, settings, encodings=False),
             (dict(zip(theirs, pair, strict=True)) for pair in zip(*theirs.values(), strict=True)),
             strict=True,
         ):
@@ -98,11 +99,11 @@ def profile(rows, against, plain, settings, rounds, folder):
 
     def mask():
         for (text, chars), one in zip(rendered, ids, strict=True):
-            render.token_spans(against.char_to_token(text, one, chars), chars, len(one))
+            tokens.token_spans(against.char_to_token(text, one, chars), chars, len(one))
 
     parts = {
         "TRL, all": trl,
-        "ours, all": lambda: [*render.documents(rows, against, settings, encodings=False)],
+        "ours, all": lambda: [*tokens.iter_documents(rows, against, settings, encodings=False)],
         "tokenizer alone": lambda: [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)],
         "  render": lambda: [against.render(row, row["messages"]) for row in rows],
         "  tokenise": lambda: against.encode(texts, True),

@@ -8,6 +8,7 @@ on the demo's rows, packed, assistant-only, with the same seed; the last losses 
 """
 
 import argparse
+import os
 import re
 import resource
 import shutil
@@ -29,11 +30,13 @@ def main():
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for script, *flags in (
-            ("demo_rows.py", "--out", "rows", "--rows", "2000"),
-            ("demo_model.py", "--rows", "rows", "--out", "init"),
+            ("demo_rows", "--out", "rows", "--rows", "2000"),
+            ("demo_model", "--rows", "rows", "--out", "init"),
         ):
-            command = [sys.executable, REPO / "data_prep" / script, *flags]
-            subprocess.run(command, cwd=folder, check=True, capture_output=True)
+            command = [sys.executable, "-m", f"data_prep.{script}", *flags]
+            subprocess.run(
+                command, cwd=folder, env={**os.environ, "PYTHONPATH": str(REPO)}, check=True, capture_output=True
+            )
         set_up = "from datasets import load_from_disk; load_from_disk('rows/chat')['train'].to_json('set/train.jsonl')"
         Path(folder, "set").mkdir()
         subprocess.run([sys.executable, "-c", set_up], cwd=folder, check=True, capture_output=True)

@@ -21,6 +21,7 @@ REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"  # real data and tokenizers, where the machine has them
 TINY = ["--use_cpu", "true", "--global_batch_size", "4", "--max_length", "512", "--max_steps", "4"]
 TINY += ["--eval_strategy", "no", "--save_strategy", "no", "--disable_tqdm", "true", "--learning_rate", "1e-2"]
+MODULES = {**os.environ, "PYTHONPATH": str(REPO)}  # runs `python -m data_prep.X` in any folder
 EXACT = ["--dtype", "float32", "--bf16", "false", "--lora_dropout", "0"]  # fp32 without dropout
 
 
@@ -29,11 +30,11 @@ def demo(tmp_path_factory):
     """A folder with rows/ (pretrain.jsonl, chat/) and init/ (tiny random Qwen3 and its tokenizer)."""
     folder = tmp_path_factory.mktemp("demo")
     for script, *flags in (
-        ("demo_rows.py", "--out", "rows", "--rows", "400"),
-        ("demo_model.py", "--rows", "rows", "--out", "init"),
+        ("demo_rows", "--out", "rows", "--rows", "400"),
+        ("demo_model", "--rows", "rows", "--out", "init"),
     ):
-        command = [sys.executable, REPO / "data_prep" / script, *flags]
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        command = [sys.executable, "-m", f"data_prep.{script}", *flags]
+        subprocess.run(command, cwd=folder, env=MODULES, check=True, capture_output=True)
     return folder
 
 

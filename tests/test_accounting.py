@@ -8,7 +8,6 @@ silently; files written in place.
 import io
 import json
 import random
-import sys
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
@@ -18,15 +17,14 @@ import pytest
 from conftest import REPO
 from datasets import load_from_disk
 
-sys.path.insert(0, str(REPO / "data_prep"))
-import pool  # noqa: E402
+from data_prep.common import writer
 
 TEMPLATE = REPO / "chat_templates" / "qwen3.jinja"
 
 
 def run(script, *args):
     """The script's main() here: exit code and what it printed."""
-    out, main = io.StringIO(), import_module(script).main
+    out, main = io.StringIO(), import_module(f"data_prep.{script}").main
     with mock.patch("sys.argv", [f"{script}.py", *map(str, args)]), redirect_stdout(out), redirect_stderr(out):
         try:
             code = main()
@@ -78,7 +76,7 @@ def raw(tmp_path_factory):
     (folder / "raw.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogatepass")
     code, said = run("normalize", "messages", folder / "raw.jsonl", "--out", folder / "pool", "--num_proc", 1)
     assert code == 0, said
-    pool.write_rows(
+    writer.write_rows(
         folder / "eval", "own", {"train": [row for _, row in zip(range(3), rows_of(folder / "pool"), strict=False)]}
     )
     (folder / "mix.yaml").write_text(
@@ -157,8 +155,8 @@ def test_an_interrupted_step_leaves_nothing(raw, demo, tmp_path, name):
     folder, _ = raw
     paths = {"raw": folder / "raw.jsonl", "pool": folder / "pool", "eval": folder / "eval", "model": demo / "init"}
     flags = [str(flag).format(**paths) for flag in STEPS[name][0]]
-    script = import_module(name)
-    with mock.patch.object(script, "spread", side_effect=KeyboardInterrupt):
+    script = import_module(f"data_prep.{name}")
+    with mock.patch.object(script, "parallel_map", side_effect=KeyboardInterrupt):
         code, said = run(name, *flags, "--out", tmp_path / "out", "--num_proc", 1)
     assert code == 130 and said.strip() == "interrupted: nothing was written"
     assert not [*tmp_path.iterdir()]

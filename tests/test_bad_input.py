@@ -69,7 +69,7 @@ SILENT = {"messages": [{"role": "user", "content": "a"}]}
         (["--warmup_ratio", "0.1"], ["--warmup_ratio", "--warmup_steps"]),
         (["--overwrite_output_dir", "true"], ["--overwrite_output_dir", "--resume_from_checkpoint true"]),
         (["--max_seq_length", "512"], ["--max_length"]),
-        (["--skip_bad_rows", "true"], ["data_prep/check.py"]),
+        (["--skip_bad_rows", "true"], ["python -m data_prep.check"]),
         (["--learning_rate", "fast"], ["learning_rate", "fast"]),
         (["--packing_strategy", "bdf"], ["packing_strategy", "bdf", "wrapped"]),
         (["--lr_scheduler_type", "cosin"], ["lr_scheduler_type", "cosin", "cosine"]),
@@ -134,8 +134,8 @@ def test_template_without_markers(refuse, tmp_path):
         ([], ["rows.jsonl"]),
         ([{"a": 1}], ["rows.jsonl", "messages"]),
         ([{"text": "plain"}], ["plain text has no turns", "--assistant_only_loss false"]),
-        ([{"prompt": "a", "completion": "b"}], ["no conversations", "normalize.py prompt_completion"]),
-        ([CHAT, SILENT, CHAT, SILENT], ["2 of 4 rows", "rows.jsonl", "1, 3", "data_prep/check.py", "--fix"]),
+        ([{"prompt": "a", "completion": "b"}], ["no conversations", "data_prep.normalize prompt_completion"]),
+        ([CHAT, SILENT, CHAT, SILENT], ["2 of 4 rows", "rows.jsonl", "1, 3", "python -m data_prep.check", "--fix"]),
         ([{"messages": [{"role": "usher", "content": "a"}, CHAT["messages"][1]]}], ["usher", "message 0"]),
     ],
     ids=["empty", "columns", "text", "prompt", "silent", "role"],
@@ -154,7 +154,7 @@ def test_more_validation_rows_than_there_are(refuse, tmp_path):
 def test_a_table_says_which_command_makes_rows_of_it(refuse, tmp_path):
     (tmp_path / "rows.csv").write_text("q,a\n1,2\n")
     said = refuse("--dataset_name", tmp_path / "rows.csv")
-    for words in ("rows.csv", "data_prep/normalize.py fields", "--map prompt=COLUMN answer=COLUMN"):
+    for words in ("rows.csv", "data_prep.normalize fields", "--map prompt=COLUMN answer=COLUMN"):
         assert words in said
 
 

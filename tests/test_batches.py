@@ -20,13 +20,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from data_prep import check
+from data_prep.common import arrow_rows, batches, chunks, writer
+from data_prep.common.errors import InvalidRow
+from data_prep.common.row_keys import prompt_key, row_key
+from data_prep.common.writer import encode_rows
+
 REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO / "data_prep"))
-import batches  # noqa: E402
-import check  # noqa: E402
-import pool  # noqa: E402
-from pool import packed  # noqa: E402
-from rows import Refused, key_of, prompt_of  # noqa: E402
 
 BLANKS = [c for c in map(chr, range(sys.maxunicode + 1)) if c.isspace()]
 BITS = [*BLANKS, " ", "\n", "\\", '"', "/", "n", "t", "u0041", "\\n", "\x00", "\x01", "\x1f", "\x7f", "a", "é",
@@ -81,12 +81,12 @@ def expanded():
 @example([row_of("a /think", "b"), row_of("a", "b /think"), row_of("a /no_think b", "b")])
 def test_as_row_by_row(made):
     """Slices too: a batch of a pool begins anywhere in its file."""
-    batch = packed([*made, *made]).data.slice(len(made) // 2, len(made))
+    batch = encode_rows([*made, *made]).data.slice(len(made) // 2, len(made))
     made = [*made, *made][len(made) // 2 :][: len(made)]
     mask, keys, prompts, turns = batches.keys(batch)
     chosen = [row for row, plain in zip(made, mask, strict=True) if plain]
-    assert keys == [key_of(row) for row in chosen]
-    assert prompts == [prompt_of(row) for row in chosen]
+    assert keys == [row_key(row) for row in chosen]
+    assert prompts == [prompt_key(row) for row in chosen]
     assert [*turns] == [sum(turn["role"] in ("user", "assistant") for turn in row["messages"]) for row in chosen]
     assert not any("reasoning_content" in turn or "tools" in row for row in chosen for turn in row["messages"])
     against = check.against_of(None, None, None, None, (), told=False)
@@ -105,7 +105,7 @@ def test_as_row_by_row(made):
 )
 def test_which_rows_are_plain(contents, plain):
     """A mask that is always false would pass above."""
-    batch = packed([row_of(*contents)]).data
+    batch = encode_rows([row_of(*contents)]).data
     assert batches.keys(batch)[0].tolist() == [plain]
     assert batches.sound(batch).tolist() == [plain and "ö" not in contents]
 
@@ -118,20 +118,20 @@ def test_which_rows_are_plain(contents, plain):
 def test_json_digests_and_counts_of_a_batch_are_those_of_its_rows(made):
     """orjson on each row, and what packed() says of rows, of a slice that begins within its batch."""
     made = [row | {"id": f"{number}\n"} for number, row in enumerate(made)]
-    batch = packed([*made, *made]).data.slice(len(made))
+    batch = encode_rows([*made, *made]).data.slice(len(made))
     keys = ("messages", "tools", "chat_template_kwargs", "source", "tags", "lang")
     whole = [{"id": row["id"]} | {key: row[key] for key in keys if key in row} for row in made]
-    bodies = [orjson.loads(b"{" + body) for body in pool.bodies(batch)]
+    bodies = [orjson.loads(b"{" + body) for body in arrow_rows.row_bodies(batch)]
     assert bodies == [{key: value for key, value in row.items() if key != "id"} for row in whole]
-    lines = pool.json_lines(batch).split(b"\n")
+    lines = arrow_rows.json_lines(batch).split(b"\n")
     assert lines.pop() == b"" and [orjson.loads(line) for line in lines] == whole
-    assert pool.counts_of(batch) == packed(made).counts
-    assert pool.packed_batch(batch).digests == packed(made).digests
+    assert arrow_rows.counts_of(batch) == encode_rows(made).counts
+    assert writer.packed_batch(batch).digests == encode_rows(made).digests
 
 
 @pytest.mark.parametrize("mark", ["<|x|>", "<｜x｜>", "<think>", "</tool_call>", "<tool_response>", "<end_of_turn>"])
 def test_every_mark_is_left_to_the_check(mark):
-    assert batches.sound(packed([row_of("a", f"b {mark} c"), row_of("a", "b")]).data).tolist() == [False, True]
+    assert batches.sound(encode_rows([row_of("a", f"b {mark} c"), row_of("a", "b")]).data).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("given", ["template", "tokenizer", "lang"])
@@ -143,19 +143,21 @@ def test_what_needs_each_row_looks_at_each(given):
             return "b" if self.tokenizer else None
 
         def render(self, row, messages, prompt=False):
-            raise Refused("template refuses the row")
+            raise InvalidRow("template refuses the row")
 
     against = Against()
     setattr(against, given, ("zh",) if given == "lang" else "any")
-    block = pool.Block("train", "train", 1, packed([row_of("a a", "b b")] * 3).data)
-    with mock.patch("check.against_of", lambda *_, **__: against):
+    block = chunks.Chunk("train", "train", 1, encode_rows([row_of("a a", "b b")] * 3).data)
+    with mock.patch("data_prep.check.against_of", lambda *_, **__: against):
         result = check.work(block, (), "x")
     assert result.total == 3 and len(result.rejected) == 3
 
 
 def test_rows_that_nobody_looks_at_count_and_stay():
     """Sound rows are told by their batch alone; --fix writes them all the same."""
-    block = pool.Block("train", "train", 1, packed([row_of("a", "b"), row_of("a", "b <|x|>"), row_of("c", "d")]).data)
+    block = chunks.Chunk(
+        "train", "train", 1, encode_rows([row_of("a", "b"), row_of("a", "b <|x|>"), row_of("c", "d")]).data
+    )
     for fix in (False, True):
         result = check.work(block, (None, None, None, None, ()), "x", fix, Path("out"))
         assert result.total == 3 and [entry["line"] for entry in result.rejected] == [2]
@@ -165,7 +167,7 @@ def test_rows_that_nobody_looks_at_count_and_stay():
 def test_arguments_that_another_writer_wrote():
     """The same JSON with a blank: only what dumps() wrote has the same key as text."""
     row = row_of("a", "b") | {"chat_template_kwargs": {"enable_thinking": True}}
-    batch = packed([row]).data
+    batch = encode_rows([row]).data
     told = pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"enable_thinking": true}'], pa.string()))
     assert batches.keys(batch)[0].tolist() == [True]
     assert batches.keys(batch.set_column(3, batch.schema.field(3), told))[0].tolist() == [False]
@@ -178,5 +180,5 @@ def test_equal_but_for_blanks_and_composition():
         row_of("cafe\u0301\u3000au lait", "a b"),
         row_of("cafe au lait", "a b"),
     ]
-    _, keys, prompts, _ = batches.keys(packed(same).data)
+    _, keys, prompts, _ = batches.keys(encode_rows(same).data)
     assert keys[0] == keys[1] != keys[2] and prompts[0] == prompts[1] != prompts[2]

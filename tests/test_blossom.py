@@ -7,7 +7,6 @@ stage 2.
 """
 
 import json
-import sys
 
 import pytest
 import yaml
@@ -15,10 +14,8 @@ from conftest import REPO, load_recipe, run_script
 from datasets import load_from_disk
 from transformers import AutoConfig, AutoTokenizer
 
-sys.path.insert(0, str(REPO / "data_prep"))
-import filter as filters  # noqa: E402
-import mix  # noqa: E402
-import normalize  # noqa: E402
+from data_prep import filter as filters
+from data_prep import mix, normalize
 
 MIXES, RECIPES = REPO / "data_prep" / "mixes", REPO / "recipes"
 VALUES = {  # what v4 and v5.1 had, and the model that v6.1's card names; the rest is ours

@@ -13,6 +13,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from data_prep.common import sources
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the hub is never asked
 
 import pytest
@@ -23,11 +25,10 @@ from test_compare import make_model, make_tokenizer, rigged, save, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "eval"), str(ROOT / "data_prep")]
+sys.path.insert(0, str(ROOT / "eval"))
 import chat_eval  # noqa: E402
 import metrics  # noqa: E402
 import sandbox  # noqa: E402
-import sources  # noqa: E402
 from models import Answer  # noqa: E402
 
 # rows in the published schemas, of our own text

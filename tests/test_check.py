@@ -13,7 +13,6 @@ import io
 import json
 import re
 import subprocess
-import sys
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
@@ -28,12 +27,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-sys.path.insert(0, str(REPO / "data_prep"))
-import check  # noqa: E402
-import normalize  # noqa: E402
-import pool  # noqa: E402
-import render  # noqa: E402
-import rows as rows_  # noqa: E402
+from data_prep import check, normalize
+from data_prep.common import json_text, readers, rendering, row_keys, rows, writer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TEMPLATES = REPO / "chat_templates"
@@ -77,7 +72,7 @@ def row_of(messages, **more):
 def found(row, template=None, tokenizer=None):
     """[(reason, detail)] of one row, in memory."""
     text = template.read_text() if isinstance(template, Path) else template
-    return check.faults(row, render.Against(text, tokenizer))
+    return check.faults(row, rendering.Renderer(text, tokenizer))
 
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -261,9 +256,9 @@ def test_every_place_of_a_persona():
     told = {name: f"You are {name}." for name in ("custom_instructions", "system_prompt", "model_identity")}
     row = row_of([turn("developer", "Be brief."), *chat()], chat_template_kwargs=told)
     lost = told | {"message 0": "Be brief."}
-    assert dict(render.lost_personas(row, render.Against(body))) == lost
+    assert dict(rendering.find_lost_personas(row, rendering.Renderer(body))) == lost
     for name in told:
-        said = dict(render.lost_personas(row, render.Against(body + f"{{{{ {name} }}}}")))
+        said = dict(rendering.find_lost_personas(row, rendering.Renderer(body + f"{{{{ {name} }}}}")))
         assert said == {place: text for place, text in lost.items() if place != name}
 
 
@@ -380,7 +375,7 @@ def test_fix_mends_leaves_and_counts(tmp_path, suffix):
     assert report["in"] == report["out"]["train"] + sum(report["refused"].values()) == 6
     assert report["refused"] == {"control token in text": 1, "empty text": 1}
     assert report["mended"] == {"answer begins with a newline": 1}  # in the row that went out
-    assert report["hash"] == pool.hash_of({"train": pool.content_hash(rows)})
+    assert report["hash"] == row_keys.hash_of({"train": row_keys.content_hash(rows)})
     assert report.get("columns_left_out") == (None if suffix else {"extra": 1}) and ("extra" in rows[3]) is bool(suffix)
     told = json.loads((tmp_path / "found.json").read_text())
     assert told["found"] == {"answer begins with a newline": 3, "control token in text": 1, "empty text": 1}
@@ -446,8 +441,8 @@ def test_every_form_gives_the_same_findings(tmp_path):
         ]
         assert {entry["file"] for entry in findings} == {"train" if name == "rows" else name}
     splits = {"train": [row_of(chat(), source="s")], "validation": [row_of(chat("\nb"), source="s") | {"id": "b"}]}
-    whole = {split: [rows_.completed(row, "x", 1) for row in rows] for split, rows in splits.items()}
-    pool.write_rows(tmp_path / "pool", "own", whole)
+    whole = {split: [rows.complete_row(row, "x", 1) for row in rows] for split, rows in splits.items()}
+    writer.write_rows(tmp_path / "pool", "own", whole)
     done = run(tmp_path / "pool", "--fix", "--out", tmp_path / "fixed")
     assert "validation:1 (b)" in done.stdout and done.returncode == 0
     assert {split: len(rows) for split, rows in load_from_disk(tmp_path / "fixed").items()} == {
@@ -485,11 +480,11 @@ def test_no_value_crashes_it(row, data):
         inner[data.draw(st.sampled_from([*inner, "tool_calls", "reasoning_content"]))] = data.draw(pieces)
     else:
         row[data.draw(st.sampled_from([*row, "tools", "tags", "chat_template_kwargs", "source"]))] = data.draw(pieces)
-    against = render.Against((TEMPLATES / "qwen3.jinja").read_text())
+    against = rendering.Renderer((TEMPLATES / "qwen3.jinja").read_text())
     if not check.faults(row, against):
-        whole = rows_.completed(row, "x", 1)
-        assert not check.faults(whole, against) and rows_.json_line(whole).encode()
-        assert rows_.completed(whole, "y", 2) == whole
+        whole = rows.complete_row(row, "x", 1)
+        assert not check.faults(whole, against) and json_text.json_line(whole).encode()
+        assert rows.complete_row(whole, "y", 2) == whole
 
 
 @pytest.mark.parametrize(
@@ -567,7 +562,7 @@ def test_shared_files_with_counts_by_reason(tmp_path):
     flags += ["--model_name_or_path", SHARED / "tokenizers" / "qwen3"]
     for file in ("chat/sharegpt_zh_1K_format.jsonl", "tools/glaive_toolcall_en_demo.json"):
         out = tmp_path / f"{Path(file).stem}.jsonl"
-        raw = [row for _, row in pool.read_rows(data / file) if len(row["conversations"]) < 50]
+        raw = [row for _, row in readers.read_rows(data / file) if len(row["conversations"]) < 50]
         assert run("sharegpt", write(tmp_path / "raw.jsonl", raw), "--out", out, script=normalize).returncode == 0
         done = run(out, *flags, "--json", tmp_path / "found.json")
         # one row of glaive passes a list where its tool's schema says number
@@ -580,7 +575,7 @@ def test_shared_files_with_counts_by_reason(tmp_path):
 def test_shared_sharegpt_as_messages_without_normalize(tmp_path):
     """Renamed only: the faults that normalize.py refuses are found here too."""
     roles = {"human": "user", "gpt": "assistant"}
-    raw = [row for _, row in pool.read_rows(SHARED / "data" / "chat" / "sharegpt_zh_1K_format.jsonl")]
+    raw = [row for _, row in readers.read_rows(SHARED / "data" / "chat" / "sharegpt_zh_1K_format.jsonl")]
     rows = [
         row_of([turn(roles.get(t["from"], t["from"]), t["value"].strip()) for t in row["conversations"]]) for row in raw
     ]

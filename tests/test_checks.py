@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from conftest import REPO
+from conftest import MODULES, REPO
 from datasets import Dataset, DatasetDict, load_from_disk
 from hooks import checks
 from hooks.checks import (
@@ -707,10 +707,10 @@ def test_the_config_of_compiled_sets_has_these_settings():
 def compiled_set(demo, tmp_path_factory):
     """A set of data_prep/compile.py for the demo's tokenizer and qwen3.jinja."""
     out = tmp_path_factory.mktemp("compiled") / "set"
-    command = [sys.executable, REPO / "data_prep" / "compile.py", demo / "rows" / "chat", "--out", out]
+    command = [sys.executable, "-m", "data_prep.compile", demo / "rows" / "chat", "--out", out]
     command += ["--recipe", REPO / "recipes" / "qwen3_full.py", "--model_name_or_path", demo / "init"]
     command += ["--chat_template_path", QWEN3, "--max_length", "512"]
-    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    subprocess.run([str(part) for part in command], env=MODULES, check=True, capture_output=True)
     return out
 
 
@@ -726,7 +726,7 @@ def test_what_a_set_was_compiled_for(compiled_set, demo, training_args, tmp_path
     assert check() is None and check(**COMPILED) is None
     sentence = check(chat_template_path=str(TEMPLATES / "chatml.jinja"))
     assert sentence == (
-        f"{compiled_set}: compiled with another template than this recipe's: compile it anew (data_prep/compile.py), "
+        f"{compiled_set}: compiled with another template than this recipe's: compile it anew (python -m data_prep.compile), "
         "or --allow other_tokenizer"
     )
     assert check(chat_template_path=str(TEMPLATES / "chatml.jinja"), allow=["other_tokenizer"]) is None
@@ -812,7 +812,7 @@ def test_rows_by_their_columns(training_args, tmp_path, monkeypatch, kind, row, 
 def test_rows_by_their_columns_where_every_token_is_trained(training_args, row, passes):
     sentence = refusal(rows.check_rows, script_args("o/n"), training_args(), Dataset.from_list([row]), None)
     assert (sentence is None) == passes
-    assert passes or "data_prep/normalize.py" in sentence
+    assert passes or "data_prep.normalize" in sentence
 
 
 def test_the_commands_for_other_rows_run(training_args, tmp_path, monkeypatch):
@@ -830,7 +830,7 @@ def test_the_commands_for_other_rows_run(training_args, tmp_path, monkeypatch):
     write_rows(Path("rows.jsonl"), CHAT, SILENT)
     both = Dataset.from_list([CHAT, SILENT])
     (command,) = python_commands(refusal(rows.check_rows, script_args("rows.jsonl"), args, both, None))
-    assert command == "python data_prep/check.py rows.jsonl --fix --out OUT"
+    assert command == "python -m data_prep.check rows.jsonl --fix --out OUT"
     with pytest.raises(subprocess.CalledProcessError):  # exit code 1: something was left out
         run_shell(command, tmp_path)
     assert len(load_from_disk("OUT")["train"]) == 1
@@ -842,7 +842,7 @@ def test_rows_without_an_assistant_turn(training_args):
     sentence = refusal(rows.check_rows, script_args("o/n"), args, many, None)
     assert sentence == (
         "dataset o/n: 14 of 26 rows of train have no assistant turn (rows 1, 3, 5, 7, 9, 11, 13, 15, 17, … from 0): "
-        "python data_prep/normalize.py messages o/n --out OUT writes a set without them"
+        "python -m data_prep.normalize messages o/n --out OUT writes a set without them"
     )
     chats = Dataset.from_list([CHAT] * 3)
     sentence = refusal(rows.check_rows, script_args("o/n"), args, chats, Dataset.from_list([CHAT, SILENT]))
@@ -884,7 +884,7 @@ def test_empty_answers_are_refused(training_args, assistant_only_loss, capsys):
     )
     assert sentence == (
         "dataset o/n: 4 of 7 rows of train have an answer without text or tool calls (rows 1, 2, 3, 4 from 0): python "
-        "data_prep/normalize.py messages o/n --out OUT writes a set without them, --allow empty_answers trains them"
+        "python -m data_prep.normalize messages o/n --out OUT writes a set without them, --allow empty_answers trains them"
     )
     sound = Dataset.from_list([answered(answer) for answer, says in ANSWERS if says])
     earlier = Dataset.from_list([{"messages": [TURNS[0], {"role": "assistant", "content": ""}, *TURNS]}, CHAT])
@@ -901,7 +901,7 @@ def test_empty_answers_of_prompts_and_completions(training_args):
     pairs = Dataset.from_list([PROMPT_TEXT, PROMPT_TEXT | {"completion": "\n"}, {"prompt": "", "completion": "b"}])
     sentence = refusal(rows.check_rows, script_args("o/n"), args, pairs, None)
     assert "1 of 3 rows" in sentence and "(rows 1 from 0)" in sentence
-    assert "python data_prep/normalize.py prompt_completion o/n --out OUT writes" in sentence
+    assert "python -m data_prep.normalize prompt_completion o/n --out OUT writes" in sentence
     turns = Dataset.from_list([PROMPT_TURNS, PROMPT_TURNS | {"completion": [silent]}])
     assert "1 of 2 rows" in refusal(rows.check_rows, script_args(), args, turns, None)
     asked = Dataset.from_list([{"prompt": [TURNS[0], silent, TURNS[0]], "completion": TURNS[1:]}])
@@ -929,7 +929,7 @@ def test_the_command_leaves_out_the_empty_answers(training_args, tmp_path, monke
     sentence = refusal(rows.check_rows, script_args("rows.jsonl"), training_args(), Dataset.from_list(loaded), None)
     assert "2 of 5 rows" in sentence and "(rows 1, 3 from 0)" in sentence
     (command,) = python_commands(sentence)
-    assert ("check.py rows.jsonl --fix" in command) == (kind == "messages")
+    assert ("data_prep.check rows.jsonl --fix" in command) == (kind == "messages")
     command = command.replace("prompt=COLUMN answer=COLUMN", "prompt=question answer=answer")
     with suppress(subprocess.CalledProcessError):  # exit code 1 of check.py: something was left out
         run_shell(command, tmp_path)
@@ -990,9 +990,9 @@ def test_a_column_that_to_messages_misses(tmp_path, monkeypatch):
     write_rows(Path("rows.jsonl"), {"instruction": "a", "output": "b"})
     sentence = rows.explain_missing_column(script_args("rows.jsonl"), "'question'")
     assert "rows.jsonl has no column 'question'" in sentence and "(its columns: instruction, output)" in sentence
-    assert "normalize.py alpaca rows.jsonl --out data/rows" in sentence
+    assert "data_prep.normalize alpaca rows.jsonl --out data/rows" in sentence
     sentence = rows.explain_missing_column(script_args("owner/rows", dataset_config="main"), "'question'")
-    assert "columns:" not in sentence and "normalize.py fields owner/rows:main --map prompt=COLUMN" in sentence
+    assert "columns:" not in sentence and "data_prep.normalize fields owner/rows:main --map prompt=COLUMN" in sentence
 
 
 # -- stop and padding token -------------------------------------------------------------------------------------------
@@ -1198,10 +1198,10 @@ def preview(demo, tmp_path):
     """preview(rows, *flags) are the totals that data_prep/preview.py counts in the same rows with the same settings."""
 
     def run(path, *flags):
-        command = [sys.executable, REPO / "data_prep" / "preview.py", path, "--recipe", REPO / "recipes/qwen3_full.py"]
+        command = [sys.executable, "-m", "data_prep.preview", path, "--recipe", REPO / "recipes/qwen3_full.py"]
         command += ["--model_name_or_path", demo / "init", "--report", tmp_path / "report.json", "--rows", 0]
         command += ["--chat_template_path", QWEN3, *flags]
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+        done = subprocess.run([*map(str, command)], env=MODULES, capture_output=True, text=True)
         assert done.returncode in (0, 1), done.stderr
         return json.loads((tmp_path / "report.json").read_text())["totals"]
 

@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import EXACT, REPO, SHARED, TINY
 
-sys.path.insert(0, str(REPO / "data_prep"))
-import compile  # noqa: E402
-import render  # noqa: E402
+from data_prep import compile
+from data_prep.common import recipe_rows, recipe_settings, rendering, tokens
 
 RECIPE, TEMPLATES = REPO / "recipes" / "qwen3_full.py", REPO / "chat_templates"
 PROBE = """
@@ -356,9 +355,9 @@ def test_several_ranks_read_the_packs_in_order(demo, tmp_path, make):
 def test_the_quick_way_is_the_careful_way(demo, tmp_path):
     """documents() with and without encodings, on the demo's rows: tools, reasoning, several turns."""
     flags = {"model_name_or_path": str(demo / "init"), "chat_template_path": str(TEMPLATES / "qwen3.jinja")}
-    settings = render.read_settings(RECIPE, flags=flags | {"eval_rows": 0})
-    rows = [*render.load_rows(demo / "rows" / "chat", settings)[0]]
-    careful = [(doc.ids, doc.spans) for doc in render.documents(rows, render.load_against(settings), settings)]
-    against = render.load_against(settings)
-    quick = [(d.ids, d.spans) for d in render.documents(rows, against, settings, encodings=False)]
+    settings = recipe_settings.read_settings(RECIPE, flags=flags | {"eval_rows": 0})
+    rows = [*recipe_rows.load_rows(demo / "rows" / "chat", settings)[0]]
+    careful = [(doc.ids, doc.spans) for doc in tokens.iter_documents(rows, rendering.load_renderer(settings), settings)]
+    against = rendering.load_renderer(settings)
+    quick = [(d.ids, d.spans) for d in tokens.iter_documents(rows, against, settings, encodings=False)]
     assert quick == careful and len(against.widths) > 100

@@ -7,7 +7,6 @@ left out of the mix; another weight in it; eval/in_training.py left out of the c
 
 import json
 import re
-import sys
 
 import pytest
 import yaml
@@ -16,9 +15,7 @@ from datasets import load_from_disk
 from transformers import AutoConfig, AutoTokenizer
 from trl import get_peft_config, get_quantization_config
 
-sys.path.insert(0, str(REPO / "data_prep"))
-import mix  # noqa: E402
-import normalize  # noqa: E402
+from data_prep import mix, normalize
 
 CONFIGS, MIX = ("day2_4080", "day2_4080_winner"), REPO / "data_prep" / "mixes" / "day2_4080.yaml"
 BOTH = {

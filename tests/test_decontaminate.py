@@ -10,7 +10,6 @@ the first field of an eval row read; hits of a row counted once for all eval fil
 import json
 import random
 import re
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -19,10 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import run_script
 
+from data_prep import decontaminate
+from data_prep.common import readers, writer
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "data_prep"))
-import decontaminate  # noqa: E402
-import pool  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 real = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the shared folder with the real data is not here")
@@ -159,7 +158,7 @@ def test_folder_with_hits_to_read(tmp_path):
     one = write(tmp_path / "one.jsonl", [{"q": text(0, 30)}, {"q": text(40, 30)}, {"q": text(3, 28)}])
     (tmp_path / "two.json").write_text(json.dumps([{"q": text(200, 9)}, {"q": text(0, 18)}]))
     pq.write_table(pa.table({"q": [text(10, 20), None]}), tmp_path / "three.parquet")
-    pool.write_rows(tmp_path / "four", "test", {"test": [
+    writer.write_rows(tmp_path / "four", "test", {"test": [
         row("p", text(1, 19), "Ho", chat_template_kwargs={}, source="s", tags=[], lang="en")]})  # fmt: skip
     evals = [one, tmp_path / "two.json", tmp_path / "three.parquet", tmp_path / "four"]
     done = run(write(tmp_path / "rows.jsonl", rows), "--against", *evals, "--out", tmp_path / "out")
@@ -179,7 +178,7 @@ def test_folder_with_hits_to_read(tmp_path):
 
 
 def test_processes_change_no_byte_and_rows_are_accounted_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(pool, "BLOCK", 3000)
+    monkeypatch.setattr(readers, "BLOCK", 3000)
     rng = random.Random(3)
     raw = [json.dumps(row(f"r{n}", text(rng.randrange(300), rng.randrange(3, 40)), "Ho")) for n in range(100)]
     raw[10], raw[20], raw[30] = "{cut", "[]", '{"messages": null}'

@@ -10,7 +10,6 @@ n-grams; reasoning not compared; every duplicate said to be of its own pool.
 import json
 import random
 import re
-import sys
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -18,11 +17,11 @@ from pathlib import Path
 import pytest
 from conftest import run_script
 
+from data_prep import dedup
+from data_prep.common import readers, writer
+from data_prep.common.ngrams import words
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "data_prep"))
-import dedup  # noqa: E402
-import pool  # noqa: E402
-from ngrams import words  # noqa: E402
 
 run = partial(run_script, dedup)
 
@@ -204,7 +203,7 @@ def test_pools_in_the_order_given(tmp_path):
         ("one.jsonl", "y", "two.jsonl", "x", "duplicate of another pool"),
     ]
     # a folder is a pool as well, its train split before its validation split
-    pool.write_rows(tmp_path / "made", "test", {"train": [full("a", "One")], "validation": [full("b", "One")]})
+    writer.write_rows(tmp_path / "made", "test", {"train": [full("a", "One")], "validation": [full("b", "One")]})
     done = run(tmp_path / "made", one, "--out", tmp_path / "again")
     assert "2 left out (1 duplicate in its pool, 1 duplicate of another pool)" in done.stdout
     assert json.loads((tmp_path / "again" / "report.json").read_text())["out"] == {"train": 2}
@@ -228,7 +227,7 @@ def test_every_row_is_accounted_for(tmp_path):
 
 
 def test_processes_change_no_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr(pool, "BLOCK", 2000)  # bytes: many blocks of a small file
+    monkeypatch.setattr(readers, "BLOCK", 2000)  # bytes: many blocks of a small file
     rng = random.Random(1)
     rows = [row(f"r{n}", f"q{n}", " ".join([*TEXT[n % 9 :], f"{n % 50}"])) for n in range(100)]
     rows += rng.choices(rows, k=20)

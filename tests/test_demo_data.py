@@ -18,8 +18,8 @@ GROUPS = {"spelling", "letters", "sums", "json", "tools", "dialog"}
 
 
 def run(script, *args, ok=True):
-    command = [sys.executable, str(ROOT / "data_prep" / script), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", f"data_prep.{script}", *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert not ok or done.returncode == 0, done.stderr
     return done
 
@@ -36,8 +36,8 @@ def tree(folder):
 def demo(tmp_path_factory):
     """A folder with rows/ and init/ as small as the tests of the recipes use them."""
     folder = tmp_path_factory.mktemp("demo data")  # a path with a space
-    run("demo_rows.py", "--out", folder / "rows", "--rows", 400)
-    run("demo_model.py", "--rows", folder / "rows", "--out", folder / "init")
+    run("demo_rows", "--out", folder / "rows", "--rows", 400)
+    run("demo_model", "--rows", folder / "rows", "--out", folder / "init")
     return folder
 
 
@@ -292,13 +292,13 @@ def test_reports_carry_the_hashes_of_what_lies_there(demo, splits):
 
 
 def test_same_bytes_twice_other_bytes_by_seed(demo, tmp_path):
-    run("demo_rows.py", "--out", tmp_path / "rows", "--rows", 400)
-    run("demo_model.py", "--rows", tmp_path / "rows", "--out", tmp_path / "init")
+    run("demo_rows", "--out", tmp_path / "rows", "--rows", 400)
+    run("demo_model", "--rows", tmp_path / "rows", "--out", tmp_path / "init")
     again, first = tree(tmp_path), tree(demo)
     assert set(again) == set(first)
     assert [name for name in again if again[name] != first[name]] == []
     assert not [name for name in again if str(tmp_path).encode() in again[name] or str(ROOT).encode() in again[name]]
-    run("demo_rows.py", "--out", tmp_path / "other", "--rows", 400, "--seed", 43)
+    run("demo_rows", "--out", tmp_path / "other", "--rows", 400, "--seed", 43)
     assert (tmp_path / "other" / "chat" / "test.jsonl").read_bytes() != (tmp_path / "rows/chat/test.jsonl").read_bytes()
 
 
@@ -381,14 +381,14 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(demo, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     rows, out = demo / "rows", tmp_path / "o"
     for script, args, words in (
-        ("demo_rows.py", ("--out", tmp_path / "used"), "used: exists already"),
-        ("demo_rows.py", ("--out", out, "--rows", 10), "--rows 10: "),
-        ("demo_model.py", ("--rows", rows, "--out", tmp_path / "used"), "used: exists already"),
-        ("demo_model.py", ("--rows", tmp_path / "none", "--out", out), "pretrain.jsonl: no such file"),
-        ("demo_model.py", ("--rows", tmp_path / "bad", "--out", out), "pretrain.jsonl: not rows of text"),
-        ("demo_model.py", ("--rows", rows, "--out", out, "--vocab_size", 200), "--vocab_size 200: "),
+        ("demo_rows", ("--out", tmp_path / "used"), "used: exists already"),
+        ("demo_rows", ("--out", out, "--rows", 10), "--rows 10: "),
+        ("demo_model", ("--rows", rows, "--out", tmp_path / "used"), "used: exists already"),
+        ("demo_model", ("--rows", tmp_path / "none", "--out", out), "pretrain.jsonl: no such file"),
+        ("demo_model", ("--rows", tmp_path / "bad", "--out", out), "pretrain.jsonl: not rows of text"),
+        ("demo_model", ("--rows", rows, "--out", out, "--vocab_size", 200), "--vocab_size 200: "),
     ):
         done = run(script, *args, ok=False)
         assert (done.returncode, words in done.stderr, len(done.stderr.splitlines())) == (2, True, 1), done.stderr
         assert sorted(tmp_path.rglob("*")) == before
-    assert run("demo_rows.py", "--ou", out, ok=False).returncode == 2
+    assert run("demo_rows", "--ou", out, ok=False).returncode == 2

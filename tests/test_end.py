@@ -11,11 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import EXACT, REPO
+from data_prep.run_folder import plot_log, read_log
 from hooks.end_block import draw_loss, next_commands
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from data_prep.run_folder import plot_log, read_log
 
 
 def said(text):

@@ -11,7 +11,6 @@ spans of the request taken for the answer's.
 import io
 import json
 import subprocess
-import sys
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -23,16 +22,12 @@ from datasets import load_from_disk
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from template_oracle import FAMILIES
-from template_oracle import Refused as OracleRefused
+from template_oracle import InvalidRow as OracleRefused
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-sys.path.insert(0, str(REPO / "data_prep"))
-import expand_turns  # noqa: E402
-import normalize  # noqa: E402
-import pool  # noqa: E402
-import render  # noqa: E402
-import rows as rows_  # noqa: E402
+from data_prep import expand_turns, normalize
+from data_prep.common import json_text, readers, rendering, row_keys, writer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TEMPLATES = REPO / "chat_templates"
@@ -70,7 +65,7 @@ def unmarked(messages):
 
 def expand(row, template):
     """(rows, refused answers) of one row, in memory."""
-    rows, _, refused = expand_turns.expand(row, render.Against(source(template)))
+    rows, _, refused = expand_turns.expand(row, rendering.Renderer(source(template)))
     return rows, refused
 
 
@@ -232,7 +227,7 @@ def test_qwen3_trains_every_answer_once_under_its_prompt(row):
     pairs, no_room = expected(row)
     try:
         rows, refused = expand(row, TEMPLATES / "qwen3.jinja")
-    except normalize.Refused:
+    except normalize.InvalidRow:
         assert not pairs
         return
     assert trained(rows, TEMPLATES / "qwen3.jinja") == pairs
@@ -330,8 +325,8 @@ def proven(family, messages, tools, **arguments):
     row = row_of(*messages, tools=tools, bos_token=family.bos, eos_token=family.eos, **arguments)
     pairs, no_room = oracle(family, messages, tools, **arguments)
     try:
-        rows, counts, refused = expand_turns.expand(row, render.Against(source(template)))
-    except normalize.Refused:
+        rows, counts, refused = expand_turns.expand(row, rendering.Renderer(source(template)))
+    except normalize.InvalidRow:
         assert not pairs
         return None
     wanted = Counter(pairs.values())
@@ -442,7 +437,7 @@ def test_flags_of_the_row_are_kept():
     wanted = Counter(pair for n, pair in enumerate(pairs) if n in (1, 2))  # messages 3 and 5
     assert trained(rows, TEMPLATES / "qwen3.jinja") == wanted
     whole = flagged | {"messages": [t | {"loss_mask": 0} if t["role"] == "assistant" else t for t in turns]}
-    with pytest.raises(normalize.Refused, match="no answer that its flags let train"):
+    with pytest.raises(normalize.InvalidRow, match="no answer that its flags let train"):
         expand(whole, TEMPLATES / "qwen3.jinja")
 
 
@@ -522,8 +517,8 @@ def test_chatml_rows_byte_for_byte(demo, tmp_path):
     for row in rows:
         row["messages"] = [{k: v for k, v in t.items() if k != "reasoning_content"} for t in row["messages"]]
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(map(rows_.json_line, rows)), encoding="utf-8")
-    report = pool.write_rows(tmp_path / "rows", "own", {"train": rows})
+    path.write_text("".join(map(json_text.json_line, rows)), encoding="utf-8")
+    report = writer.write_rows(tmp_path / "rows", "own", {"train": rows})
     for name in ("rows.jsonl", "rows"):
         out = tmp_path / f"out_{name}"
         done = run(tmp_path / name, "--chat_template_path", TEMPLATES / "chatml.jinja", "--out", out)
@@ -634,12 +629,12 @@ def test_nothing_is_dropped_without_a_count(tmp_path):
         assert [row["id"] for row in rows] == ["a#1", "a#3", "a#1-2", "a#3-2", "n", "l#1", "rows-9"]
         assert trained(rows, TEMPLATES / "qwen3.jinja").total() == 7
         assert (report.get("columns_left_out") == {"extra": 1}) == folder
-        assert report["hash"] == pool.hash_of({"train": pool.content_hash(rows)})
+        assert report["hash"] == row_keys.hash_of({"train": row_keys.content_hash(rows)})
 
 
 def test_every_split_and_the_same_bytes(tmp_path):
     splits = {"train": [TWO, CHAINS | {"id": "b"}], "validation": [TWO | {"id": "v"}]}
-    pool.write_rows(tmp_path / "in", "own", splits)
+    writer.write_rows(tmp_path / "in", "own", splits)
     flags = [tmp_path / "in", "--chat_template_path", TEMPLATES / "qwen3.jinja", "--out"]
     for name in ("one", "two"):
         assert run(*flags, tmp_path / name).returncode == 0
@@ -698,7 +693,7 @@ def test_no_row_left_writes_nothing(tmp_path):
     ("file", "count"), [("chat/sharegpt_zh_1K_format.jsonl", 40), ("tools/glaive_toolcall_en_demo.json", 60)]
 )
 def test_shared_rows(tmp_path, file, count):
-    raw = [row for _, row in pool.read_rows(SHARED / "data" / file) if len(row["conversations"]) < 20][:count]
+    raw = [row for _, row in readers.read_rows(SHARED / "data" / file) if len(row["conversations"]) < 20][:count]
     chats = tmp_path / "chats.jsonl"
     assert run("sharegpt", write(tmp_path / "raw.jsonl", raw), "--out", chats, script=normalize).returncode == 0
     tokenizer = SHARED / "tokenizers" / "qwen3"

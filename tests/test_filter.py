@@ -9,7 +9,6 @@ through the roles; ties kept; the loser chosen; messages left in a pair.
 """
 
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -17,10 +16,10 @@ from unittest import mock
 import pytest
 from conftest import run_script
 
+from data_prep import filter
+from data_prep.common import readers
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "data_prep"))
-import filter  # noqa: E402
-import pool  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 real = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the shared folder with the real data is not here")
@@ -316,7 +315,7 @@ def test_trl_takes_the_pairs(tmp_path):
 
 
 def test_processes_change_no_byte_and_rows_are_accounted_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(pool, "BLOCK", 2000)
+    monkeypatch.setattr(readers, "BLOCK", 2000)
     raw = [json.dumps(row(f"r{n}", "q", ("ha " * n, "Sorry, I can't do it.", f"answer {n}")[n % 3])) for n in range(99)]
     raw[3], raw[33], raw[43], raw[53] = "{cut", "[]", '{"messages": [{"role": "user", "content": 3}]}', "\x00"
     (tmp_path / "rows.jsonl").write_text("\n".join(raw))

@@ -41,10 +41,9 @@ from unittest import mock
 import pytest
 from conftest import REPO
 
-sys.path.insert(0, str(REPO / "data_prep"))
-import generate  # noqa: E402
+from data_prep import generate
 
-SCRIPT = REPO / "data_prep" / "generate.py"
+SCRIPT = "-m", "data_prep.generate"
 KEY = "sk-very-secret-key"
 
 
@@ -736,7 +735,7 @@ def test_any_change_of_the_request_is_another(run, endpoint, tmp_path):
 
 
 def command(endpoint, tmp_path, *flags):
-    given = [sys.executable, SCRIPT, "answer", tmp_path / "rows.jsonl", "--out", tmp_path / "out.jsonl", "--model", "m",
+    given = [sys.executable, *SCRIPT, "answer", tmp_path / "rows.jsonl", "--out", tmp_path / "out.jsonl", "--model", "m",
              "--base_url", endpoint.url, *flags]  # fmt: skip
     return subprocess.Popen([*map(str, given)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env=os.environ | {"OPENAI_API_KEY": KEY})  # fmt: skip

@@ -11,7 +11,6 @@ import io
 import json
 import random
 import re
-import sys
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from unittest import mock
@@ -22,9 +21,8 @@ import yaml
 from conftest import REPO
 from datasets import Dataset, interleave_datasets, load_from_disk
 
-sys.path.insert(0, str(REPO / "data_prep"))
-import mix  # noqa: E402
-import pool  # noqa: E402
+from data_prep import mix
+from data_prep.common import writer
 
 MIXES = REPO / "data_prep" / "mixes"
 
@@ -55,7 +53,7 @@ def rows_of(name, count, **more):
 
 def make(folder, **pools):
     for name, rows in pools.items():
-        pool.write_rows(folder / name, "own", {"train": rows})
+        writer.write_rows(folder / name, "own", {"train": rows})
     return folder
 
 
@@ -374,7 +372,7 @@ def test_shipped_mix(tmp_path, name):
         made = rows_of(prefix, 200, **more)
         pools.setdefault(source["path"], []).extend(one | {"source": where.get("source", prefix)} for one in made)
     for path, rows in pools.items():
-        pool.write_rows(tmp_path / path, "own", {"train": rows})
+        writer.write_rows(tmp_path / path, "own", {"train": rows})
     code, out, err = run(MIXES / f"{name}.yaml", "--pools", tmp_path, "--out", tmp_path / "out", "--num_proc", 1)
     assert code == 0, err
     report = json.loads((tmp_path / "out" / "report.json").read_text())

@@ -30,7 +30,7 @@ from engines import ENGINES, curve, gap, ranks
 from engines import PROBE as LOOK
 from engines import run as run_command
 
-sys.path[:0] = [str(REPO / "data_prep"), str(REPO / "eval")]
+sys.path.insert(0, str(REPO / "eval"))
 SPECIAL = ("bos", "user_start", "user_end", "assistant_start", "assistant_end", "python_start", "python_end",
            "output_start", "output_end")  # fmt: skip
 SPECIAL = [f"<|{name}|>" for name in SPECIAL]
@@ -80,10 +80,10 @@ MADE = {"simple_spelling": 120, "spelling_bee": 24}
 def nano(tmp_path_factory):
     """A folder with data/, the pools that the mixes name, made of raw rows by normalize.py; data/nanochat_sft and
     data/nanochat_mid by mix.py; and base/, a random tiny NanoChat with a tokenizer of nanochat's special tokens."""
-    import mix
-    import normalize
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import NanoChatConfig, NanoChatForCausalLM, PreTrainedTokenizerFast
+
+    from data_prep import mix, normalize
 
     folder = tmp_path_factory.mktemp("nanochat")
     for name, (source, rows) in RAW.items():
@@ -399,7 +399,7 @@ class Packs(TrainerCallback):
 
 def previewed(nano, tmp_path, recipe, found, *flags, **names):
     """preview.py, asked before a run, tells what the run then trained."""
-    import preview
+    from data_prep import preview
 
     (tmp_path / "names.yaml").write_text(yaml.safe_dump(names))
     flags = [*flags, "--config", tmp_path / "names.yaml", "--report", tmp_path / "preview.json"]

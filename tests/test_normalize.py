@@ -26,17 +26,15 @@ import jsonschema
 import pyarrow as pa
 import pyarrow.parquet  # noqa: F401
 import pytest
-from conftest import run_script
+from conftest import MODULES, run_script
 from datasets import Dataset, load_from_disk
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from data_prep import normalize
+from data_prep.common import chunks, errors, parsing, sources, writer
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "data_prep"))
-import normalize  # noqa: E402
-import pool  # noqa: E402
-import rows  # noqa: E402
-import sources  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 real = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the shared folder with the real data is not here")
@@ -379,11 +377,11 @@ PIECES = st.recursive(
     | st.booleans()
     | st.integers()
     | st.floats()
-    | st.sampled_from(["", "a", "user", "tool", "<think>", "\ud800", "1e999", "[1]", *rows.PARTS]),
+    | st.sampled_from(["", "a", "user", "tool", "<think>", "\ud800", "1e999", "[1]", *parsing.PARTS]),
     lambda inner: (
         st.lists(inner, max_size=2)
         | st.dictionaries(st.sampled_from(["name", "arguments", "role", "type", "value"]), inner)
-        | st.lists(st.fixed_dictionaries({"type": st.sampled_from(rows.PARTS), "value": inner}), max_size=3)
+        | st.lists(st.fixed_dictionaries({"type": st.sampled_from(parsing.PARTS), "value": inner}), max_size=3)
     ),
     max_leaves=4,
 )
@@ -434,7 +432,7 @@ def test_no_value_crashes_it(data):
         inner[data.draw(st.sampled_from([*inner, "tool_calls", "reasoning_content", "name"]))] = data.draw(PIECES)
     else:
         raw[field] = data.draw(PIECES)
-    done = normalize.work(pool.Block("a.jsonl", "train", 1, [raw]), source, flags=GIVEN.get(source, {}))
+    done = normalize.work(chunks.Chunk("a.jsonl", "train", 1, [raw]), source, flags=GIVEN.get(source, {}))
     batch = done.packed["train"].data
     assert len(batch) + len(done.rejected) == done.total == 1
     if done.rejected:
@@ -475,13 +473,13 @@ def chats(draw):
 def test_a_plain_row_is_told_as_any_row(turns, more, reasoning, lines):
     """work() takes what quick() makes of a row; to_row(), packed by itself, is what it must be."""
     raw = {"messages": turns, **more}
-    done = normalize.work(pool.Block("a.jsonl", "train", 1, [raw]), "messages", lines, reasoning)
+    done = normalize.work(chunks.Chunk("a.jsonl", "train", 1, [raw]), "messages", lines, reasoning)
     try:
         row_id = str(raw["id"]) if raw.get("id") is not None else ""
-        wanted = pool.packed(
+        wanted = writer.encode_rows(
             [normalize.to_row(json.loads(json.dumps(raw)), "messages", row_id or "a-1", reasoning)], lines
         )
-    except (rows.Refused, TypeError):
+    except (errors.InvalidRow, TypeError):
         assert len(done.rejected) == 1 and not done.packed["train"].ids
         return
     assert done.packed["train"] == wanted
@@ -614,11 +612,12 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path):
 def test_as_a_command(tmp_path):
     """As a command of its own, from another folder."""
     raw = write(tmp_path / "raw.jsonl", [{"question": "a", "answer": "b"}, {}])
-    command = [sys.executable, str(ROOT / "data_prep" / "normalize.py")]
-    assert "python data_prep/normalize.py gsm8k" in subprocess.check_output(
-        [*command, "--help"], text=True, cwd=tmp_path
+    command = [sys.executable, "-m", "data_prep.normalize"]
+    assert "python -m data_prep.normalize gsm8k" in subprocess.check_output(
+        [*command, "--help"], text=True, cwd=tmp_path, env=MODULES
     )
-    done = subprocess.run([*command, "gsm8k", raw.name, "--out", "o"], capture_output=True, text=True, cwd=tmp_path)
+    given = [*command, "gsm8k", raw.name, "--out", "o"]
+    done = subprocess.run(given, capture_output=True, text=True, cwd=tmp_path, env=MODULES)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "o: 1 rows kept, 1 refused (1 missing field)\n"
 
@@ -913,7 +912,7 @@ def test_first_rows_only(tmp_path):
     (tmp_path / "raw.json").write_text(json.dumps(rows_in))
     whole = run("gsm8k", path, "--out", tmp_path / "all.jsonl", "--num_proc", 1)
     assert whole.returncode == 0
-    with mock.patch("pool.BLOCK", 100), mock.patch("pool.HEAD", 100):
+    with mock.patch("data_prep.common.readers.BLOCK", 100), mock.patch("data_prep.common.readers.HEAD", 100):
         for number, name in enumerate(("raw.jsonl", "raw.json")):
             out = tmp_path / f"o{number}.jsonl"
             assert run("gsm8k", tmp_path / name, "--rows", 4, "--out", out, "--num_proc", 1).returncode == 0
@@ -1032,14 +1031,14 @@ def test_fuzzed_rows_are_accounted_for(tmp_path, source):
 
 
 def test_fuzzed_rows_are_the_same_on_two_processes(tmp_path):
-    with mock.patch("pool.BLOCK", 20_000):
+    with mock.patch("data_prep.common.readers.BLOCK", 20_000):
         accounted_for(tmp_path, "step35", 300, num_proc=(1, 2))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("source", sorted(WHOLE))
 def test_10_000_fuzzed_rows(tmp_path, source):
-    with mock.patch("pool.BLOCK", 1 << 20):
+    with mock.patch("data_prep.common.readers.BLOCK", 1 << 20):
         accounted_for(tmp_path, source, int(os.environ.get("FUZZ_ROWS", 10_000)), big=2, num_proc=(1, 2))
 
 

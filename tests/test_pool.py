@@ -26,11 +26,12 @@ from unittest import mock
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import REPO
+from conftest import MODULES, REPO
 
-sys.path.insert(0, str(REPO / "data_prep"))
-import pool  # noqa: E402
-from rows import BadInput, Refused, language, loaded  # noqa: E402
+from data_prep.common import json_text, parallel, readers, writer
+from data_prep.common.errors import InvalidRow, UsageError
+from data_prep.common.json_text import load_json
+from data_prep.common.language import detect_language
 
 ROWS = [{"n": n, "text": f'{"é你" * (n % 7)} "q\\" [{{,}}] \\\\ \u2028 {n}', "list": [{"a": [n, None]}, []]}
         for n in range(40)]  # fmt: skip
@@ -39,17 +40,20 @@ LINES = "".join(json.dumps(row, ensure_ascii=n % 2 == 0) + "\n" for n, row in en
 
 def read(*paths):
     """[(line, row)] of files; a row that is refused as its reason."""
-    blocks = pool.read_blocks(pool.find_inputs(paths), {})
+    blocks = readers.read_chunks(readers.find_inputs(paths), {})
     pairs = [pair for block in blocks for pair in block.rows()]
-    return [(line, row.reason if isinstance(row, Refused) else row) for line, row in pairs]
+    return [(line, row.reason if isinstance(row, InvalidRow) else row) for line, row in pairs]
 
 
 NUMBERED = [*enumerate(ROWS, 1)]
 
 
-@pytest.fixture(params=[7, 64, 1000, pool.BLOCK])
+@pytest.fixture(params=[7, 64, 1000, readers.BLOCK])
 def block(request):
-    with mock.patch("pool.BLOCK", request.param), mock.patch("pool.HEAD", request.param + 3):
+    with (
+        mock.patch("data_prep.common.readers.BLOCK", request.param),
+        mock.patch("data_prep.common.readers.HEAD", request.param + 3),
+    ):
         yield request.param
 
 
@@ -94,7 +98,7 @@ def test_blocks_are_cut_at_any_byte(tmp_path):
             if one and n not in cut_lines(tmp_path / "a.jsonl")]  # fmt: skip
     (tmp_path / "b.json").write_text(json.dumps(ROWS[:5], indent=1))
     for size in range(1, 700):
-        with mock.patch("pool.BLOCK", size), mock.patch("pool.HEAD", size):
+        with mock.patch("data_prep.common.readers.BLOCK", size), mock.patch("data_prep.common.readers.HEAD", size):
             got = read(tmp_path / "a.jsonl")
             assert [pair for pair in got if pair[1] != "not JSON"] == want
             assert size % 7 or read(tmp_path / "b.json") == NUMBERED[:5]
@@ -149,7 +153,7 @@ def test_random_json_in_arrays(tmp_path):
     for number in range(150):
         rows = [value(4) for _ in range(rng.randrange(1, 6))]
         (tmp_path / "a.json").write_text("[\n" + json.dumps(rows, indent=rng.choice([None, 1]))[1:])
-        with mock.patch("pool.BLOCK", rng.randrange(1, 90)):
+        with mock.patch("data_prep.common.readers.BLOCK", rng.randrange(1, 90)):
             assert read(tmp_path / "a.json") == [*enumerate(rows, 1)], number
 
 
@@ -184,10 +188,10 @@ def test_long_numbers_are_seen_wherever_they_stand():
     for start in range(9):
         for width in range(15, 24):
             data = b"a" * start + b"9" * width + b"b" * 5
-            assert pool.holds_long_number(data) == (width >= 19)
-        assert not pool.holds_long_number(b"a" * start + b"12345 678901" * 9)
-    assert not pool.holds_long_number(b"") and not pool.holds_long_number(b"1")
-    assert loaded(b'{"a": 99999999999999999999}') == {"a": 99999999999999999999}
+            assert json_text.holds_long_number(data) == (width >= 19)
+        assert not json_text.holds_long_number(b"a" * start + b"12345 678901" * 9)
+    assert not json_text.holds_long_number(b"") and not json_text.holds_long_number(b"1")
+    assert load_json(b'{"a": 99999999999999999999}') == {"a": 99999999999999999999}
 
 
 def test_folders_globs_and_stdin(tmp_path, monkeypatch):
@@ -201,20 +205,20 @@ def test_folders_globs_and_stdin(tmp_path, monkeypatch):
     assert [row["from"] for _, row in read(tmp_path / "b" / "*.jsonl*", tmp_path / "b")] == named[1:]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbf" + LINES)))
     assert read("-") == NUMBERED
-    done = subprocess.run([sys.executable, REPO / "data_prep/normalize.py", "fields", "-", "--map", "prompt=text",
-                           "answer=text", "--out", tmp_path / "o.jsonl"], input=LINES, capture_output=True)  # fmt: skip
+    done = subprocess.run([sys.executable, "-m", "data_prep.normalize", "fields", "-", "--map", "prompt=text",
+                           "answer=text", "--out", tmp_path / "o.jsonl"], cwd=REPO, input=LINES, capture_output=True)  # fmt: skip
     assert (done.returncode, b"40 rows kept" in done.stdout) == (0, True), done.stderr
     assert list(json.loads((tmp_path / "o.report.json").read_text())["input"]) == ["stdin"]
     for missing in (tmp_path / "c", tmp_path / "*.parquet"):
-        with pytest.raises(BadInput, match="no such file"):
-            pool.find_inputs([missing])
+        with pytest.raises(UsageError, match="no such file"):
+            readers.find_inputs([missing])
 
 
 def test_parquet(tmp_path):
     """Row groups and batches of other sizes; keys that only other rows have are no part of a row."""
     given = [{"n": n, **({"deep": {"a": [{"b": n} if n % 2 else {"c": "x"}]}} if n % 3 < 2 else {})} for n in range(40)]
     pq.write_table(pa.Table.from_pylist(given), tmp_path / "a.parquet", row_group_size=7)
-    with mock.patch("pool.ROWS", 3):
+    with mock.patch("data_prep.common.readers.ROWS", 3):
         assert read(tmp_path / "a.parquet") == [*enumerate(given, 1)]
 
 
@@ -256,9 +260,9 @@ def test_hub_ids(capsys):
     with mock.patch("huggingface_hub.HfApi", lambda: hub), mock.patch("datasets.load_dataset", hub.load_dataset):
         assert read("owner/name:main@test") == [(1, {"a": 1}), (2, {"a": 2, "b": "x"}), (3, {"a": 3})]
         inputs = {}
-        assert len([*pool.read_blocks(["owner/name"], inputs)]) == 2
+        assert len([*readers.read_chunks(["owner/name"], inputs)]) == 2
         assert inputs == {"owner/name": hub.sha}
-        with pytest.raises(BadInput) as error:
+        with pytest.raises(UsageError) as error:
             read("no/such")
     assert hub.asked[:2] == ["owner/name", ("owner/name", "main", "test", hub.sha)]
     assert hub.asked[3] == ("owner/name", None, "train", hub.sha)
@@ -279,12 +283,12 @@ def test_files_of_a_repository(tmp_path, capsys):
     asked = {}
     fetch = lambda repo, **given: asked.update(given, repo=repo) or str(tmp_path / "snapshot")  # noqa: E731
     with mock.patch("huggingface_hub.HfApi", lambda: api), mock.patch("huggingface_hub.snapshot_download", fetch):
-        paths = pool.find_inputs(["hf://datasets/owner/name/json/"])
-        with pytest.raises(BadInput, match="owner/name has no such file or folder"):
-            pool.find_inputs(["hf://datasets/owner/name/csv"])
-        with pytest.raises(BadInput, match="write hf://datasets/owner/name/path"):
-            pool.find_inputs(["hf://owner/name"])
-    blocks = [*pool.read_blocks(paths)]
+        paths = readers.find_inputs(["hf://datasets/owner/name/json/"])
+        with pytest.raises(UsageError, match="owner/name has no such file or folder"):
+            readers.find_inputs(["hf://datasets/owner/name/csv"])
+        with pytest.raises(UsageError, match="write hf://datasets/owner/name/path"):
+            readers.find_inputs(["hf://owner/name"])
+    blocks = [*readers.read_chunks(paths)]
     assert [(block.file, [*block.rows()]) for block in blocks] == [
         ("chunk_2.json", [(1, {"a": 2})]),
         ("chunk_10.json", [(1, {"a": 10})]),
@@ -298,8 +302,8 @@ def test_files_of_a_repository(tmp_path, capsys):
 def test_other_processes_start_when_there_is_work_enough(worth, num_proc):
     """In order whoever works; where nobody named a number, here until there is enough of it."""
     blocks = [f"({n}, __import__('os').getpid())" for n in range(9)]
-    with mock.patch("pool.WORTH", worth), mock.patch("pool.cores", lambda: 2):
-        found = [*pool.spread(eval, blocks, num_proc)]
+    with mock.patch("data_prep.common.parallel.WORTH", worth), mock.patch("data_prep.common.parallel.cores", lambda: 2):
+        found = [*parallel.parallel_map(eval, blocks, num_proc)]
     assert [number for number, _ in found] == [*range(9)]
     assert [process == os.getpid() for _, process in found] == [num_proc != 2] * 9
 
@@ -313,8 +317,8 @@ def test_the_work_goes_on_here_until_other_processes_have_started():
             given.append(1)
 
     given = []
-    with mock.patch("pool.WORTH", 0.1), mock.patch("pool.cores", lambda: 2):
-        for result in pool.spread(eval, blocks()):
+    with mock.patch("data_prep.common.parallel.WORTH", 0.1), mock.patch("data_prep.common.parallel.cores", lambda: 2):
+        for result in parallel.parallel_map(eval, blocks()):
             found.append(result)
     assert [number for number, _ in found] == [*range(len(found))]
     here = [pid == os.getpid() for _, pid in found]
@@ -326,10 +330,12 @@ def test_the_work_goes_on_here_until_other_processes_have_started():
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)])
 def test_a_script_that_is_stopped_leaves_no_process_behind(name, code, tmp_path):
     """Nor a half pool, where it can still remove one."""
-    command = [sys.executable, REPO / "data_prep" / "normalize.py", "messages", "-", "--out", "set", "--num_proc", "2"]
+    command = [sys.executable, "-m", "data_prep.normalize", "messages", "-", "--out", "set", "--num_proc", "2"]
     row = {"messages": [{"role": "user", "content": "a" * 900}, {"role": "assistant", "content": "b"}]}
     with open(tmp_path / "said", "wb") as said:
-        script = subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE, stderr=said, start_new_session=True)
+        script = subprocess.Popen(
+            command, cwd=tmp_path, env=MODULES, stdin=subprocess.PIPE, stderr=said, start_new_session=True
+        )
         script.stdin.write(json.dumps(row).encode().join([b"\n"] * 5000))  # and no end: it waits for more
         script.stdin.flush()
         until(lambda: len(session(script.pid)) > 3)  # with what starts the others, and what counts semaphores
@@ -350,8 +356,8 @@ def test_processes_start_where_the_path_for_temporary_files_is_long(tmp_path):
     folder.mkdir()
     row = {"messages": [{"role": "user", "content": "a" * 900}, {"role": "assistant", "content": "b"}]}
     (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(row)] * 3000))
-    script = [sys.executable, REPO / "data_prep" / "normalize.py", "messages", "rows.jsonl", "--out", "set"]
-    env = os.environ | {"TMPDIR": str(folder)}
+    script = [sys.executable, "-m", "data_prep.normalize", "messages", "rows.jsonl", "--out", "set"]
+    env = MODULES | {"TMPDIR": str(folder)}
     done = subprocess.run([*script, "--num_proc", "2"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "3,000 rows kept" in done.stdout, done.stderr
 
@@ -375,12 +381,12 @@ def until(true, seconds=60):
 
 def test_rows_of_a_folder_are_sent_as_their_place(tmp_path):
     """A Block of an Arrow file, pickled, is a hundred bytes and comes back equal."""
-    with pool.Writer(tmp_path / "set", "test") as writer:
+    with writer.DatasetWriter(tmp_path / "set", "test") as out_writer:
         rows = [house(str(n), "b" * 5000) for n in range(900)]
-        writer.add(pool.Result({"train": pool.packed(rows)}, total=len(rows)))
-        writer.close()
-    blocks = [*pool.read_blocks([tmp_path / "set"])]
-    assert len(blocks) > 2 and [block.first for block in blocks] == [1, 401, 801]
+        out_writer.add(writer.ChunkResult({"train": writer.encode_rows(rows)}, rows_in=len(rows)))
+        out_writer.close()
+    blocks = [*readers.read_chunks([tmp_path / "set"])]
+    assert len(blocks) > 2 and [block.first_line for block in blocks] == [1, 401, 801]
     sent = [pickle.dumps(block) for block in blocks]
     assert max(map(len, sent)) < 500
     back = [row for one in map(pickle.loads, sent) for row in one.rows()]
@@ -413,11 +419,11 @@ CUT = {
 
 @pytest.mark.parametrize("name", CUT)
 def test_cut_files_are_one_sentence_and_leave_nothing(tmp_path, name, capsys):
-    import normalize
+    from data_prep import normalize
 
     (tmp_path / name).write_bytes(CUT[name])
     flags = ["gsm8k", tmp_path / name, "--out", tmp_path / "out", "--num_proc", 1]
-    with mock.patch("sys.argv", ["normalize.py", *map(str, flags)]), mock.patch("pool.BLOCK", 9000):
+    with mock.patch("sys.argv", ["normalize.py", *map(str, flags)]), mock.patch("data_prep.common.readers.BLOCK", 9000):
         assert normalize.main() == 2
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1 and f"{tmp_path / name}" in said, said
@@ -428,7 +434,7 @@ def test_the_line_where_an_array_breaks(tmp_path, block):
     behind = b'[\n\n{"a": 1}\n]\n\n' + b" " * 3000
     for data, line in ((b'[\n{"a": 1},\n{"b": [1, 2}\n', 3), (behind + b"x\n", 6)):
         (tmp_path / "a.json").write_bytes(data)
-        with pytest.raises(BadInput, match=rf"a.json:{line}: not JSON"):
+        with pytest.raises(UsageError, match=rf"a.json:{line}: not JSON"):
             read(tmp_path / "a.json")
 
 
@@ -436,10 +442,10 @@ def test_memory_of_an_array_does_not_grow_with_it(tmp_path):
     """A block at a time leaves the reader: the first one before the second is read."""
     with open(tmp_path / "a.json", "w") as file:
         file.write("[" + ",\n".join(json.dumps({"n": n, "text": "x" * 90}) for n in range(2000)) + "]")
-    with mock.patch("pool.BLOCK", 2000), mock.patch("pool.HEAD", 2000):
-        blocks = [*pool.read_blocks([tmp_path / "a.json"], {})]
+    with mock.patch("data_prep.common.readers.BLOCK", 2000), mock.patch("data_prep.common.readers.HEAD", 2000):
+        blocks = [*readers.read_chunks([tmp_path / "a.json"], {})]
     assert max(len(block.data) for block in blocks) < 6000 and sum(len(b.data) for b in blocks) > 200_000
-    assert [block.first for block in blocks[1:]] == [b.first + b.data.count(b"\n") for b in blocks[:-1]]
+    assert [block.first_line for block in blocks[1:]] == [b.first + b.data.count(b"\n") for b in blocks[:-1]]
 
 
 # -- Writer -----------------------------------------------------------------------------------------------------------
@@ -449,45 +455,47 @@ def house(row_id, answer="b", **more):
 
 
 def result(rows, lines, rejected=(), split="train"):
-    return pool.Result({split: pool.packed(rows, lines)}, [*rejected], len(rows) + len(rejected))
+    return writer.ChunkResult({split: writer.encode_rows(rows, lines)}, [*rejected], len(rows) + len(rejected))
 
 
 @pytest.mark.parametrize("name", ["out", "out.jsonl"])
 def test_writer_counts_what_goes_in_and_out(tmp_path, name):
     entry = {"file": "f", "line": 2, "id": "x", "reason": "r", "detail": "half \ud800"}
-    with pool.Writer(tmp_path / name, "step.py", 3) as writer:
-        writer.add(result([house("a"), house("a", "c")], writer.lines, [entry]))
-        writer.add(result([house("a", "d")], writer.lines))
-        report = writer.close({"more": 1})
+    with writer.DatasetWriter(tmp_path / name, "step.py", 3) as out_writer:
+        out_writer.add(result([house("a"), house("a", "c")], out_writer.is_jsonl, [entry]))
+        out_writer.add(result([house("a", "d")], out_writer.is_jsonl))
+        report = out_writer.close({"more": 1})
     assert (report["in"], report["out"], report["refused"], report["more"]) == (4, {"train": 3}, {"r": 1}, 1)
     out = tmp_path / name
-    beside = (lambda end: out.with_suffix(end)) if writer.lines else (lambda end: out / end.removeprefix("."))
+    beside = (lambda end: out.with_suffix(end)) if out_writer.is_jsonl else (lambda end: out / end.removeprefix("."))
     assert json.loads(beside(".report.json").read_text()) == report
     assert [json.loads(line) for line in beside(".rejected.jsonl").read_text().splitlines()] == [entry]
     got = [row for _, row in read(out)]
     assert [(row["id"], row["messages"][1]["content"]) for row in got] == [("a", "b"), ("a-2", "c"), ("a-3", "d")]
-    with pytest.raises(BadInput, match="exists already"):
-        pool.Writer(out, "step.py")
+    with pytest.raises(UsageError, match="exists already"):
+        writer.DatasetWriter(out, "step.py")
 
 
 @pytest.mark.parametrize("name", ["out", "out.jsonl"])
 def test_writer_leaves_nothing_of_an_unfinished_step(tmp_path, name):
-    with pytest.raises(KeyboardInterrupt), pool.Writer(tmp_path / name, "step.py") as writer:
-        writer.add(result([house("a")], writer.lines))
+    with pytest.raises(KeyboardInterrupt), writer.DatasetWriter(tmp_path / name, "step.py") as out_writer:
+        out_writer.add(result([house("a")], out_writer.is_jsonl))
         raise KeyboardInterrupt
-    with pytest.raises(AssertionError, match="are not"), pool.Writer(tmp_path / name, "step.py") as writer:
-        writer.add(pool.Result({"train": pool.packed([house("a")], writer.lines)}, total=2))  # one row is lost
-        writer.close()
-    with pytest.raises(TypeError), pool.Writer(tmp_path / name, "step.py") as writer:
-        writer.close({"x": object()})
+    with pytest.raises(AssertionError, match="are not"), writer.DatasetWriter(tmp_path / name, "step.py") as out_writer:
+        out_writer.add(
+            writer.ChunkResult({"train": writer.encode_rows([house("a")], out_writer.is_jsonl)}, rows_in=2)
+        )  # one row is lost
+        out_writer.close()
+    with pytest.raises(TypeError), writer.DatasetWriter(tmp_path / name, "step.py") as out_writer:
+        out_writer.close({"x": object()})
     full = mock.Mock(side_effect=OSError(28, "No space left on device"))
     with (
-        mock.patch("pool.Stream.write_batch", full),
-        mock.patch("pool.Writer.with_own_ids", full),
-        pytest.raises(BadInput, match="not written .*No space left.*: make room"),
-        pool.Writer(tmp_path / name, "step.py") as writer,
+        mock.patch("data_prep.common.writer.Stream.write_batch", full),
+        mock.patch("data_prep.common.writer.DatasetWriter.with_own_ids", full),
+        pytest.raises(UsageError, match="not written .*No space left.*: make room"),
+        writer.DatasetWriter(tmp_path / name, "step.py") as out_writer,
     ):
-        writer.add(result([house("a")], writer.lines))
+        out_writer.add(result([house("a")], out_writer.is_jsonl))
     assert not [*tmp_path.iterdir()]
 
 
@@ -496,11 +504,14 @@ def test_a_folder_is_what_datasets_reads(tmp_path):
 
     rows = [house(f"r{n}", tools=[{"type": "function", "function": {"name": "f"}}]) if n % 3 else house(f"r{n}")
             for n in range(50)]  # fmt: skip
-    with mock.patch("pool.SHARD", 500), pool.Writer(tmp_path / "o", "step.py", 1) as writer:
+    with (
+        mock.patch("data_prep.common.writer.SHARD", 500),
+        writer.DatasetWriter(tmp_path / "o", "step.py", 1) as out_writer,
+    ):
         for start in range(0, 50, 10):
-            writer.add(result(rows[start : start + 10], False))
-        writer.hold_out(7)
-        writer.close()
+            out_writer.add(result(rows[start : start + 10], False))
+        out_writer.hold_out(7)
+        out_writer.close()
     out = load_from_disk(str(tmp_path / "o"))
     both = [row for split in out for row in out[split].to_list()]
     assert len(out["validation"]) == 7
@@ -531,4 +542,4 @@ def test_languages_by_script():
         totals = sorted([zh if ja <= zh / 10 else 0, en, ja + (zh if ja > zh / 10 else 0), ko, other])
         if totals[-1] == totals[-2] > 0:
             continue  # a draw
-        assert language(text) == named(text), text
+        assert detect_language(text) == named(text), text

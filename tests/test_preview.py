@@ -12,19 +12,17 @@ import resource
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from conftest import EXACT, REPO, SHARED, TINY, load_recipe
 from datasets import Dataset, DatasetDict
 
-sys.path.insert(0, str(REPO / "data_prep"))
-import preview  # noqa: E402
-import render  # noqa: E402
-from rows import Refused  # noqa: E402
+from data_prep import preview
+from data_prep.common import packing, recipe_rows, recipe_settings, rendering, tokens
+from data_prep.common.errors import InvalidRow
 
-SCRIPT = REPO / "data_prep" / "preview.py"
+SCRIPT = "-m", "data_prep.preview"
 RECIPE = REPO / "recipes" / "qwen3_qlora.py"
 TEMPLATES = REPO / "chat_templates"
 RECIPES = sorted((REPO / "recipes").glob("*.py"))
@@ -85,7 +83,7 @@ def look(tiny, tmp_path, monkeypatch, capsys):
 
 def settings(model, template, **names):
     flags = {"model_name_or_path": str(model), "chat_template_path": str(template), "eval_rows": 0, **names}
-    return render.read_settings(RECIPE, flags=flags)
+    return recipe_settings.read_settings(RECIPE, flags=flags)
 
 
 # -- tokens and masks are transformers' -------------------------------------------------------------------------------
@@ -117,13 +115,13 @@ def test_ids_and_mask_are_those_of_apply_chat_template(source, name, demo, tmp_p
         data = save(tmp_path / "x.jsonl", [chat(("user", r["question"]), ("assistant", r["answer"])) for r in raw])
     else:
         data = demo / "rows" / "chat" if source == "demo" else save(tmp_path / "x.jsonl", ODD)
-    rows, order, _ = render.load_rows(data, settings(model, template))
+    rows, order, _ = recipe_rows.load_rows(data, settings(model, template))
     rows = list(rows)
     if name != "qwen3":
         rows = [row for row in rows if not any(turn.get("reasoning_content") for turn in row["messages"])]
     assert len(order) >= len(rows) >= len(ODD)
     tokenizer, names = AutoTokenizer.from_pretrained(model), settings(model, template)
-    docs = list(render.documents(rows, render.load_against(names), names))
+    docs = list(tokens.iter_documents(rows, rendering.load_renderer(names), names))
     assert [doc.number for doc in docs] == [*range(len(rows))]
     trained = 0
     for doc, row in zip(docs, rows, strict=True):
@@ -146,7 +144,7 @@ def test_a_null_key_is_a_missing_key(tiny):
     for name in (None, "x"):
         messages = [{"role": "user", "content": "q", "name": name}]
         wanted = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
-        assert render.Against(template, tokenizer).render({}, messages) == (wanted, [])
+        assert rendering.Renderer(template, tokenizer).render({}, messages) == (wanted, [])
 
 
 SHORT = [  # what render.py reaches by a shorter way than jinja's sandbox, and what it must leave to it
@@ -197,11 +195,11 @@ def test_the_short_way_renders_as_transformers_does(body):
     try:
         texts, spans = render_jinja_template([without], chat_template=template, return_assistant_tokens_mask=marked)
     except Exception as error:
-        with pytest.raises(Refused) as refused:
-            render.Against(template).render({}, messages)
-        assert refused.value.detail == render.reason_of(error)
+        with pytest.raises(InvalidRow) as refused:
+            rendering.Renderer(template).render({}, messages)
+        assert refused.value.detail == rendering.describe_error(error)
     else:
-        assert render.Against(template).render({}, messages) == (texts[0], spans[0] if marked else [])
+        assert rendering.Renderer(template).render({}, messages) == (texts[0], spans[0] if marked else [])
 
 
 # -- packs and steps are TRL's ----------------------------------------------------------------------------------------
@@ -218,7 +216,7 @@ def test_packs_are_those_of_pack_dataset(strategy, num_proc):
         ids = [[row * 1000 + place for place in range(length)] for row, length in enumerate(lengths)]
         kwargs = {"num_proc": num_proc} if num_proc and count > 1000 else {}
         wanted = pack_dataset(Dataset.from_dict({"input_ids": ids}), limit, strategy, kwargs)["input_ids"]
-        packs = render.pack(lengths, limit, strategy, **kwargs)
+        packs = packing.pack_lengths(lengths, limit, strategy, **kwargs)
         ours = [[token for row, start, end in one for token in ids[row][start:end]] for one in packs]
         assert ours == list(wanted)
 
@@ -295,9 +293,9 @@ def test_account_equals_the_trainer(case, demo, tmp_path, run_recipe, hook, look
     if case in ("packed", "held_out", "shuffled"):  # the very packs
         names = {"max_length": 192, "eval_rows": 31 if case == "held_out" else 0}
         names = settings(demo / "init", template, **names, shuffle_dataset=case == "shuffled")
-        loaded, order, _ = render.load_rows(data, names)
-        docs = list(render.documents(loaded, render.load_against(names), names))
-        packs = render.pack([len(docs[row].ids) for row in order], 192)
+        loaded, order, _ = recipe_rows.load_rows(data, names)
+        docs = list(tokens.iter_documents(loaded, rendering.load_renderer(names), names))
+        packs = packing.pack_lengths([len(docs[row].ids) for row in order], 192)
         packs = [[t for row, a, b in one for t in docs[order[row]].ids[a:b]] for one in packs]
         assert sorted(found["ids"]) == sorted(packs)
         assert (found["ids"] == packs) == (case != "shuffled")  # TRL shuffles the packs once more
@@ -319,7 +317,7 @@ def test_rows_are_held_out_as_the_recipe_draws_them():
             rows.append(chat(("user", question), ("assistant", f"a {number}"), number=number))
         rows = Dataset.from_list(rows)
         for seed in (42, 7):
-            ours = render.split_by_prompt(rows, eval_rows, seed)
+            ours = recipe_rows.split_by_prompt(rows, eval_rows, seed)
             script_args = SimpleNamespace(dataset_name="rows.jsonl", eval_rows=eval_rows)
             try:
                 theirs = draw_in_recipe(rows, script_args, seed)
@@ -380,27 +378,27 @@ def test_the_values_of_a_silent_recipe_are_trls(monkeypatch):
     for recipe in (RECIPE.stem, "nanochat_midtrain", "nanochat_sft"):  # these have names of their own
         script = load_recipe(recipe)
         args.insert(0, script.get("NanochatArguments", script["RecipeArguments"])(dataset_name="x"))
-    for name, value in render.READ.items():
+    for name, value in recipe_settings.READ.items():
         if name not in ("model_name_or_path", "model_revision", "chat_template_path"):
             assert {getattr(one, name) for one in args if hasattr(one, name)} == {value}, name
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_defaults_are_those_of_the_recipe_without_its_imports(path):
-    assert len(RECIPES) >= 2 and render.read_defaults(path) == load_recipe(path)["DEFAULTS"]
-    code = f"import sys; sys.path.insert(0, 'data_prep'); import render; render.read_defaults({str(path)!r})\n"
+    assert len(RECIPES) >= 2 and recipe_settings.read_defaults(path) == load_recipe(path)["DEFAULTS"]
+    code = f"import sys; from data_prep.common import recipe_settings; recipe_settings.read_defaults({str(path)!r})\n"
     code += "assert not {'torch', 'trl', 'transformers', 'datasets'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
 
 
 def test_defaults_that_need_more_than_the_standard_library(tmp_path):
     (tmp_path / "mine.py").write_text("import numpy as np\nSIZE = int(np.int64(7))\nDEFAULTS = dict(max_length=SIZE)\n")
-    assert render.read_defaults(tmp_path / "mine.py") == {"max_length": 7}
+    assert recipe_settings.read_defaults(tmp_path / "mine.py") == {"max_length": 7}
 
 
 def test_defaults_yaml_flags(tmp_path):
     (tmp_path / "run.yaml").write_text("max_length: 300\nseed: 1\nlearning_rate: 3.0e-4\nnum_train_epochs: 3\n")
-    found = render.read_settings(RECIPE, tmp_path / "run.yaml", {"seed": 2, "max_length": None})
+    found = recipe_settings.read_settings(RECIPE, tmp_path / "run.yaml", {"seed": 2, "max_length": None})
     assert (found.max_length, found.seed, found.num_train_epochs, found.eval_rows) == (300, 2, 3, 200)
 
 
@@ -530,9 +528,9 @@ def test_our_templates_pass_on_the_demo(look, demo, tmp_path):
 
 def test_a_token_across_the_edge_is_seen(look, demo, tmp_path):
     """With 896 entries the demo's tokenizer has \\n\\n as one token, as Qwen3's has."""
-    script, model = Path(__file__).resolve().parents[1] / "data_prep" / "demo_model.py", tmp_path / "larger"
+    model = tmp_path / "larger"
     flags = ["--rows", demo / "rows", "--out", model, "--vocab_size", "896"]
-    subprocess.run([sys.executable, script, *flags], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "data_prep.demo_model", *flags], cwd=REPO, check=True, capture_output=True)
     code, out, _, report = look([chat(("user", "hi"), ("assistant", "\nnewline first")), *FINE], model=model)
     assert report["rows"][0]["straddle"] and report["rows"][0]["newline"] and code == 0
     assert "; answer begins with a newline" in out and "across the edge" not in out  # one cause, said once
@@ -567,8 +565,8 @@ def test_exit_2(look, tiny, tmp_path):
         (at("dev"), [], {}, ["no split train", "only dev", "--dataset_train_split"]),
         (at("broken.jsonl"), [], {}, ["broken.jsonl:2", "not JSON"]),
         (at("latin.jsonl"), [], {}, ["latin.jsonl:1", "not UTF-8"]),
-        (at("empty.jsonl"), [], {}, ["empty.jsonl", "no rows", "normalize.py"]),
-        ([{"question": "q", "answer": "a"}], [], {}, ["question, answer", "normalize.py"]),
+        (at("empty.jsonl"), [], {}, ["empty.jsonl", "no rows", "data_prep.normalize"]),
+        ([{"question": "q", "answer": "a"}], [], {}, ["question, answer", "data_prep.normalize"]),
         (null, [], {}, ["rows.jsonl: row 1 ", "chat_template_kwargs is null", "write {}"]),
         ([*FINE, reasons, reasons], [], {}, ["row 8", "and 1 more", "reasoning_content"]),
         ([chat(("user", "\ud800"), ("assistant", "a"))], [], {}, ["rows.jsonl:1", "surrogate"]),
@@ -612,7 +610,7 @@ def test_broken_data_says_one_sentence_in_a_process(tiny, tmp_path):
     """What libraries print by themselves is part of what the user reads."""
     (tmp_path / "broken.jsonl").write_text('{"messages": []}\n{"messages": [\n')
     for data in ("broken.jsonl", "none.jsonl"):
-        command = [sys.executable, SCRIPT, data, "--recipe", RECIPE, "--model_name_or_path", tiny]
+        command = [sys.executable, *SCRIPT, data, "--recipe", RECIPE, "--model_name_or_path", tiny]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
 
@@ -684,7 +682,7 @@ def test_ten_thousand_rows_in_fifteen_seconds(demo, tmp_path):
         model, raw = demo / "init", [("How many pens has she? " * 10, "She has three of them. " * 12)]
     rows = [chat(("user", q), ("assistant", a), id=str(n)) for n, (q, a) in enumerate((raw * 10000)[:10000])]
     data = save(tmp_path / "x.jsonl", rows)
-    command = [sys.executable, SCRIPT, data, "--recipe", RECIPE, "--model_name_or_path", model]
+    command = [sys.executable, *SCRIPT, data, "--recipe", RECIPE, "--model_name_or_path", model]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([*command, "--html", tmp_path / "p.html"], check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

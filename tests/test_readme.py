@@ -35,12 +35,15 @@ def check(command, monkeypatch):
         parse(REPO / words[0], *words[1:])
     elif not words[1].startswith("llama.cpp/"):  # a script of its own
         flags = [word for word in words[2:] if word.startswith("--")]
-        assert len(words) > 2 and all(re.search(rf"{flag}\b", usage(words[1])) for flag in flags)
+        assert len(words) > 2 and all(re.search(rf"{flag}\b", usage(*words[1:3])) for flag in flags)
 
 
 @cache
-def usage(script):
-    return subprocess.run([sys.executable, REPO / script, "--help"], capture_output=True, text=True, check=True).stdout
+def usage(*words):
+    """The help of `python WORDS`: a file, or -m and a module."""
+    names = words[:2] if words[0] == "-m" else words[:1]
+    command = [sys.executable, *names, "--help"]
+    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -11,12 +11,12 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import REPO, SHARED, TINY
+from conftest import MODULES, REPO, SHARED, TINY
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 
 def run(*command, cwd):
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=MODULES, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -48,8 +48,8 @@ def raw(request, demo, tmp_path):
 
 def test_gsm8k_from_raw_rows_to_report(raw, tmp_path):
     train, count, test, model = raw
-    run(REPO / "data_prep" / "normalize.py", "gsm8k", train, "--out", "train_set", cwd=tmp_path)
-    run(REPO / "data_prep" / "normalize.py", "gsm8k", test, "--out", "test.jsonl", cwd=tmp_path)
+    run("-m", "data_prep.normalize", "gsm8k", train, "--out", "train_set", cwd=tmp_path)
+    run("-m", "data_prep.normalize", "gsm8k", test, "--out", "test.jsonl", cwd=tmp_path)
     report = json.loads((tmp_path / "train_set" / "report.json").read_text())
     assert report["out"] == {"train": count} and not sum(report["refused"].values())
     template = REPO / "chat_templates" / "qwen3_instruct_2507.jinja"

@@ -19,14 +19,13 @@ import pytest
 import torch
 import yaml
 from conftest import EXACT, REPO, SHARED, TINY, launch, load_recipe, parse
+from data_prep.rows import prompt_of
 from datasets import Dataset, DatasetDict, load_from_disk
 from safetensors.torch import load_file
 from test_same_weights import hash_tensors
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl import get_peft_config, get_quantization_config
-
-from data_prep.rows import prompt_of
 
 RECIPES = sorted((REPO / "recipes").glob("*.py"))
 SHARED_NAMES = (

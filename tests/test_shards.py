@@ -11,15 +11,15 @@ import sys
 from collections import Counter
 
 import pytest
-from conftest import REPO
+from conftest import MODULES
 from datasets import load_from_disk
 
 pytest.importorskip("datatrove")
 
 
 def script(name, *flags, cwd, code=0):
-    command = [sys.executable, REPO / "data_prep" / name, *map(str, flags)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    command = [sys.executable, "-m", f"data_prep.{name}", *map(str, flags)]
+    done = subprocess.run(command, cwd=cwd, env=MODULES, capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -36,9 +36,9 @@ def test_shards_keep_what_one_machine_keeps(tmp_path):
         lines[3:3] = ['{"messages": 3}', "", "{cut", json.dumps(chat(""))]
         (tmp_path / f"chunk_{number}.jsonl").write_text("\n".join(lines) + "\n")
     files = [f"chunk_{number}.jsonl" for number in (1, 2, 3, 4, 10)]
-    script("normalize.py", "messages", "chunk_*.jsonl", "--out", "pool", "--num_proc", 1, cwd=tmp_path)
-    script("dedup.py", "pool", "--exact", "--out", "one", "--num_proc", 1, cwd=tmp_path)
-    said = script("shards.py", "messages", "chunk_*.jsonl", "--out", "big", "--tasks", 2, "--workers", 1, cwd=tmp_path)
+    script("normalize", "messages", "chunk_*.jsonl", "--out", "pool", "--num_proc", 1, cwd=tmp_path)
+    script("dedup", "pool", "--exact", "--out", "one", "--num_proc", 1, cwd=tmp_path)
+    said = script("shards", "messages", "chunk_*.jsonl", "--out", "big", "--tasks", 2, "--workers", 1, cwd=tmp_path)
     one = load_from_disk(tmp_path / "one")["train"]
     pools = [load_from_disk(tmp_path / "big" / str(task))["train"] for task in range(2)]
     found = [row for pool in pools for row in pool]
@@ -62,7 +62,7 @@ def test_shards_keep_what_one_machine_keeps(tmp_path):
     assert [path.name for path in (tmp_path / "big").iterdir() if path.name.startswith(".")] == []
     # a second start finds all tasks done; another plan is refused
     before = {path: path.read_bytes() for path in (tmp_path / "big").glob("?/**/*") if path.is_file()}
-    again = ["shards.py", "messages", "chunk_*.jsonl", "--out", "big", "--workers", 1, "--tasks"]
+    again = ["shards", "messages", "chunk_*.jsonl", "--out", "big", "--workers", 1, "--tasks"]
     script(*again, 2, cwd=tmp_path)
     assert before == {path: path.read_bytes() for path in before}
     said = script(*again, 3, cwd=tmp_path, code=2)

@@ -13,7 +13,6 @@ import json
 import random
 import re
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -24,9 +23,7 @@ from conftest import REPO, SHARED, load_recipe, parse, run_script
 from datasets import load_from_disk
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, SmolLM3Config
 
-sys.path.insert(0, str(REPO / "data_prep"))
-import mix  # noqa: E402
-import normalize  # noqa: E402
+from data_prep import mix, normalize
 
 RECIPES, MIXES, TEMPLATE = REPO / "recipes", REPO / "data_prep" / "mixes", REPO / "chat_templates" / "smollm3.jinja"
 CONFIGS = sorted((RECIPES / "configs").glob("smollm3_*.yaml"))

@@ -11,9 +11,7 @@ import sys
 import pytest
 from conftest import REPO
 
-sys.path.insert(0, str(REPO / "data_prep"))
-import compile  # noqa: E402
-import stats  # noqa: E402
+from data_prep import compile, stats
 
 RECIPE, TEMPLATE = REPO / "recipes" / "qwen3_full.py", REPO / "chat_templates" / "chatml.jinja"
 AROUND = len("user\n" + "\n" + "assistant\n" + "\n") + 4  # of a row of two turns, a control token counted as one

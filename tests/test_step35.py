@@ -11,7 +11,6 @@ over, another lowest rate, raw rows let through, passes that only fill the last 
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,9 +22,7 @@ from safetensors.torch import load_file
 from test_optimizers import EXPERTS, SIZES
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-sys.path.insert(0, str(REPO / "data_prep"))
-import compile  # noqa: E402
-import normalize  # noqa: E402
+from data_prep import compile, normalize
 
 RECIPE, TEMPLATES = REPO / "recipes" / "step35_sft.py", REPO / "chat_templates"
 OPTIMIZERS = REPO / "recipes" / "optimizers"

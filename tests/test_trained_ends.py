@@ -16,7 +16,7 @@ from conftest import REPO
 from datasets import Dataset
 from hooks.checks import stop_token, trained_ends
 from hooks.messages import UsageError
-from template_oracle import FAMILIES, Refused
+from template_oracle import FAMILIES, InvalidRow
 from test_chat_templates import SHARED, expected, samples, small_tokenizer, template, tokenizer_of
 from test_checks import refusal
 from trl import SFTConfig, pack_dataset
@@ -100,7 +100,7 @@ def test_every_family_on_its_own_tokenizer(name, kind):
     for messages, tools, arguments in samples(BY_NAME[name]):
         try:
             answers = expected(BY_NAME[name], messages, tools, **arguments)[2]
-        except Refused:
+        except InvalidRow:
             continue
         rows.append(bare(messages, arguments))
         prepared.append(prepare(tokenizer, template(name), messages, tools, arguments))
@@ -438,7 +438,7 @@ def test_context_in_the_start_block(run_recipe, tmp_path, capsys):
     run_recipe("qwen3_full", "--dataset_name", path, "--eval_rows", 0, "--max_steps", 1, "--global_batch_size", 1)
     (line,) = re.findall(r"^  context +(.*)$", capsys.readouterr().out, re.M)
     assert line == (
-        "10 of 22 assistant turns are context, not trained (python data_prep/expand_turns.py makes a row of each)"
+        "10 of 22 assistant turns are context, not trained (python -m data_prep.expand_turns makes a row of each)"
     )
 
 
@@ -461,7 +461,7 @@ def context_of(rows, stopped, full_documents=0, dropped=0, completion_only_loss=
 
 def test_context_is_never_too_much():
     """Rows of 3, 1, 1 and 2 answers."""
-    expand = " (python data_prep/expand_turns.py makes a row of each)"
+    expand = " (python -m data_prep.expand_turns makes a row of each)"
     rows = [bare(talk(turns)) for turns in (3, 1, 1, 2)]
     assert context_of(rows, 4) == f"3 of 7 assistant turns are context, not trained{expand}"
     assert context_of(rows, 7) is None

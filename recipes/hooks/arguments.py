@@ -28,7 +28,7 @@ RENAMED = {  # names that other versions, trainers and tutorials use: what to do
     "rank": "pass --lora_r",
     "resume": "pass --resume_from_checkpoint true",
     "save_safetensors": "weights are always saved so, leave it out",
-    "skip_bad_rows": "write a set without them: python data_prep/check.py ROWS --recipe RECIPE --fix --out OUT",
+    "skip_bad_rows": "write a set without them: python -m data_prep.check ROWS --recipe RECIPE --fix --out OUT",
     "torch_dtype": "pass --dtype",
     "warmup_ratio": "pass --warmup_steps, which is a share of the steps below 1",
 }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from trl import ModelConfig, ScriptArguments
 
-from data_prep.run_folder import checkpoint_step, plot_log, read_log
+from data_prep.common.run_folder import checkpoint_step, plot_log, read_log
 
 from .loss_name import describe_validation_loss, name_loss
 from .messages import relative_path

@@ -1,7 +1,7 @@
 """Keep log.jsonl in the run folder: a line for each logged step, without gaps or doubles over a resume.
 
 Each line is what the trainer logs ({"step", "epoch", "loss", "learning_rate", "grad_norm", "num_tokens", …} or the
-"eval_" figures), numbers as numbers. data_prep/run_folder.py reads it.
+"eval_" figures), numbers as numbers. data_prep/common/run_folder.py reads it.
 """
 
 import json

@@ -20,7 +20,7 @@ ALLOWED = {
     "cut_answers": f"more than {MAX_FAULTY_SHARE:.0%} of the rows are truncated within what is trained",
     "empty_answers": "assistant turns without text or tool calls: the model learns to answer nothing",
     "qlora_fsdp2": "QLoRA on FSDP2: right on CPUs with --bnb_4bit_quant_storage bfloat16 --optim adamw_torch",
-    "other_tokenizer": "a compiled set (data_prep/compile.py) of another tokenizer, template or special tokens",
+    "other_tokenizer": "a compiled set (python -m data_prep.compile) of another tokenizer, template or special tokens",
     "save_only_model": "resuming from weights alone, with a new optimizer and a schedule from its start",
     "low_coverage": f"adapters on less than {MIN_SHARE:.0%} of the decoder's weights",
     "unquantized_weights": f"--load_in_4bit with less than {MIN_SHARE:.0%} of the frozen weights in 4 bits",

@@ -32,7 +32,7 @@ def check_settings_of_other_rows(dataset_name: str, training_args: SFTConfig) ->
             return
     raise UsageError(
         f"dataset {dataset_name}: its rows are not compiled, and the settings of compiled sets would train every token "
-        f"of them: leave out {CONFIG}, or compile them (python data_prep/compile.py {dataset_name} --recipe RECIPE "
+        f"of them: leave out {CONFIG}, or compile them (python -m data_prep.compile {dataset_name} --recipe RECIPE "
         "--out PACKS)"
     )
 
@@ -74,7 +74,7 @@ def check_compiled_for(
     if different:
         raise UsageError(
             f"{script_args.dataset_name}: compiled with another {' and '.join(different)} than this recipe's: compile "
-            "it anew (data_prep/compile.py), or --allow other_tokenizer"
+            "it anew (python -m data_prep.compile), or --allow other_tokenizer"
         )
 
 

@@ -99,7 +99,7 @@ def check_rows_can_be_read(path: Path) -> None:
         raise UsageError(f"--dataset_name {path}: a table, not rows of messages; {explain_table(path)}")
     raise UsageError(
         f"--dataset_name {path}: rows are read from .jsonl, .json and .parquet files and save_to_disk folders: save it "
-        "as one of them (a sheet first as .csv); python data_prep/normalize.py then makes messages of the rows"
+        "as one of them (a sheet first as .csv); python -m data_prep.normalize then makes messages of the rows"
     )
 
 
@@ -111,6 +111,6 @@ def explain_table(path: Path) -> str:
         separator = ", sep='\\t'"
     convert = f"from datasets import Dataset; Dataset.from_csv({str(path)!r}{separator}).to_json({str(rows)!r})"
     return (
-        f'python -c "{convert}" and then python data_prep/normalize.py fields {shlex.quote(str(rows))} '
+        f'python -c "{convert}" and then python -m data_prep.normalize fields {shlex.quote(str(rows))} '
         f"--map prompt=COLUMN answer=COLUMN --out data/{shlex.quote(path.stem)} make them"
     )

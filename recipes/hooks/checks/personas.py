@@ -86,7 +86,7 @@ def check_personas(trainer: "SFTTrainer", allow: list[str]) -> None:
         raise UsageError(
             f"{len(lost):,} of {len(rows):,} rows lose their persona, the first is row {lost[0].row} from 0: "
             f"{lost[0].text[:SHOWN_CHARACTERS]!r} is not in the text that the template renders: mend the rows "
-            "(data_prep/check.py names them all) or pass another --chat_template_path; --allow lost_personas trains "
+            "(python -m data_prep.check names them all) or pass another --chat_template_path; --allow lost_personas trains "
             "them so"
         )
 

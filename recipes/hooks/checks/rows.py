@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, Json, Value
 from trl import ScriptArguments, SFTConfig
 
-from data_prep.rows import says_nothing
+from data_prep.common.rows import is_empty_turn
 
 from ..messages import UsageError, say
 from .compiled import check_compiled_settings, check_settings_of_other_rows, is_compiled
@@ -132,7 +132,7 @@ def suggest_normalize(features: Features, script_args: ScriptArguments) -> str:
     if out.exists():
         out = out.with_name(f"{out.name}-messages")
     arguments = normalize_arguments(features, script_args)
-    return f"python data_prep/normalize.py {arguments} --out {shlex.quote(str(out))} makes messages of them"
+    return f"python -m data_prep.normalize {arguments} --out {shlex.quote(str(out))} makes messages of them"
 
 
 def normalize_arguments(features: Features, script_args: ScriptArguments) -> str:
@@ -264,7 +264,7 @@ def is_empty(turn: dict) -> bool:
     content = turn.get("content")
     if "role" not in turn or not isinstance(content, str | None):
         return False
-    return says_nothing(turn)
+    return is_empty_turn(turn)
 
 
 def describe_rows(numbers: list[int], rows: Dataset, split: str, fault: str) -> str:
@@ -282,9 +282,9 @@ def suggest_set_without(rows: Dataset, script_args: ScriptArguments) -> str:
     if Path(name).exists():
         features = read_features(Path(name), script_args.dataset_train_split) or features  # before to_messages
     if Path(name).exists() and "messages" in features:
-        command = f"data_prep/check.py {shlex.quote(name)} --fix"
+        command = f"-m data_prep.check {shlex.quote(name)} --fix"
     else:
-        command = f"data_prep/normalize.py {normalize_arguments(features, script_args)}"
+        command = f"-m data_prep.normalize {normalize_arguments(features, script_args)}"
     return f"python {command} --out OUT writes a set without them"
 
 

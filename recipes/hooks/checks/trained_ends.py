@@ -50,7 +50,7 @@ DOCUMENT_IDS = "ids"  # a column that data_prep/compile.py writes; labels of oth
 HEADER_TOKENS = 64  # looked at behind an answer, where its template's control tokens may be spelled in pieces
 MAX_DECODED = 2000  # places behind an answer that are read as text; headers met once are known by their ids
 SHOWN_TOKENS = 4
-EXPAND = "python data_prep/expand_turns.py makes a row of each"
+EXPAND = "python -m data_prep.expand_turns makes a row of each"
 
 
 @dataclass(frozen=True)
@@ -346,7 +346,7 @@ def suggest_remedy(trainer: "SFTTrainer") -> str:
     """Return what to do about answers without a stop token; name a template that is not the tokenizer's."""
     tokenizer = trainer.processing_class
     if is_compiled(trainer.train_rows.column_names):
-        return "compile the set anew (data_prep/compile.py) with the model's own tokenizer and a template for it"
+        return "compile the set anew (python -m data_prep.compile) with the model's own tokenizer and a template for it"
     path = trainer.args.chat_template_path
     name = "the tokenizer's own chat template"
     if path is not None:

@@ -2,7 +2,7 @@
 
 A function takes a raw row (dict) and returns {"messages": [...]} and what else the row has: tools, source, tags, lang,
 chat_template_kwargs, id. A field that is missing raises KeyError, a value of another type TypeError or AttributeError,
-a row that cannot be used Refused; normalize.py counts them. What stands after * in a function's arguments is a flag of
+a row that cannot be used InvalidRow; normalize.py counts them. What stands after * in a function's arguments is a flag of
 normalize.py. No script. A new source = one function and one line in SOURCES.
 """
 
@@ -13,7 +13,9 @@ from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 
-from rows import FOLLOWS, Refused, listed, message, parsed, text, tool_call, tool_list
+from .errors import InvalidRow
+from .parsing import clean_text, parse_json, parse_message, parse_tool_call, parse_tools, require_objects
+from .rows import FOLLOWS
 
 ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "tool_response": "tool"}  # others are ours already
 
@@ -21,22 +23,22 @@ ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "tool_respo
 # -- pieces that sources share ----------------------------------------------------------------------------------------
 def exchange(question, answer, system=None, reasoning=None):
     """One question and its answer."""
-    turns = [{"role": "system", "content": text(system, "system")}] if system else []
-    turns += [{"role": "user", "content": text(question, "question")}, {"role": "assistant", "content": answer}]
-    turns[-1] = message({**turns[-1], "reasoning_content": reasoning})
+    turns = [{"role": "system", "content": clean_text(system, "system")}] if system else []
+    turns += [{"role": "user", "content": clean_text(question, "question")}, {"role": "assistant", "content": answer}]
+    turns[-1] = parse_message({**turns[-1], "reasoning_content": reasoning})
     return turns
 
 
 def spoken(turn):
     """A turn of role and content, or of from and value, under our names of the roles."""
     role = role_of(turn["role"] if "role" in turn else turn["from"])
-    return message({**turn, "role": role, "content": turn.get("content", turn.get("value"))})
+    return parse_message({**turn, "role": role, "content": turn.get("content", turn.get("value"))})
 
 
 def role_of(speaker, roles=ROLES):
     role = roles.get(speaker, speaker) if isinstance(speaker, str) else None
     if role not in FOLLOWS:
-        raise Refused("unknown role", str(speaker)[:80])
+        raise InvalidRow("unknown role", str(speaker)[:80])
     return role
 
 
@@ -46,7 +48,7 @@ def plain_number(value):
         number = float(value)
         int(number)  # inf and nan are floats too
     except (TypeError, ValueError, OverflowError):
-        raise Refused("number that is not a number", repr(value)[:80]) from None
+        raise InvalidRow("number that is not a number", repr(value)[:80]) from None
     return str(int(number)) if number.is_integer() else str(value)
 
 
@@ -55,35 +57,35 @@ def messages(row):
     """Chats already: messages, or conversations of role/content; tools as a list or as JSON; content as a string or in
     parts (LLaMA-Factory's reason_tool_use_demo_50)."""
     turns = row["messages"] if "messages" in row else row["conversations"]
-    return {**row, "messages": [message(turn) for turn in listed(turns, "messages")]}
+    return {**row, "messages": [parse_message(turn) for turn in require_objects(turns, "messages")]}
 
 
 def sharegpt(row):
     """ShareGPT (FastChat, LLaMA-Factory): conversations of from/value with human, gpt, system, function_call (JSON) and
     observation turns, an optional `system` text and `tools`, JSON text. Neighbouring function_call turns are one."""
-    turns = [message({"role": "system", "content": row["system"]})] if row.get("system") else []
-    for turn in listed(row["conversations"], "conversations"):
+    turns = [parse_message({"role": "system", "content": row["system"]})] if row.get("system") else []
+    for turn in require_objects(row["conversations"], "conversations"):
         speaker, value = turn["from"], turn["value"]
         if speaker == "function_call":
-            calls = parsed(value, "tool call that is not JSON")
-            calls = [tool_call(call) for call in (calls if isinstance(calls, list) else [calls])]
+            calls = parse_json(value, "tool call that is not JSON")
+            calls = [parse_tool_call(call) for call in (calls if isinstance(calls, list) else [calls])]
             if turns and turns[-1].get("tool_calls"):
                 turns[-1]["tool_calls"] += calls
             else:
                 turns.append({"role": "assistant", "content": "", "tool_calls": calls})
         else:
-            turns.append(message({"role": role_of(speaker), "content": value}))
+            turns.append(parse_message({"role": role_of(speaker), "content": value}))
     return {**row, "messages": turns}
 
 
 def alpaca(row):
     """Alpaca (tatsu-lab/alpaca, LLaMA-Factory): instruction, input (may be empty; stands on a line of its own behind
     the instruction), output, optional system and history [[question, answer], …]."""
-    turns = [{"role": "system", "content": text(row["system"], "system")}] if row.get("system") else []
+    turns = [{"role": "system", "content": clean_text(row["system"], "system")}] if row.get("system") else []
     for question, answer in row.get("history") or []:
         turns += exchange(question, answer)
-    asked = text(row["instruction"], "instruction")
-    asked = f"{asked}\n{text(row['input'], 'input')}".strip() if row.get("input") else asked
+    asked = clean_text(row["instruction"], "instruction")
+    asked = f"{asked}\n{clean_text(row['input'], 'input')}".strip() if row.get("input") else asked
     return {**row, "messages": [*turns, *exchange(asked, row["output"])]}
 
 
@@ -92,8 +94,8 @@ def prompt_completion(row):
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         return {**row, "messages": exchange(prompt, completion)}
-    turns = [*listed(prompt, "prompt"), *listed(completion, "completion")]
-    return {**row, "messages": [message(turn) for turn in turns]}
+    turns = [*require_objects(prompt, "prompt"), *require_objects(completion, "completion")]
+    return {**row, "messages": [parse_message(turn) for turn in turns]}
 
 
 def step35(row):
@@ -101,16 +103,16 @@ def step35(row):
     reasoning_content?, tool_calls?}]}, tools in the first message as tools or tool_schemas; content may come in parts.
     meta is left out. StepTron refuses: a last message that is not the assistant's, an assistant with neither content
     nor tool_calls, a row without a user turn (stepchat_dataset.py)."""
-    raw = listed(row["conversations"], "conversations")
+    raw = require_objects(row["conversations"], "conversations")
     if not raw or raw[-1]["role"] != "assistant":
-        raise Refused("last message is not the assistant's")
+        raise InvalidRow("last message is not the assistant's")
     for number, turn in enumerate(raw):
         if turn["role"] == "assistant" and not turn.get("content") and not turn.get("tool_calls"):
-            raise Refused("assistant with neither content nor tool_calls", f"message {number}")
+            raise InvalidRow("assistant with neither content nor tool_calls", f"message {number}")
         if turn.get("loss_mask") not in (None, 0, 1):
-            raise Refused("loss_mask that is not 0 or 1", f"message {number}: {turn['loss_mask']!r}"[:80])
+            raise InvalidRow("loss_mask that is not 0 or 1", f"message {number}: {turn['loss_mask']!r}"[:80])
     if not any(turn["role"] == "user" for turn in raw):
-        raise Refused("no user turn")
+        raise InvalidRow("no user turn")
     turns = [spoken(turn) for turn in raw]
     for turn in turns:
         if not turn.get("name", True):
@@ -123,7 +125,10 @@ def step35(row):
 def blossom(row):
     """Azure99/blossom-v6.3-sft-stage1 and its like: id, type, metadata {source}, messages. An id is unique only
     together with the source, so both make ours."""
-    turns, where = [message(turn) for turn in listed(row["messages"], "messages")], row["metadata"]["source"]
+    turns, where = (
+        [parse_message(turn) for turn in require_objects(row["messages"], "messages")],
+        row["metadata"]["source"],
+    )
     return {"messages": turns, "source": where, "id": f"{where}/{row['id']}"}
 
 
@@ -139,8 +144,8 @@ def smoltalk2(row):
     mix.py keeps them together by it."""
     kwargs = row.get("chat_template_kwargs")
     if kwargs and not isinstance(kwargs, dict):
-        raise Refused("field of another type", "chat_template_kwargs must be an object")
-    turns = [with_calls(turn) for turn in listed(row["messages"], "messages")]
+        raise InvalidRow("field of another type", "chat_template_kwargs must be an object")
+    turns = [with_calls(turn) for turn in require_objects(row["messages"], "messages")]
     kwargs = {name: value for name, value in (kwargs or {}).items() if value is not None}
     return messages({**row, "messages": turns}) | {"chat_template_kwargs": kwargs}
 
@@ -155,9 +160,9 @@ def with_calls(turn):
         return turn
     told = turn["content"][len(said) :]
     if CALL.sub("", told).strip():
-        raise Refused("text behind a tool call", CALL.sub("", told).strip()[:80])
-    calls = [parsed(found, "tool call that is not JSON") for found in CALL.findall(told)]
-    return {**turn, "content": said, "tool_calls": [tool_call(call) for call in calls]}
+        raise InvalidRow("text behind a tool call", CALL.sub("", told).strip()[:80])
+    calls = [parse_json(found, "tool call that is not JSON") for found in CALL.findall(told)]
+    return {**turn, "content": said, "tool_calls": [parse_tool_call(call) for call in calls]}
 
 
 def nemotron(row):
@@ -165,17 +170,17 @@ def nemotron(row):
     category, system_prompt. Answers of DeepSeek-R1 only. `reasoning` becomes enable_thinking, and so does the system
     prompt "detailed thinking on" or off, which is that model's switch and no persona."""
     if row["generator"] != "DeepSeek-R1":
-        raise Refused("answer not of DeepSeek-R1", str(row["generator"])[:80])
+        raise InvalidRow("answer not of DeepSeek-R1", str(row["generator"])[:80])
     asked = row["input"] if isinstance(row["input"], list) else [{"role": "user", "content": row["input"]}]
-    turns = [message(turn) for turn in listed(asked, "input")]
+    turns = [parse_message(turn) for turn in require_objects(asked, "input")]
     if row.get("system_prompt") and not (turns and turns[0]["role"] == "system"):
-        turns.insert(0, {"role": "system", "content": text(row["system_prompt"], "system_prompt")})
+        turns.insert(0, {"role": "system", "content": clean_text(row["system_prompt"], "system_prompt")})
     if turns and turns[0]["role"] == "system" and re.fullmatch(r"detailed thinking (on|off)", turns[0]["content"]):
         del turns[0]
-    turns.append(message({"role": "assistant", "content": row["output"]}))
+    turns.append(parse_message({"role": "assistant", "content": row["output"]}))
     on = row["reasoning"] == "on"
     if on and not turns[-1].get("reasoning_content"):
-        raise Refused("no reasoning where the row says on")
+        raise InvalidRow("no reasoning where the row says on")
     tags = [row["category"]] if row.get("category") else []
     return {"messages": turns, "chat_template_kwargs": {"enable_thinking": on}, "tags": tags, "id": row.get("id")}
 
@@ -190,12 +195,12 @@ def openthoughts(row):
     answers hold <|begin_of_thought|> … <|begin_of_solution|> …; OpenThoughts2/3: <think> blocks. A system text that
     only explains these marks goes with them."""
     turns = []
-    for raw in listed(row["conversations"], "conversations"):
+    for raw in require_objects(row["conversations"], "conversations"):
         if match := THOUGHT.fullmatch(raw["value"]):
             raw = {**raw, "value": match[2], "reasoning_content": match[1]}
         turns.append(spoken(raw))
     if row.get("system") and "<|begin_of_thought|>" not in row["system"]:
-        turns.insert(0, {"role": "system", "content": text(row["system"], "system")})
+        turns.insert(0, {"role": "system", "content": clean_text(row["system"], "system")})
     return {**row, "messages": turns}
 
 
@@ -220,7 +225,7 @@ def identity(row, *, fill=None):
 
     def put(match):
         if match[1] not in (fill or {}):
-            raise Refused("placeholder not filled in", f"{match[0]}: pass --fill {match[1]}=…")
+            raise InvalidRow("placeholder not filled in", f"{match[0]}: pass --fill {match[1]}=…")
         return fill[match[1]]
 
     for turn in found["messages"]:
@@ -236,11 +241,11 @@ def emoji_preference(row):
     conversations), answered by the first assistant turn of chosen, else answer_zh, else answer_en. As in the tutorial
     each text is cut at 3,000 characters; such a row has the tag `cut`, since its answer ends too early."""
     asked = row.get("prompt") or row.get("question") or row["conversations"]
-    turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else listed(asked, "prompt")
+    turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else require_objects(asked, "prompt")
     chosen = row.get("chosen")
     chosen = chosen if isinstance(chosen, list) else [chosen]
     chosen = [{"role": "assistant", "content": one} if isinstance(one, str) else one for one in chosen if one]
-    said = [turn["content"] for turn in map(spoken, listed(chosen, "chosen")) if turn["role"] == "assistant"]
+    said = [turn["content"] for turn in map(spoken, require_objects(chosen, "chosen")) if turn["role"] == "assistant"]
     said += [row[name] for name in ("answer_zh", "answer_en") if row.get(name)]
     answer = next((one for one in said if one), None)
     turns = [spoken(turn) for turn in [*turns, {"role": "assistant", "content": answer or ""}]]
@@ -269,7 +274,7 @@ def mawps(row, *, keep_disagreeing=False):
     def put_back(match):
         index = int(match[1])
         if index >= len(numbers):
-            raise Refused("number index without a number", f"{match[0]} with {len(numbers)} numbers")
+            raise InvalidRow("number index without a number", f"{match[0]} with {len(numbers)} numbers")
         return numbers[index]
 
     asked, answer, tags = re.sub(r"N_(\d{1,9})", put_back, row["Question"]), plain_number(row["Answer"]), []
@@ -277,7 +282,7 @@ def mawps(row, *, keep_disagreeing=False):
         worked = worked_out(re.sub(r"N_(\d{1,9})", put_back, row["Equation"]).split())
         if worked is None or abs(worked - float(answer)) > 0.01 * abs(worked):
             if not keep_disagreeing:
-                raise Refused("equation disagrees with answer", f"{row['Equation']}, Answer {answer}"[:80])
+                raise InvalidRow("equation disagrees with answer", f"{row['Equation']}, Answer {answer}"[:80])
             tags = ["equation disagrees"]
     return {"messages": exchange(asked, answer), "tags": tags}
 
@@ -315,7 +320,7 @@ def mmlu(row):
     """cais/mmlu: question, subject, choices (four), answer (0 to 3); auxiliary_train wraps them in `train`."""
     row = row["train"] if isinstance(row.get("train"), dict) else row
     if type(row["answer"]) is not int or not 0 <= row["answer"] < 4:
-        raise Refused("answer that is no choice", str(row["answer"])[:80])
+        raise InvalidRow("answer that is no choice", str(row["answer"])[:80])
     subject = row.get("subject")
     return {
         "messages": choice(row["question"], list("ABCD"), row["choices"], "ABCD"[row["answer"]]),
@@ -326,11 +331,11 @@ def mmlu(row):
 def choice(question, letters, choices, answer):
     strings = [question, answer, *letters, *choices]
     if not all(isinstance(one, str) for one in strings) or len(letters) != len(choices):
-        raise Refused("field of another type", "question, labels and choices must be strings, a label a choice")
+        raise InvalidRow("field of another type", "question, labels and choices must be strings, a label a choice")
     if answer not in letters:
-        raise Refused("answer that is no choice", f"{answer} of {', '.join(letters)}"[:80])
+        raise InvalidRow("answer that is no choice", f"{answer} of {', '.join(letters)}"[:80])
     if not question.strip() or not all(one.strip() for one in choices):
-        raise Refused("empty text", "question or choice")
+        raise InvalidRow("empty text", "question or choice")
     return exchange(multiple_choice(question, letters, choices), answer)
 
 
@@ -433,20 +438,20 @@ def bfcl(row, *, answers=None):
     it possible_answer/NAME beside the input. The last turn is the assistant's call with the first right value of each
     argument, without those that may be left out. Rows without reference calls (irrelevance) and of several user turns
     (their replies need the tools run) are refused. It is an evaluation set: train on it to test a pipeline only."""
-    turns = [message(turn) for turn in listed(row["question"][0], "question")]
+    turns = [parse_message(turn) for turn in require_objects(row["question"][0], "question")]
     truth = row.get("ground_truth") or (answers or {}).get(row["id"])
     if len(row["question"]) != 1:
-        raise Refused("several user turns without the tools' replies")
+        raise InvalidRow("several user turns without the tools' replies")
     if not truth:
-        raise Refused("no reference answer", "pass --answers FILE" if not answers else str(row["id"])[:80])
-    tools = tool_list([{**tool, "parameters": json_schema(tool["parameters"])} for tool in row["function"]])
+        raise InvalidRow("no reference answer", "pass --answers FILE" if not answers else str(row["id"])[:80])
+    tools = parse_tools([{**tool, "parameters": json_schema(tool["parameters"])} for tool in row["function"]])
     schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
     calls = []
-    for call in listed(truth, "ground_truth"):
+    for call in require_objects(truth, "ground_truth"):
         ((name, arguments),) = call.items()
         if name not in schemas:
-            raise Refused("call of a tool that is not offered", name)
-        calls.append(tool_call({"name": name, "arguments": right_values(arguments, schemas[name])}))
+            raise InvalidRow("call of a tool that is not offered", name)
+        calls.append(parse_tool_call({"name": name, "arguments": right_values(arguments, schemas[name])}))
     turns.append({"role": "assistant", "content": "", "tool_calls": calls})
     return {"messages": turns, "tools": tools}
 
@@ -502,10 +507,10 @@ def fields(row, *, map=None, roles=None):
         asked, answer = column(row, mapped["prompt"]), column(row, mapped["answer"])
         return out | {"messages": exchange(asked, answer, system, thought)}
     role, content = mapped.get("role", "role"), mapped.get("content", "content")
-    turns = [{"role": "system", "content": text(system, "system")}] if system else []
-    for raw in listed(column(row, mapped["messages"]), mapped["messages"]):
+    turns = [{"role": "system", "content": clean_text(system, "system")}] if system else []
+    for raw in require_objects(column(row, mapped["messages"]), mapped["messages"]):
         who, thought = raw[role], raw.get(mapped.get("reasoning", "reasoning_content"))
-        turns.append(message({**raw, "role": role_of(who, roles), "content": raw.get(content),
+        turns.append(parse_message({**raw, "role": role_of(who, roles), "content": raw.get(content),
                               "reasoning_content": thought}))  # fmt: skip
     return out | {"messages": turns}
 

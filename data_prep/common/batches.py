@@ -10,7 +10,9 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
-from rows import MARKS, dumped
+
+from .json_text import dump_json
+from .rows import MARKS
 
 WIDE = "\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # blanks of str.split that JSON writes as they are
 EDGE = rf'(?:[^"\\ {WIDE}]|\\["\\])'  # what a text may begin and end with
@@ -72,7 +74,9 @@ def keys(batch):
     of the rows in the mask."""
     plain = Plain(batch)
     kwargs = batch.column(3).storage.dictionary_encode()
-    usual = np.array([dumped(orjson.loads(value)).decode() == value for value in kwargs.dictionary.to_pylist()], bool)
+    usual = np.array(
+        [dump_json(orjson.loads(value)).decode() == value for value in kwargs.dictionary.to_pylist()], bool
+    )
     switched = matched(pc.match_substring_regex(plain.texts, SWITCHES)) & ~plain.assistant
     mask = plain.rows & plain.none(switched) & usual[np.asarray(kwargs.indices)]
     texts = pc.replace_substring(plain.texts, "\\\\", "\x01")  # a character that JSON escapes: no text holds it
