@@ -10,6 +10,7 @@ import json
 import re
 
 import numpy as np
+import pandas
 import pyarrow.parquet
 from datasets import Dataset, DatasetDict, List, load_from_disk
 from jinja2 import TemplateError
@@ -20,6 +21,9 @@ from models import BadInput, fill_of, first_line, generate, render, token_losses
 PROMPT_TAIL = 200  # characters of the prompt kept beside each answer
 ANSWER = ("answer", "answer_tokens", "reference_tokens", "json_equal", "json_fields", *RATES.values())  # of a record
 SCHEMA_IN_TEXT = re.compile(r"<schema>\s*(.*?)\s*</schema>", re.DOTALL)
+
+# datasets reads JSON by pandas' function, which bends numbers: 0.7 becomes 0.7000000000000001 (data_prep/common)
+pandas.io.json.ujson_loads = json.loads
 
 
 def read_rows(path, split):

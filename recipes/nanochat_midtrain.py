@@ -7,6 +7,7 @@ DEFAULTS < --config run.yaml < flags. The values are nanochat's; which are ours:
 """
 
 import importlib.util
+import json
 import math
 import re
 import sys
@@ -23,9 +24,10 @@ else:
     hooks = None  # a copy elsewhere
     from trl import SFTTrainer, TrlParser
 
+import pandas
 import torch
 from accelerate import ParallelismConfig
-from datasets import Dataset, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Json, List, load_dataset, load_from_disk
 from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
 from trl import ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_quantization_config, pack_dataset
 
@@ -83,6 +85,11 @@ def to_messages(row: dict) -> dict:
 
 
 # -- the same in every recipe (tests/test_recipes.py) --
+# datasets reads and writes JSON by pandas' functions, which bend numbers: 0.7 becomes 0.7000000000000001
+pandas.io.json.ujson_loads = json.loads
+pandas.io.json.ujson_dumps = json.dumps
+
+
 @dataclass
 class RecipeArguments(ScriptArguments):
     global_batch_size: int = field(default=16, metadata={"help": "rows or packs per optimizer step, all processes"})
@@ -95,14 +102,27 @@ class RecipeArguments(ScriptArguments):
     )
 
 
+def load_json(path: Path, split: str) -> DatasetDict:
+    """Load what is rendered of a .jsonl or .json file as JSON: in typed columns 1 beside 0.5 is 1.0, text a date."""
+    files = {split: str(path)}
+    features = load_dataset("json", data_files=files)[split].features
+    for name in ("messages", "prompt", "completion", "tools"):
+        if isinstance(features.get(name), List):
+            features[name] = List(Json())
+    if "chat_template_kwargs" in features:
+        features["chat_template_kwargs"] = Json()
+    return load_dataset("json", data_files=files, features=features)
+
+
 def load_splits(script_args: RecipeArguments, seed: int) -> tuple[Dataset, Dataset | None]:
     """Load (train, validation or None) from a hub id, a .jsonl, .json or .parquet file, or a save_to_disk folder."""
     path = Path(script_args.dataset_name)
     if path.is_dir():
         splits = load_from_disk(path)
+    elif path.is_file() and path.suffix == ".parquet":
+        splits = load_dataset("parquet", data_files={script_args.dataset_train_split: str(path)})
     elif path.is_file():
-        builder = "parquet" if path.suffix == ".parquet" else "json"
-        splits = load_dataset(builder, data_files={script_args.dataset_train_split: str(path)})
+        splits = load_json(path, script_args.dataset_train_split)
     else:
         splits = load_dataset(script_args.dataset_name, script_args.dataset_config)
 

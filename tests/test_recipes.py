@@ -19,7 +19,6 @@ import pytest
 import torch
 import yaml
 from conftest import EXACT, REPO, SHARED, TINY, launch, load_recipe, parse
-from data_prep.rows import prompt_of
 from datasets import Dataset, DatasetDict, load_from_disk
 from safetensors.torch import load_file
 from test_same_weights import hash_tensors
@@ -27,10 +26,13 @@ from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl import get_peft_config, get_quantization_config
 
+from data_prep.common.row_keys import prompt_key
+
 RECIPES = sorted((REPO / "recipes").glob("*.py"))
 SHARED_NAMES = (
     "find_template",
     "RecipeArguments",
+    "load_json",
     "load_splits",
     "read_prompt",
     "split_by_prompt",
@@ -388,7 +390,7 @@ def test_a_prompt_stands_on_one_side(split, eval_rows):
         rows += [chat(f"what is {number}?", answer=f"long {number}", system="You are a pirate.")]
     for seed in (42, 7):
         train, validation = split(rows, eval_rows, seed)
-        sides = [{prompt_of(row) for row in side} for side in (train, validation)]
+        sides = [{prompt_key(row) for row in side} for side in (train, validation)]
         assert sides[0].isdisjoint(sides[1]) and len(sides[0] | sides[1]) == 80
         assert len(validation) == eval_rows  # there are prompts of one row to fill up with
         answers = sorted(json.dumps(row) for row in [*train, *validation])
