@@ -4,7 +4,7 @@
     python -m data_prep.check rows.jsonl --chat_template_path chat_templates/qwen3.jinja --fix --out data/checked
 
 PATH is a .jsonl, .json or .parquet file (.gz, .zst), or a save_to_disk folder, of which every split is read. What is
-found:
+looked for:
   roles           unknown ones, turns that do not alternate, empty answers, a tool reply without a call, a last message
                   not the assistant's, text or calls of another type
   tools           a call of a tool that the row does not offer, arguments that its JSON schema forbids, as many replies
@@ -13,10 +13,15 @@ found:
   mojibake        text that was decoded by the wrong table and reverses (ftfy), and U+FFFD, which a decoder writes for
                   what it lost
   newline         an answer or its reasoning begins with one: it would merge with the newline that ends the header
+  placeholder     {{name}}, {{ author }}: a template that nobody filled in; not in code, and not in a chat about
+                  templates, which shows other tags of theirs, or one in code, or speaks of them
+  loader          a value that datasets, as recipes load the file, changes: 1 beside 0.5 becomes 1.0, a date that every
+                  row has becomes a timestamp, "7" beside an object becomes 7. Of rows without another fault; not with
+                  --fix, which writes what stands in the file; not for packed files and stdin, which no recipe loads
   language        with --lang: the answer's or the row's is none of these
   persona         a system message (or custom_instructions) that the template leaves out of the text it renders
   template        a row that the template refuses, with its words
-  too long        more tokens than --max_length, which a recipe would cut
+  too long        more tokens than --max_length, which a recipe would truncate
 The last three need a template, which is that of --chat_template_path, else the tokenizer's own, too long a tokenizer as
 well; --recipe takes all from the recipe's DEFAULTS.
 
@@ -32,301 +37,623 @@ import json
 import platform
 import re
 import sys
+from argparse import Namespace
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-from data_prep.common.batches import sound
+from data_prep.common.chunks import Chunk
 from data_prep.common.command_line import add_num_proc, make_parser, run_command
 from data_prep.common.errors import InvalidRow, UsageError
-from data_prep.common.language import conversation_text, detect_language
+from data_prep.common.language import UNKNOWN, conversation_text, detect_language
+from data_prep.common.loader_changes import JSON_FILES, Loader, can_be_loaded, may_change
 from data_prep.common.parallel import parallel_map
-from data_prep.common.readers import find_inputs, list_splits, read_chunks
-from data_prep.common.recipe_settings import read_settings
-from data_prep.common.rendering import find_control_tokens, find_lost_personas, load_renderer
-from data_prep.common.rows import check_messages, check_shape, complete_row, get_tools, refuse_unkept
+from data_prep.common.readers import find_inputs, is_dataset_folder, open_splits, read_chunks
+from data_prep.common.recipe_settings import LENGTH_REMEDY, read_settings
+from data_prep.common.rendering import Renderer, find_control_tokens, find_lost_personas, load_renderer
+from data_prep.common.rows import Message, check_messages, check_shape, complete_row, get_tools
 from data_prep.common.writer import ChunkResult, DatasetWriter, check_output_path, encode_rows, row_location, write_text
 
-NEWLINE = re.compile(r"\s*[\r\n]")  # blanks before the newline are no help: one token takes them all
+if TYPE_CHECKING:
+    from jsonschema.protocols import Validator
+
+ANSWER_NEWLINE = "answer begins with a newline"
+REASONING_NEWLINE = "reasoning begins with a newline"
+MOJIBAKE = "mojibake"
+FIXABLE = (ANSWER_NEWLINE, REASONING_NEWLINE, MOJIBAKE)
+CHANGED = "value that the loader changes"
+REMEDIES = {  # what helps, said below the reason
+    "row without messages": "python -m data_prep.normalize auto finds the source that reads these rows",
+    "unknown role": "python -m data_prep.normalize messages reads developer and other names of the roles (--roles)",
+    "text that is not a string": "python -m data_prep.normalize messages reads content in parts",
+    CHANGED: "python -m data_prep.normalize messages FILE --out data/NAME writes a folder that keeps every value",
+    "too long": LENGTH_REMEDY,
+}
+SHOWN_ROWS = 3  # of a reason, in the table
 
 
-# -- the checks: a well-formed row -> (reason, detail) of each fault; a new one = a function and its name in CHECKS ----
-def roles(row, against):
-    try:
-        turns = row["messages"]
-        if any(turn.get("content") is None for turn in turns):
-            turns = [{**turn, "content": turn.get("content") or ""} for turn in turns]
-        check_messages(turns)
-    except InvalidRow as refusal:
-        yield refusal.reason, refusal.detail
-    else:
-        if any("tool_calls" in turn for turn in turns):
-            yield from tools(row)
+# -- what rows are checked for ----------------------------------------------------------------------------------------
+class Fault(NamedTuple):
+    """What is wrong with a row. reason: the words it is counted under."""
+
+    reason: str
+    detail: str = ""
 
 
-def tools(row):
-    """Calls and replies, in turn: each reply has its call, by id where ids are given; arguments fit the schema."""
-    offered = {tool.get("function", tool).get("name"): tool.get("function", tool) for tool in get_tools(row) or []}
-    waiting = []
-    for number, turn in enumerate(row["messages"]):
-        if waiting and turn["role"] != "tool":
-            yield "tool call without a reply", f"message {number}: {len(waiting)} calls are open"
-            waiting = []
-        for call in turn.get("tool_calls") or []:
-            function = call.get("function", call)
-            name, arguments = function["name"], function["arguments"]
-            waiting.append(call.get("id"))
-            if not offered:
-                continue
-            if name not in offered:
-                yield "call of a tool that is not offered", f"message {number}: {name}"
-            elif fault := against_schema(json.dumps(offered[name].get("parameters") or {}), arguments):
-                yield "arguments against the tool's schema", f"message {number}: {name}: {fault}"
-        ids = [call.get("id") for call in turn.get("tool_calls") or [] if call.get("id")]
-        if len(ids) != len({*ids}):
-            yield "tool call ids that repeat", f"message {number}: {', '.join(map(str, ids))}"
-        if turn["role"] == "tool":
-            told = turn.get("tool_call_id")
-            if told is not None and any(waiting) and told not in waiting:
-                yield "tool reply to another call", f"message {number}: {told}"
-            elif not waiting:
-                yield "more tool replies than calls", f"message {number}"
-            if waiting:
-                waiting.remove(told if told in waiting else waiting[0])
-    # a row may end with its calls: they are what it trains
+class CheckFlags(NamedTuple):
+    """The flags that say what rows are checked for."""
+
+    recipe: str | None = None
+    chat_template_path: str | None = None
+    model_name_or_path: str | None = None
+    max_length: int | None = None
+    languages: tuple[str, ...] = ()
+
+
+@dataclass
+class CheckOptions:
+    """What rows are checked for."""
+
+    renderer: Renderer
+    languages: tuple[str, ...] = ()  # any, where there are none
+    max_length: int | None = None  # tokens
 
 
 @cache
-def validator(schema):
-    """A jsonschema validator of a tool's parameters (JSON text), or None where they are no JSON schema."""
+def load_options(flags: CheckFlags, quiet: bool = False) -> CheckOptions:
+    """Load what the flags name, without a recipe's tokenizer where it is not at hand, which is printed unless quiet.
+
+    Raises UsageError.
+    """
+    model = flags.model_name_or_path
+    if flags.max_length is not None and not (flags.recipe or model):
+        raise UsageError("--max_length: needs a tokenizer: pass --recipe or --model_name_or_path")
+    named = {"chat_template_path": flags.chat_template_path, "model_name_or_path": model}
+    settings = read_settings(flags.recipe, flags={**named, "max_length": flags.max_length})
+    renderer = load_renderer(settings, lenient=model is None and flags.max_length is None, quiet=quiet)
+    options = CheckOptions(renderer, flags.languages)
+    if flags.recipe or flags.max_length is not None:
+        options.max_length = settings.max_length
+    if flags.max_length is not None:
+        require_lengths(options, "--max_length")
+    elif options.max_length and renderer.tokenizer is None and not quiet:
+        print(f"max_length {options.max_length} of {flags.recipe}: not checked without the tokenizer", file=sys.stderr)
+    return options
+
+
+def require_lengths(options: CheckOptions, name: str) -> None:
+    """Raise UsageError where rows cannot be measured in tokens. name: of the flag that asks for it."""
+    if options.renderer.tokenizer is None:
+        raise UsageError(f"{name}: its tokenizer cannot be loaded: pass a local folder as --model_name_or_path")
+    if options.renderer.template is None:
+        raise UsageError(f"{name}: the tokenizer has no chat template: pass one as --chat_template_path")
+    if not options.max_length:
+        raise UsageError(f"{name}: it has no max_length: pass --max_length")
+
+
+def read_flags(args: Namespace) -> CheckFlags:
+    return CheckFlags(
+        args.recipe, args.chat_template_path, args.model_name_or_path, args.max_length, tuple(args.lang or ())
+    )
+
+
+# -- the rules: a row that has its shape -> its faults; a new one = a function and its name in RULES -------------------
+class Text(NamedTuple):
+    """A text of a message. field: content or reasoning_content."""
+
+    number: int  # of its message
+    field: str
+    text: str
+
+
+def list_texts(turns: list[Message]) -> list[Text]:
+    """Return the texts of messages that hold any."""
+    texts = []
+    for number, turn in enumerate(turns):
+        for name in ("content", "reasoning_content"):
+            text = turn.get(name)
+            if text:
+                texts.append(Text(number, name, text))
+    return texts
+
+
+def check_roles(row: dict, options: CheckOptions) -> Iterator[Fault]:
+    turns = row["messages"]
+    if any([turn.get("content") is None for turn in turns]):
+        turns = [{**turn, "content": turn.get("content") or ""} for turn in turns]
+    try:
+        check_messages(turns)
+    except InvalidRow as error:
+        yield Fault(error.reason, error.detail)
+        return
+    if any(["tool_calls" in turn for turn in turns]):
+        yield from check_tools(row)
+
+
+def check_tools(row: dict) -> Iterator[Fault]:
+    """Yield calls without their reply and replies without their call, by id where ids are there, and calls that do not
+    fit the tools. A row may end with its calls: they are what it trains."""
+    functions = {}
+    for tool in get_tools(row) or []:
+        function = tool.get("function", tool)
+        functions[function.get("name")] = function
+    open_calls = []
+    for number, turn in enumerate(row["messages"]):
+        if open_calls and turn["role"] != "tool":
+            yield Fault("tool call without a reply", f"message {number}: {len(open_calls)} calls are open")
+            open_calls = []
+        calls = turn.get("tool_calls") or []
+        for call in calls:
+            open_calls.append(call.get("id"))
+            if functions:
+                yield from check_call(call.get("function", call), functions, number)
+        ids = [call["id"] for call in calls if call.get("id")]
+        if len(ids) != len(set(ids)):
+            yield Fault("tool call ids that repeat", f"message {number}: {', '.join(map(str, ids))}")
+        if turn["role"] == "tool":
+            yield from close_call(turn.get("tool_call_id"), open_calls, number)
+
+
+def check_call(call: dict, functions: dict[str, dict], number: int) -> Iterator[Fault]:
+    """Yield what is wrong with a call of message `number`. functions: {name: function} that the row offers."""
+    name = call["name"]
+    if name not in functions:
+        yield Fault("call of a tool that is not offered", f"message {number}: {name}")
+        return
+    schema = json.dumps(functions[name].get("parameters") or {})
+    violation = find_violation(schema, call["arguments"])
+    if violation is not None:
+        yield Fault("arguments against the tool's schema", f"message {number}: {name}: {violation}")
+
+
+def close_call(call_id: object, open_calls: list, number: int) -> Iterator[Fault]:
+    """Take the call that a tool reply answers from the ids of the open ones; yield what is wrong with the reply."""
+    if not open_calls:
+        yield Fault("more tool replies than calls", f"message {number}")
+        return
+    if call_id is not None and any(open_calls) and call_id not in open_calls:
+        yield Fault("tool reply to another call", f"message {number}: {call_id}")
+    answered = call_id if call_id in open_calls else open_calls[0]
+    open_calls.remove(answered)
+
+
+@cache
+def load_validator(schema: str) -> "Validator | None":
+    """Return the validator of a tool's parameters (JSON text), or None where they are no JSON schema."""
     import jsonschema
 
-    schema = json.loads(schema)
+    parameters = json.loads(schema)
     try:
-        kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
-        kind.check_schema(schema)
+        kind = jsonschema.validators.validator_for(parameters, default=jsonschema.Draft202012Validator)
+        kind.check_schema(parameters)
     except jsonschema.SchemaError:
         return None
-    return kind(schema)
+    return kind(parameters)
 
 
-def against_schema(schema, arguments):
-    """What a schema forbids about arguments, or None."""
-    import jsonschema
+def find_violation(schema: str, arguments: object) -> str | None:
+    """Return what a schema (JSON text) forbids about arguments, or None."""
+    from referencing.exceptions import Unresolvable
 
-    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    found = validator(schema)
-    if found is None:
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments)
+    validator = load_validator(schema)
+    if validator is None:
         return None
     try:
-        error = next(iter(sorted(found.iter_errors(arguments), key=lambda error: list(map(str, error.path)))), None)
-    except (jsonschema.exceptions._WrappedReferencingError, RecursionError):  # a $ref to nowhere
+        errors = sorted(validator.iter_errors(arguments), key=lambda error: list(map(str, error.path)))
+    except (Unresolvable, RecursionError):  # a $ref to nowhere
         return None
-    return error and f"{'.'.join(map(str, error.path)) or 'arguments'}: {error.message[:120]}"
+    if not errors:
+        return None
+    place = ".".join(map(str, errors[0].path)) or "arguments"
+    return f"{place}: {errors[0].message[:120]}"
 
 
-def control(row, against):
-    for where, token in find_control_tokens(row, against):
-        yield "control token in text", f"{where}: {token}"
-
-
-def mojibake(row, against):
-    for number, field, value in texts(row):
-        if "\ufffd" in value:
-            yield "text that a decoder lost", f"message {number}: U+FFFD in its {field}"
-        elif not value.isascii() and garbled(value):
-            yield "mojibake", f"message {number}: {value[:60]!r}"
+def check_control_tokens(row: dict, options: CheckOptions) -> Iterator[Fault]:
+    for place, token in find_control_tokens(row, options.renderer):
+        yield Fault("control token in text", f"{place}: {token}")
 
 
 # every table that bytes are wrongly read by has letters there, Chinese text has none: ftfy is slow on it
 SINGLE_BYTE = re.compile("[\x80-\u05ff]")
 
 
-def garbled(value):
-    """Whether the text is mojibake that reverses; what merely looks odd to ftfy is let pass."""
-    if not SINGLE_BYTE.search(value):
+def check_mojibake(row: dict, options: CheckOptions) -> Iterator[Fault]:
+    for number, name, text in list_texts(row["messages"]):
+        if "\ufffd" in text:
+            yield Fault("text that a decoder lost", f"message {number}: U+FFFD in its {name}")
+        elif is_mojibake(text):
+            yield Fault(MOJIBAKE, f"message {number}: {text[:60]!r}")
+
+
+def is_mojibake(text: str) -> bool:
+    """Return whether a text is mojibake that reverses; what merely looks odd to ftfy passes."""
+    if text.isascii() or not SINGLE_BYTE.search(text):
         return False
     from ftfy import fix_encoding
     from ftfy.badness import is_bad
 
-    return is_bad(value) and fix_encoding(value) != value
+    return is_bad(text) and fix_encoding(text) != text
 
 
-def leading_newline(row, against):
-    for number, field in begins_with_newline(row):
-        name = "reasoning" if field == "reasoning_content" else "answer"
-        yield f"{name} begins with a newline", f"message {number}: {row['messages'][number][field][:20]!r}"
+LEADING_NEWLINE = re.compile(r"\s*[\r\n]")  # blanks before the newline are no help: one token takes them all
 
 
-def wrong_language(row, against):
-    if not against.lang:
-        return
-    told = row.get("lang") or detect_language(conversation_text(row["messages"]))
-    answers = [turn for turn in row["messages"] if turn["role"] == "assistant" and turn.get("content")]
-    spoken = detect_language(conversation_text(answers)) if answers else told
-    for what, found in (("row", told), ("answers", spoken)):
-        if found not in against.lang and found != "und":
-            yield "another language", f"the {what}: {found}"
-            return
+def check_newlines(row: dict, options: CheckOptions) -> Iterator[Fault]:
+    for number, name, text in find_leading_newlines(row["messages"]):
+        reason = REASONING_NEWLINE if name == "reasoning_content" else ANSWER_NEWLINE
+        yield Fault(reason, f"message {number}: {text[:20]!r}")
 
 
-def template(row, against):
-    if against.template is not None:
-        try:
-            text, _ = against.render(row, row["messages"])
-        except InvalidRow as refusal:
-            yield refusal.reason, refusal.detail
-            return
-        # no tokenizer makes more tokens than bytes
-        if against.max_length and against.tokenizer is not None and len(text.encode()) > against.max_length:
-            length = len(against.tokenizer(text, add_special_tokens=False)["input_ids"])
-            if length > against.max_length:
-                yield "too long", f"{length} tokens, max_length {against.max_length}"
+def find_leading_newlines(turns: list[Message]) -> Iterator[Text]:
+    for text in list_texts(turns):
+        if text.text[0].isspace() and turns[text.number]["role"] == "assistant" and LEADING_NEWLINE.match(text.text):
+            yield text
 
 
-def persona(row, against):
-    for where, text in find_lost_personas(row, against):
-        yield "persona lost", f"{where}: {text[:60]!r} is not in the rendered text"
+# a name in double braces; LaTeX and code have letters, backslashes or more braces before them
+PLACEHOLDER = re.compile(r"(?<![A-Za-z0-9\\^_{}$%])\{\{\s*([^\W\d]\w{1,40})\s*\}\}(?!\})")
+CODE = re.compile(r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]+`", re.DOTALL)
+# of Jinja, Mustache, Vue: {% if %}, {{#each}}, {{ user.name }}, {{ x | upper }}, <p>{{name}}
+TEMPLATE_TAG = re.compile(r"\{%|\{\{[#/>^!&-]|\{\{[^{}]*[|.(\[][^{}]*\}\}|<\w[^<>]*>?\s*\{\{")
+ABOUT_TEMPLATES = re.compile(
+    r"jinja|handlebars|mustache|liquid|templat|placeholder|django|flask|vue|angular|svelte|helm|ansible|模板|占位|变量",
+    re.IGNORECASE,
+)
 
 
-CHECKS = [roles, control, mojibake, leading_newline, wrong_language, template, persona]
-
-
-# -- a row ------------------------------------------------------------------------------------------------------------
-def texts(row):
-    """(number, field, text) of every message's content and reasoning."""
+def check_placeholders(row: dict, options: CheckOptions) -> Iterator[Fault]:
     turns = row["messages"]
-    return [(number, field, turn[field]) for number, turn in enumerate(turns)
-            for field in ("content", "reasoning_content") if turn.get(field)]  # fmt: skip
+    if not any(["{{" in (turn.get("content") or "") for turn in turns]):
+        return
+    text = "\n".join([turn.get("content") or "" for turn in turns])
+    if TEMPLATE_TAG.search(text) or ABOUT_TEMPLATES.search(text):
+        return
+    if any([PLACEHOLDER.search(code.strip("`~")) for code in CODE.findall(text)]):
+        return
+    for number, turn in enumerate(turns):
+        match = PLACEHOLDER.search(turn.get("content") or "")
+        if match and turn["role"] != "tool":
+            yield Fault("placeholder that is not filled in", f"message {number}: {match[0]}")
 
 
-def begins_with_newline(row):
-    for number, field, value in texts(row):
-        if value[0].isspace() and row["messages"][number]["role"] == "assistant" and NEWLINE.match(value):
-            yield number, field
+def check_language(row: dict, options: CheckOptions) -> Iterator[Fault]:
+    if not options.languages:
+        return
+    language = row.get("lang") or detect_language(conversation_text(row["messages"]))
+    accepted = (*options.languages, UNKNOWN)
+    if language not in accepted:
+        yield Fault("another language", f"the row: {language}")
+        return
+    answers = [turn for turn in row["messages"] if turn["role"] == "assistant" and turn.get("content")]
+    if answers:
+        language = detect_language(conversation_text(answers))
+        if language not in accepted:
+            yield Fault("another language", f"the answers: {language}")
 
 
-def faults(row, against):
-    """[(reason, detail)] of a row, empty where it is sound."""
+def check_template(row: dict, options: CheckOptions) -> Iterator[Fault]:
+    renderer = options.renderer
+    if renderer.template is None:
+        return
+    try:
+        text = renderer.render(row, row["messages"]).text
+    except InvalidRow as error:
+        yield Fault(error.reason, error.detail)
+        return
+    if not options.max_length or renderer.tokenizer is None:
+        return
+    if len(text.encode()) <= options.max_length:  # no tokenizer makes more tokens than bytes
+        return
+    length = len(renderer.tokenizer(text, add_special_tokens=False)["input_ids"])
+    if length > options.max_length:
+        yield Fault("too long", f"{length} tokens, max_length {options.max_length}")
+
+
+def check_personas(row: dict, options: CheckOptions) -> Iterator[Fault]:
+    if options.renderer.template is None:
+        return
+    for place, text in find_lost_personas(row, options.renderer):
+        yield Fault("persona lost", f"{place}: {text[:60]!r} is not in the rendered text")
+
+
+RULES = (
+    check_roles,
+    check_control_tokens,
+    check_mojibake,
+    check_newlines,
+    check_placeholders,
+    check_language,
+    check_template,
+    check_personas,
+)
+
+
+def find_faults(row: object, options: CheckOptions) -> list[Fault]:
+    """Return the faults of a row, none where it is sound."""
+    faults = []
     try:
         check_shape(row)
-        return [fault for check in CHECKS for fault in check(row, against)]
-    except InvalidRow as refusal:
-        return [(refusal.reason, refusal.detail)]
+        for rule in RULES:
+            faults.extend(rule(row, options))
+    except InvalidRow as error:
+        return [Fault(error.reason, name_source(row, error.detail))]
     except RecursionError:
-        return [("row nested too deep", "")]
+        return [Fault("row nested too deep")]
+    return faults
 
 
-def mended(row):
-    """The row with its answers beginning where they begin (indentation after the newlines stays), and with the text
-    that mojibake stood for."""
+def name_source(row: object, detail: str) -> str:
+    """Return a detail that ends with the source of normalize for a row without messages, where one stands out."""
+    if not isinstance(row, dict) or row.get("messages"):
+        return detail
+    source = "auto"
+    turns = row.get("conversations")
+    if isinstance(turns, list) and turns and isinstance(turns[0], dict):
+        source = "sharegpt" if "from" in turns[0] else "messages"
+    elif {"instruction", "output"} <= row.keys():
+        source = "alpaca"
+    elif {"prompt", "completion"} <= row.keys():
+        source = "prompt_completion"
+    return detail.removesuffix("auto") + source
+
+
+# -- mending ----------------------------------------------------------------------------------------------------------
+def mend_row(row: dict) -> dict:
+    """Return a row whose answers begin with their text (indentation after the newlines stays), and with the text that
+    mojibake stood for."""
     turns = [dict(turn) for turn in row["messages"]]
-    for number, field, value in texts(row):
-        if "\ufffd" not in value and not value.isascii() and garbled(value):
+    for number, name, text in list_texts(turns):
+        if "\ufffd" not in text and is_mojibake(text):
             import ftfy
 
-            turns[number][field] = ftfy.fix_encoding(value)
-    for number, field in begins_with_newline({"messages": turns}):
-        turns[number][field] = NEWLINE.sub("", turns[number][field], count=1)
+            turns[number][name] = ftfy.fix_encoding(text)
+    for number, name, text in list(find_leading_newlines(turns)):
+        turns[number][name] = LEADING_NEWLINE.sub("", text, count=1)
     return {**row, "messages": turns}
 
 
-FIXED = ("answer begins with a newline", "reasoning begins with a newline", "mojibake")
+class Mended(NamedTuple):
+    """What mending made of a row: the complete row, what was wrong with it, and what still is."""
+
+    row: object
+    faults: list[Fault]
+    left: list[Fault]
+
+
+def fix_row(row: object, faults: list[Fault], options: CheckOptions, name: str, line: int) -> Mended:
+    """Mend a row with these faults, and complete it where nothing is left. name, line: of its file."""
+    left = faults
+    if any([fault.reason in FIXABLE for fault in faults]):
+        row = mend_row(row)
+        left = find_faults(row, options)
+        faults = faults + [fault for fault in left if fault not in faults]  # nothing but newlines: now it is empty
+    if not left:
+        row = complete_row(row, name, line)
+    return Mended(row, faults, left)
 
 
 # -- many rows --------------------------------------------------------------------------------------------------------
-@cache
-def against_of(recipe, template_path, model, max_length, lang, told=True):
-    """What rows are checked against; told: whether it is said that there is no tokenizer. Raises UsageError."""
-    flags = {"chat_template_path": template_path, "model_name_or_path": model, "max_length": max_length}
-    settings = read_settings(recipe, flags=flags)
-    against = load_renderer(settings, lenient=model is None, told=told)
-    against.lang = lang
-    against.max_length = settings.max_length if recipe or max_length else None
-    return against
+@dataclass
+class Finding:
+    """A fault of a row, where it stands, and whether --fix mended the row."""
+
+    file: str
+    line: int
+    id: str
+    reason: str
+    detail: str
+    mended: bool = False
 
 
-def work(block, given, name, fix=False, out=None):
-    """Result of a Block; more: the findings. given: arguments of against_of."""
-    against, result, rows, findings, left = against_of(*given, told=False), ChunkResult(), [], [], None
-    if block.own() and not (fix or against.template or against.tokenizer or against.lang):
-        left = ~sound(block.data)
-        result.rows_in = len(left) - int(left.sum())
-    for line, row in block.rows(left):
+class Suspect(NamedTuple):
+    """A row that the loader may change. location: as findings name it."""
+
+    position: int  # in its chunk
+    location: dict
+    row: dict
+
+
+@dataclass
+class ChunkFindings:
+    """What was found in a chunk, and the rows that are still to be compared with what the loader makes of them."""
+
+    split: str
+    findings: list[Finding] = field(default_factory=list)
+    suspects: list[Suspect] = field(default_factory=list)
+
+
+@dataclass
+class CheckJob:
+    """What is done with every chunk."""
+
+    flags: CheckFlags
+    name: str  # of the file, by which rows without an id are called
+    fix: bool
+    is_jsonl: bool  # what --fix writes
+    compare: bool  # look for rows that the loader may change
+    is_json: bool  # the file, to the loader
+
+
+def check_chunk(chunk: Chunk, job: CheckJob) -> ChunkResult:
+    """Return the ChunkFindings of a chunk as payload; with --fix its sound rows, too."""
+    options = load_options(job.flags, quiet=True)
+    found = ChunkFindings(chunk.split)
+    result = ChunkResult(payload=found)
+    sound = []
+    for position, (line, row) in enumerate(chunk.rows()):
         result.rows_in += 1
-        found = left = faults(row, against)
-        if not found and not fix:
-            continue
-        where = row_location(block.file, line, row)
-        if fix and any(reason in FIXED for reason, _ in found):
-            row = mended(row)
-            left = faults(row, against)
-            found = found + [fault for fault in left if fault not in found]  # nothing but newlines: now it is empty
-        if fix and not left:
-            try:
-                row = complete_row(row, name, line)
-                refuse_unkept(row, out)
-                rows.append(row)
-            except InvalidRow as refusal:
-                left = [(refusal.reason, refusal.detail)]
-                found = found + left
-        findings += [
-            where | {"reason": reason, "detail": detail, "mended": fix and not left} for reason, detail in found
-        ]
+        location = row_location(chunk.file, line, row)
+        faults = find_faults(row, options)
+        left = faults
+        if job.fix:
+            row, faults, left = fix_row(row, faults, options, job.name, line)
+        elif job.compare and not faults and may_change(row, job.is_json):
+            found.suspects.append(Suspect(position, location, row))
+        for reason, detail in faults:
+            found.findings.append(Finding(**location, reason=reason, detail=detail, mended=not left))
         if left:
-            details = {"reason": left[0][0], "detail": "; ".join(detail or reason for reason, detail in left)}
-            result.rejected.append(where | details)
-    if fix:
-        result.encoded = {block.split: encode_rows(rows, out.suffix == ".jsonl")}
-    result.payload = findings
+            details = "; ".join([fault.detail or fault.reason for fault in left])
+            result.rejected.append(location | {"reason": left[0].reason, "detail": details})
+        elif job.fix:
+            sound.append(row)
+    if job.fix:
+        result.encoded = {chunk.split: encode_rows(sound, job.is_jsonl)}
     return result
 
 
-class Seen:
-    """What was found, by reason: rows, mended rows, the first three places. Findings themselves are kept only where
-    --json wants them."""
+class Summary:
+    """What was found, by reason: rows, mended rows, the first places. All findings are kept only where --json wants
+    them."""
 
-    def __init__(self, keep):
-        self.rows = self.found = 0
-        self.reasons, self.mended, self.first, self.kept = Counter(), Counter(), {}, [] if keep else None
+    def __init__(self, keep: bool) -> None:
+        self.keep = keep
+        self.rows = 0
+        self.rows_found = 0
+        self.rows_left = 0
+        self.reasons: Counter[str] = Counter()
+        self.mended: Counter[str] = Counter()
+        self.first: dict[str, list[Finding]] = {}
+        self.findings: list[Finding] = []
 
-    def add(self, total, findings):
-        self.rows += total
+    def add(self, rows: int, findings: list[Finding]) -> None:
+        """Count the findings of a chunk of rows."""
+        self.rows += rows
         by_row = {}
         for finding in findings:
-            by_row.setdefault(finding["line"], {}).setdefault(finding["reason"], finding)
-        self.found += len(by_row)
+            reasons = by_row.setdefault(finding.line, {})
+            reasons.setdefault(finding.reason, finding)
+        self.rows_found += len(by_row)
         for reasons in by_row.values():
+            self.rows_left += not all([finding.mended for finding in reasons.values()])
             for reason, finding in reasons.items():
                 self.reasons[reason] += 1
-                self.mended[reason] += finding["mended"]
-                if len(first := self.first.setdefault(reason, [])) < 3:
+                self.mended[reason] += finding.mended
+                first = self.first.setdefault(reason, [])
+                if len(first) < SHOWN_ROWS:
                     first.append(finding)
-        if self.kept is not None:
-            self.kept += findings
+        if self.keep:
+            self.findings += findings
 
-    def show(self, path):
-        """The table: a line a reason, with the first three places and the first words."""
-        print(f"{path}: {self.rows:,} rows, {self.found:,} with findings")
-        if self.reasons:
-            width = max(map(len, self.reasons))
-            print(f"  {'reason':{width}}  {'rows':>7}  {'mended':>7}  first")
+    def print_table(self, path: Path) -> None:
+        """Print a line a reason, with the first places and words, and what helps."""
+        print(f"{path}: {self.rows:,} rows, {self.rows_found:,} with findings")
+        if not self.reasons:
+            return
+        width = max(map(len, self.reasons))
+        print(f"  {'reason':{width}}  {'rows':>7}  {'mended':>7}  first")
         for reason, count in sorted(self.reasons.items(), key=lambda item: (-item[1], item[0])):
-            firsts = self.first[reason]
-            where = ", ".join(f"{f['file']}:{f['line']}" + (f" ({f['id']})" if f["id"] else "") for f in firsts)
-            print(f"  {reason:{width}}  {count:>7,}  {self.mended[reason]:>7,}  {where}")
-            if firsts[0]["detail"]:
-                print(f"      {firsts[0]['detail'][:200]}")
+            places = ", ".join(map(format_place, self.first[reason]))
+            print(f"  {reason:{width}}  {count:>7,}  {self.mended[reason]:>7,}  {places}")
+            detail = self.first[reason][0].detail
+            if detail:
+                print(f"      {detail[:200]}")
+            if reason in REMEDIES:
+                print(f"      what helps: {REMEDIES[reason]}")
+
+    def mended_counts(self) -> dict[str, int]:
+        return dict(sorted((+self.mended).items()))
 
 
-def main():
+def format_place(finding: Finding) -> str:
+    name = f" ({finding.id})" if finding.id else ""
+    return f"{finding.file}:{finding.line}{name}"
+
+
+class Check:
+    """One run over the rows of a path."""
+
+    def __init__(self, args: Namespace, paths: list) -> None:
+        self.args = args
+        self.paths = paths
+        self.flags = read_flags(args)
+        self.options = load_options(self.flags)
+        load_options.cache_clear()  # one of the chunks may be worked on in this process
+        self.summary = Summary(args.json is not None)
+        self.input_hashes: dict[str, str] = {}
+        self.loader = None
+        if not args.fix and len(paths) == 1 and can_be_loaded(paths[0]):
+            self.loader = Loader(paths[0])
+
+    def check_chunks(self) -> Iterator[ChunkResult]:
+        """Check all rows; yield the results, whose findings are in the summary then. Raises UsageError."""
+        args = self.args
+        job = CheckJob(
+            self.flags,
+            name=args.path.stem,
+            fix=args.fix,
+            is_jsonl=args.fix and args.out.suffix == ".jsonl",
+            compare=self.loader is not None,
+            is_json=args.path.suffix in JSON_FILES,
+        )
+        chunks = read_chunks(self.paths, self.input_hashes)
+        starts = Counter()  # of the next chunk, by split
+        for result in parallel_map(partial(check_chunk, job=job), chunks, args.num_proc):
+            split = result.payload.split
+            findings = result.payload.findings
+            for position, location, row in result.payload.suspects:
+                change = self.loader.find_change(split, starts[split] + position, row)
+                if change:
+                    findings.append(Finding(**location, reason=CHANGED, detail=change))
+            starts[split] += result.rows_in
+            findings.sort(key=lambda finding: finding.line)
+            self.summary.add(result.rows_in, findings)
+            yield result
+        if not self.summary.rows:
+            raise UsageError(f"{args.path}: no rows: pass rows of messages (python -m data_prep.normalize makes them)")
+        if self.loader is not None and self.loader.failure and not self.summary.rows_found:
+            raise UsageError(f"a recipe cannot load the rows, though each is sound: {self.loader.failure}")
+
+    def template_hash(self) -> dict[str, str]:
+        template = self.options.renderer.template
+        if not template:
+            return {}
+        return {"template": hashlib.sha256(template.encode()).hexdigest()}
+
+    def write_fixed(self) -> int:
+        """Write the sound rows; return the number of those that are not. Raises UsageError."""
+        args = self.args
+        with DatasetWriter(args.out, "check.py") as writer:
+            writer.input_hashes = self.input_hashes
+            for result in self.check_chunks():
+                writer.add(result)
+            refused = writer.refused.total()
+            kept = writer.rows_out.total()
+            self.summary.print_table(args.path)
+            if kept:
+                writer.close({"mended": self.summary.mended_counts(), **self.template_hash()})
+                print(f"{args.out}: {kept:,} rows, {refused:,} left out")
+            else:
+                print(f"no row of {args.path} is sound: see {writer.close_rejected()}", file=sys.stderr)
+        return refused
+
+    def write_findings(self, path: Path) -> None:
+        """Write --json, in ASCII: a refused row may hold half a surrogate pair. Raises UsageError."""
+        report = {
+            "script": "check.py",
+            "in": self.summary.rows,
+            "found": dict(sorted(self.summary.reasons.items())),
+            **self.template_hash(),
+            "mended": self.summary.mended_counts(),
+            "versions": {"python": platform.python_version(), "pyarrow": version("pyarrow")},
+            "input": self.input_hashes,
+            "findings": [asdict(finding) for finding in self.summary.findings],
+        }
+        write_text(path, json.dumps(report, indent=2) + "\n")
+
+
+def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("path", type=Path, metavar="PATH", help="rows: a file or a save_to_disk folder")
     parser.add_argument("--chat_template_path", help="the template that the rows will be trained with")
     parser.add_argument("--model_name_or_path", help="folder or hub id of the tokenizer")
     parser.add_argument("--max_length", type=int, help="tokens; longer rows are found")
-    parser.add_argument("--lang", nargs="+", default=(), help="languages that rows and answers may have: zh en ja ko")
+    parser.add_argument("--lang", nargs="+", help="languages that rows and answers may have: zh en ja ko")
     parser.add_argument("--recipe", help="takes template, tokenizer and max_length from its DEFAULTS; flags win")
     parser.add_argument("--fix", action="store_true", help="mend what has one right answer and write --out")
     parser.add_argument("--out", type=Path, help="NAME.jsonl, or a folder that does not exist yet; with --fix")
@@ -335,50 +662,24 @@ def main():
     return run_command(parser, run)
 
 
-def run(args):
-    """The exit code; raises UsageError."""
+def run(args: Namespace) -> int:
+    """Return the exit code; raise UsageError."""
     if args.fix != (args.out is not None):
         raise UsageError("--fix and --out go together: pass both, or neither to look only")
     paths = find_inputs([args.path])
-    if args.fix and args.path.is_dir() and (args.path / "dataset_dict.json").is_file():
-        check_output_path(args.out, list_splits(args.path))
-    given = args.recipe, args.chat_template_path, args.model_name_or_path, args.max_length, tuple(args.lang)
-    against, seen, inputs = against_of(*given), Seen(args.json), {}
-    against_of.cache_clear()  # one block is worked on here, told or not
-    used = {"template": hashlib.sha256(against.template.encode()).hexdigest()} if against.template else {}
-    job = partial(work, given=given, name=args.path.stem, fix=args.fix, out=args.out)
-
-    def looked():
-        for result in parallel_map(job, read_chunks(paths, inputs), args.num_proc):
-            seen.add(result.rows_in, result.payload)
-            yield result
-
-    refused = 0
+    if args.fix and is_dataset_folder(args.path):
+        check_output_path(args.out, open_splits(args.path))
+    check = Check(args, paths)
     if args.fix:
-        with DatasetWriter(args.out, "check.py") as writer:
-            writer.input_hashes = inputs
-            for result in looked():
-                writer.add(result)
-            refused, kept = writer.refused.total(), sum(writer.rows_out.values())
-            if kept:
-                writer.close({"mended": dict(sorted((+seen.mended).items())), **used})
+        left = check.write_fixed()
     else:
-        refused = sum(len(result.rejected) for result in looked())
-    if not seen.rows:
-        raise UsageError(f"{args.path}: no rows: pass rows of messages (python -m data_prep.normalize makes them)")
-    seen.show(args.path)
-    if args.json:
-        report = {"script": "check.py", "in": seen.rows, "found": dict(sorted(seen.reasons.items())), **used}
-        report |= {"mended": dict(sorted((+seen.mended).items()))}
-        report |= {"versions": {"python": platform.python_version(), "pyarrow": version("pyarrow")}}
-        report |= {"input": inputs, "findings": seen.kept}
-        # in ASCII: a refused row may hold half a surrogate pair
-        write_text(args.json, json.dumps(report, indent=2) + "\n")
-    if args.fix and not kept:
-        print(f"{args.out}: not written, no row of {args.path} is sound", file=sys.stderr)
-    elif args.fix:
-        print(f"{args.out}: {kept:,} rows, {refused:,} left out")
-    return 1 if refused else 0
+        for _ in check.check_chunks():
+            pass
+        check.summary.print_table(args.path)
+        left = check.summary.rows_left
+    if args.json is not None:
+        check.write_findings(args.json)
+    return 1 if left else 0
 
 
 if __name__ == "__main__":

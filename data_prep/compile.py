@@ -24,387 +24,463 @@ Exit 0: done, some rows may be refused. 1: nothing left, nothing written. 2: bad
 
 import hashlib
 import json
-import os
-import shutil
 import sys
+from argparse import Namespace
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from types import SimpleNamespace
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from data_prep.common.arrow_rows import schema_of
 from data_prep.common.chunks import Chunk
 from data_prep.common.command_line import add_num_proc, format_counts, make_parser, run_command
-from data_prep.common.errors import UsageError
-from data_prep.common.json_text import dump_json_lenient
-from data_prep.common.packing import MAP_BATCH, pack_lengths
+from data_prep.common.errors import InvalidRow, UsageError
+from data_prep.common.fast_tokens import missing_name
+from data_prep.common.packing import batches, nest, pack_columns
 from data_prep.common.parallel import parallel_map
-from data_prep.common.readers import find_inputs, list_splits, relative_names
-from data_prep.common.recipe_rows import load_rows, load_sets, split_by_prompt
-from data_prep.common.recipe_settings import read_settings, require_named_mask
-from data_prep.common.rendering import load_renderer
-from data_prep.common.tokens import check_chat, tokenize_rows
-from data_prep.common.writer import SHARD, ChunkResult, check_output_path, explain_os_errors, make_report, write_utf8
+from data_prep.common.readers import find_inputs, open_splits, relative_names
+from data_prep.common.recipe_rows import load_rows, load_sets, shuffle, split_by_prompt
+from data_prep.common.recipe_settings import (
+    LENGTH_REMEDY,
+    Settings,
+    add_recipe_flags,
+    read_settings,
+    require_named_mask,
+)
+from data_prep.common.rendering import Renderer, hash_tokenizer, load_renderer
+from data_prep.common.tokens import MASKED, Document, FailedRow, NumberedRow, check_chat, tokenize_rows
+from data_prep.common.writer import ChunkResult, DatasetWriter, SplitFile, check_output_path, explain_os_errors
 
-INTEGERS = {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "List"}
-FEATURES = {
-    "input_ids": INTEGERS,
-    "labels": INTEGERS,
-    "seq_lengths": INTEGERS,
-    "ids": {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"},
-}
-SCHEMA = schema_of(FEATURES)
-MASKED, TOO_LONG = "nothing to train", "longer than max_length"
+if TYPE_CHECKING:
+    from datasets import Dataset
 
-
-def boolean(word):
-    if word.lower() not in ("true", "false"):
-        raise ValueError(word)
-    return word.lower() == "true"
-
-
-FLAGS = {  # of the recipe: name: type
-    "model_name_or_path": str, "chat_template_path": str, "assistant_only_loss": boolean, "dataset_train_split": str,
-    "dataset_test_split": str, "max_length": int, "packing": boolean, "eval_rows": int, "seed": int,
-}  # fmt: skip
+SCHEMA = pa.schema(
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int32())),
+        ("seq_lengths", pa.list_(pa.int32())),
+        ("ids", pa.list_(pa.string())),
+    ]
+)
+NOT_RENDERED = "template refuses the row"  # reasons in rejected.jsonl
+NOTHING_TO_TRAIN = "nothing to train"
+TOO_LONG = "longer than max_length"
+FLAGS = (
+    "model_name_or_path",
+    "chat_template_path",
+    "assistant_only_loss",
+    "dataset_train_split",
+    "dataset_test_split",
+    "max_length",
+    "packing",
+    "eval_rows",
+    "seed",
+)
 
 
 # -- which rows, in the order in which the recipe packs them ----------------------------------------------------------
-def splits_of(data, settings):
-    """{split: (rows, order)}. Raises UsageError."""
+class OrderedRows(NamedTuple):
+    """Rows, and the positions of those that are wanted, in their order."""
+
+    rows: "Dataset"
+    order: list[int]
+
+
+def read_splits(data: Path, settings: Settings) -> dict[str, OrderedRows]:
+    """Return the splits that the recipe would train on and validate with. Raises UsageError."""
     rows, order, note = load_rows(data, settings)
-    if "input_ids" in rows.column_names:
-        raise UsageError(f"{data}: its rows are tokens already: pass the rows of messages that they were made of")
-    name, sets = settings.dataset_test_split, load_sets(Path(data), settings.dataset_train_split)
-    splits = {settings.dataset_train_split: (rows, order)}
+    check_not_compiled(data, rows)
+    sets = load_sets(data, settings.dataset_train_split)
+    splits = {settings.dataset_train_split: OrderedRows(rows, order)}
+    name = settings.dataset_test_split
     if name in sets:
-        if name != settings.dataset_train_split and len(sets[name]):
-            splits[name] = sets[name], shuffled([*range(len(sets[name]))], settings)
+        if name == settings.dataset_train_split or not len(sets[name]):
+            return splits
+        validation = OrderedRows(sets[name], list(range(len(sets[name]))))
     elif settings.eval_rows:
-        _, validation = split_by_prompt(rows, settings.eval_rows, settings.seed)
-        if not validation:
+        validation = OrderedRows(rows, split_by_prompt(rows, settings.eval_rows, settings.seed)[1])
+        if not validation.order:
             raise UsageError(f"{data}: {note}")
-        splits[name] = rows, shuffled(validation, settings)
+    else:
+        return splits
+    if settings.shuffle_dataset:  # as TRL shuffles before it packs
+        validation = OrderedRows(validation.rows, shuffle(validation.order, settings.seed))
+    splits[name] = validation
     return splits
 
 
-def shuffled(order, settings):
-    """As datasets shuffles before TRL packs, where it is asked to."""
-    if not settings.shuffle_dataset:
-        return order
-    return [order[i] for i in np.random.default_rng(settings.seed).permutation(len(order)).tolist()]
+def check_not_compiled(data: Path, rows: "Dataset") -> None:
+    if "input_ids" in rows.column_names:
+        raise UsageError(f"{data}: its rows are tokens already: pass the rows of messages that they were made of")
 
 
-def blocks_of(splits, settings):
-    """Blocks of (number, row): the batches of datasets' map(), within which TRL packs, each process its own stretch."""
-    for split, (rows, order) in splits.items():
-        shares = min(settings.dataset_num_proc or 1, len(order)) or 1
-        size, rest = divmod(len(order), shares)
-        start = 0
-        for share in range(shares):
-            stop = start + size + (share < rest)
-            for first in range(start, stop, MAP_BATCH):
-                chosen = order[first : min(first + MAP_BATCH, stop)]
-                yield Chunk(split, split, first, [*zip(chosen, rows.select(chosen), strict=True)])
-            start = stop
+def read_blocks(split: str, ordered: OrderedRows, num_proc: int | None) -> Iterator[Chunk]:
+    """Yield chunks of NumberedRow: the batches within which TRL packs, with dataset_num_proc processes."""
+    for batch in batches(len(ordered.order), num_proc):
+        numbers = [ordered.order[position] for position in batch]
+        rows = ordered.rows.select(numbers)
+        numbered = [NumberedRow(number, row) for number, row in zip(numbers, rows, strict=True)]
+        yield Chunk(split, split, batch.start, numbered)
 
 
 # -- one block --------------------------------------------------------------------------------------------------------
+@dataclass
+class CompiledDocument:
+    """The tokens of a row, and those of its labels that are trained, -100 elsewhere: (tokens,) int32."""
+
+    name: str
+    ids: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass
+class CompiledBlock:
+    """What compile_block makes of a block: packs, or what sequential packs are made of."""
+
+    documents: int = 0  # kept ones
+    packs: pa.RecordBatch | None = None
+    unpacked: list[CompiledDocument | None] = field(default_factory=list)  # None where a row is too long
+
+
 @cache
-def prepared(given):
-    """(settings, Against) of settings as JSON: one load a process."""
-    settings = SimpleNamespace(**json.loads(given))
-    return settings, load_renderer(settings)
+def open_renderer(settings: str) -> Renderer:
+    """Return the Renderer of settings in JSON: loaded once a process."""
+    return load_renderer(Settings(**json.loads(settings)))
 
 
-def work(block, given, chat):
-    """Result of a Block of (number, row); packed: {split: RecordBatch of packs}, more: tokens in it that are trained. A
-    sequential pack may span blocks: there the packs are single documents, and more than max_length tokens are none."""
-    settings, against = prepared(given)
-    failed, result, kept = [], ChunkResult(rows_in=len(block.data)), []
-    docs = tokenize_rows(block.data, against, settings, chat, failed, encodings=False)
+def dump_settings(settings: Settings) -> str:
+    return json.dumps(vars(settings))
+
+
+def compile_block(block: Chunk, settings: Settings, chat: bool) -> ChunkResult:
+    """Tokenize and pack a block of NumberedRow; payload: a CompiledBlock, counts: what max_length cuts off."""
+    renderer = open_renderer(dump_settings(settings))
+    failed: list[FailedRow] = []
+    result = ChunkResult(rows_in=len(block.data), payload=CompiledBlock())
+    documents = tokenize_rows(block.data, renderer, settings, chat, failed, encodings=False)
     for number, row, reason in failed:
-        result.rejected.append(rejected(block.split, number, row, "template refuses the row", reason))
-    sequential = settings.packing and settings.packing_strategy == "sequential"
-    for doc in docs:
-        ids, limit = np.array(doc.ids, np.int32), settings.max_length
-        labels = np.full(len(ids), -100, np.int32)
-        for start, end in doc.spans:
-            labels[start:end] = ids[start:end]
-        name = doc.row.get("id")
-        name = str(doc.number if name in (None, "") else name)
-        live = int((labels != -100).sum())
-        if sequential and len(ids) > limit:
-            said = f"{len(ids):,} tokens, {limit:,} fit"
-            result.rejected.append(rejected(block.split, doc.number, doc.row, TOO_LONG, said))
-            kept.append((ids[:0], labels[:0], name))
-            continue
-        if not settings.packing and limit:
-            end = settings.truncation_mode == "keep_end"
-            ids, labels = (part[-limit:] if end else part[:limit] for part in (ids, labels))
-        if not live or not (settings.packing or (labels != -100).any()):
-            said = "no token of the assistant" if not live else f"none within {limit} tokens"
-            result.rejected.append(rejected(block.split, doc.number, doc.row, MASKED, said))
-            continue
-        if limit and len(doc.ids) > limit and settings.packing_strategy != "bfd_split":
-            lost = live - int(((labels if not settings.packing else labels[:limit]) != -100).sum())
-            result.counts += Counter(rows=1, tokens=len(doc.ids) - limit, trained=lost)
-        kept.append((ids, labels, name))
-    packs = [[(index, 0, len(ids))] for index, (ids, _, _) in enumerate(kept)]
-    if settings.packing and not sequential:
-        packs = pack_lengths([len(ids) for ids, _, _ in kept], settings.max_length, settings.packing_strategy)
-    result.encoded = {block.split: batch_of([[(*kept[index], a, b) for index, a, b in one] for one in packs])}
-    result.payload = {"documents": len(kept) - sum(entry["reason"] == TOO_LONG for entry in result.rejected)}
+        result.rejected.append(rejected_entry(block.split, number, row, NOT_RENDERED, reason))
+    kept: list[CompiledDocument | None] = []
+    for document in documents:
+        try:
+            kept.append(compile_document(document, settings))
+        except InvalidRow as refusal:
+            result.rejected.append(
+                rejected_entry(block.split, document.number, document.row, refusal.reason, refusal.detail)
+            )
+            if refusal.reason == TOO_LONG:
+                kept.append(None)
+        else:
+            result.counts += count_truncated(document, settings)
+    result.payload.documents = len(kept) - kept.count(None)
+    if is_sequential(settings):
+        result.payload.unpacked = kept
+    elif settings.packing and kept:
+        result.payload.packs = pack_documents(kept, settings)
+    else:
+        result.payload.packs = make_packs([[document] for document in kept])
     return result
 
 
-def rejected(split, number, row, reason, detail):
+def rejected_entry(split: str, number: int, row: dict, reason: str, detail: str) -> dict:
+    """Return an entry of rejected.jsonl. number: of the row, from 0."""
     return {"file": split, "line": number + 1, "id": str(row.get("id") or ""), "reason": reason, "detail": detail}
 
 
-def batch_of(packs):
-    """A RecordBatch of packs: lists of (ids, labels, name, start, end)."""
-    tokens = [[ids[a:b] for ids, _, _, a, b in one] for one in packs]
-    labels = [[part[a:b].copy() for _, part, _, a, b in one] for one in packs]
-    for part in (part for one in labels for part in one if len(part)):
-        part[0] = -100
-    lengths = [[len(part) for part in one] for one in tokens]
-    columns = [nested([sum(one) for one in lengths], flat(parts)) for parts in (tokens, labels)]
-    sizes = [len(one) for one in packs]
-    columns.append(nested(sizes, np.array([n for one in lengths for n in one], np.int32)))
-    columns.append(nested(sizes, [name for one in packs for _, _, name, _, _ in one], pa.string()))
+def is_sequential(settings: Settings) -> bool:
+    return settings.packing and settings.packing_strategy == "sequential"
+
+
+def compile_document(document: Document, settings: Settings) -> CompiledDocument:
+    """Return the ids and labels of a row, truncated where it is not packed. Raises InvalidRow where nothing is trained,
+    and in sequential packs for a row that is too long."""
+    limit = settings.max_length
+    if is_sequential(settings) and len(document.ids) > limit:
+        raise InvalidRow(TOO_LONG, f"{len(document.ids):,} tokens, {limit:,} fit")
+    if not document.trained():
+        raise InvalidRow(NOTHING_TO_TRAIN, "no token of the assistant")
+    ids = np.array(document.ids, np.int32)
+    labels = document.labels()
+    if not settings.packing:
+        kept = kept_tokens(len(ids), settings)
+        ids = ids[kept]
+        labels = labels[kept]
+        if not (labels != MASKED).any():
+            raise InvalidRow(NOTHING_TO_TRAIN, f"none within {limit} tokens")
+    name = document.row.get("id")
+    if name in (None, ""):
+        name = document.number
+    return CompiledDocument(str(name), ids, labels)
+
+
+def kept_tokens(length: int, settings: Settings) -> slice:
+    """Return the tokens of a row that truncation leaves."""
+    if not settings.max_length:
+        return slice(0, length)
+    if settings.truncation_mode == "keep_end" and not settings.packing:
+        return slice(max(0, length - settings.max_length), length)
+    return slice(0, min(length, settings.max_length))
+
+
+def count_truncated(document: Document, settings: Settings) -> Counter[str]:
+    """Count what truncation takes of a row: rows, tokens, trained tokens."""
+    kept = kept_tokens(len(document.ids), settings)
+    lost = len(document.ids) - (kept.stop - kept.start)
+    if not lost or settings.packing_strategy == "bfd_split":
+        return Counter()
+    return Counter(rows=1, tokens=lost, trained=document.trained() - document.trained(kept.start, kept.stop))
+
+
+# -- packs ------------------------------------------------------------------------------------------------------------
+def pack_documents(documents: list[CompiledDocument], settings: Settings) -> pa.RecordBatch:
+    """Return TRL's packs of documents."""
+    sizes = [len(document.ids) for document in documents]
+    columns = {
+        "input_ids": nest(sizes, pa.array(np.concatenate([document.ids for document in documents]))),
+        "labels": nest(sizes, pa.array(np.concatenate([document.labels for document in documents]))),
+        "document": nest(sizes, pa.array(np.repeat(np.arange(len(documents), dtype=np.int32), sizes))),
+    }
+    packs = pack_columns(columns, settings.max_length, settings.packing_strategy)
+    ids, labels, numbers, lengths = (packs[name].chunk(0) for name in (*columns, "seq_lengths"))
+    sizes = lengths.flatten().to_numpy()
+    starts = np.cumsum(sizes) - sizes
+    names = [documents[number].name for number in numbers.flatten().to_numpy()[starts].tolist()]
+    return make_batch(ids.flatten().to_numpy(), labels.flatten().to_numpy(), sizes, names, lengths.value_lengths())
+
+
+def make_packs(packs: list[list[CompiledDocument]]) -> pa.RecordBatch:
+    """Return packs of these documents."""
+    documents = [document for pack in packs for document in pack]
+    if not documents:
+        return pa.RecordBatch.from_pylist([], SCHEMA)
+    ids = np.concatenate([document.ids for document in documents])
+    labels = np.concatenate([document.labels for document in documents])
+    sizes = np.array([len(document.ids) for document in documents], np.int32)
+    names = [document.name for document in documents]
+    return make_batch(ids, labels, sizes, names, [len(pack) for pack in packs])
+
+
+def make_batch(
+    ids: np.ndarray, labels: np.ndarray, sizes: np.ndarray, names: list[str], documents_of_packs: list[int] | pa.Array
+) -> pa.RecordBatch:
+    """Return packs of their tokens in a row: ids and labels (tokens,), sizes and names (documents,).
+
+    The first token of a document is masked: nothing before it predicts it.
+    """
+    labels = labels.copy()
+    labels[np.cumsum(sizes) - sizes] = MASKED
+    last_documents = np.cumsum(documents_of_packs) - 1
+    tokens_of_packs = np.diff(np.cumsum(sizes)[last_documents], prepend=0)
+    columns = [
+        nest(tokens_of_packs, pa.array(ids)),
+        nest(tokens_of_packs, pa.array(labels)),
+        nest(documents_of_packs, pa.array(sizes)),
+        nest(documents_of_packs, pa.array(names, pa.string())),
+    ]
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 
-def flat(parts):
-    parts = [part for one in parts for part in one]
-    return np.concatenate(parts) if parts else np.zeros(0, np.int32)
-
-
-def nested(sizes, values, kind=None):
-    offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, kind))
-
-
-def documents_of(batch):
-    """(ids, labels, name) of each row of a RecordBatch whose packs are single documents."""
-    tokens, labels, _, names = (column.flatten() for column in batch.columns)
-    ends = batch.column(0).offsets.to_numpy()
-    for start, end, name in zip(ends, ends[1:], names.to_pylist(), strict=False):
-        yield tokens.slice(start, end - start).to_numpy(), labels.slice(start, end - start).to_numpy(), name
-
-
 class NextFit:
-    """Packs in the order of the documents: into the open pack where there is room, else into a new one."""
+    """Packs in the order of the documents: into the open pack where it fits, else into a new one."""
 
-    def __init__(self, max_length):
-        self.room = self.max_length = max_length
-        self.open = []
+    def __init__(self, max_length: int) -> None:
+        self.max_length = max_length
+        self.open: list[CompiledDocument] = []
+        self.tokens = 0  # in the open pack
 
-    def add(self, batch):
-        """A RecordBatch of the packs that these documents close."""
+    def add(self, documents: list[CompiledDocument | None]) -> pa.RecordBatch:
+        """Return the packs that these documents close; None stands for a row that is too long, which closes one too."""
         closed = []
-        for ids, labels, name in documents_of(batch):
-            if self.open and (len(ids) > self.room or not len(ids)):  # an empty one stands for a row too long
+        for document in documents:
+            if self.open and (document is None or self.tokens + len(document.ids) > self.max_length):
                 closed.append(self.open)
-                self.open, self.room = [], self.max_length
-            if len(ids):
-                self.open.append((ids, labels, name, 0, len(ids)))
-                self.room -= len(ids)
-        return batch_of(closed)
+                self.open = []
+                self.tokens = 0
+            if document is not None:
+                self.open.append(document)
+                self.tokens += len(document.ids)
+        return make_packs(closed)
 
-    def close(self):
-        last, self.open, self.room = [self.open] if self.open else [], [], self.max_length
-        return batch_of(last)
+    def close(self) -> pa.RecordBatch:
+        """Return the open pack."""
+        return make_packs([self.open] if self.open else [])
 
 
 # -- the set ----------------------------------------------------------------------------------------------------------
-class SetWriter:
-    """Writes OUT, a dataset folder, aside and renames it in close(); without close() nothing is left."""
+class PackFile(SplitFile):
+    """The packs of one split in the making."""
 
-    def __init__(self, out):
-        check_output_path(out)
-        self.out, self.aside = out, out.with_name(f".{out.name}.{os.getpid()}.part")
-        self.refused, self.found, self.digests, self.names, self.open = Counter(), {}, {}, {}, None
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.file = pa.OSFile(str(path), "wb")
+        self.stream = pa.ipc.new_stream(self.file, SCHEMA)
+        self.totals: Counter[str] = Counter()  # packs, tokens, trained
 
-    def __enter__(self):
-        with explain_os_errors(self.out):
-            self.aside.mkdir(parents=True)
-            self.rejected = open(self.aside / "rejected.jsonl", "wb")
-        return self
+    def write(self, packs: pa.RecordBatch) -> None:
+        self.stream.write_batch(packs)
+        for number in range(len(packs)):  # a pack at a time: the same hash whatever the blocks
+            for column in packs.columns:
+                self.digest.update(digest_values(column[number].values))
+        labels = packs.column("labels").flatten().to_numpy()
+        self.totals.update(packs=len(packs), tokens=len(labels), trained=int((labels != MASKED).sum()))
 
-    def __exit__(self, *_):
-        with suppress(OSError, pa.ArrowInvalid):
-            self.rejected.close()
-            self.shut()
-        shutil.rmtree(self.aside, ignore_errors=True)
-
-    def reject(self, entry):
-        with explain_os_errors(self.out):
-            self.refused[entry["reason"]] += 1
-            self.rejected.write(dump_json_lenient(entry) + b"\n")
-
-    def write(self, split, batch):
-        with explain_os_errors(self.out):
-            found = self.found.setdefault(split, Counter())
-            if not len(batch):
-                return
-            if self.open is None or self.open[0] != split or self.open[3] >= SHARD:
-                self.next_shard(split)
-            _, file, stream, _ = self.open
-            stream.write_batch(batch)
-            self.open[3] += batch.nbytes
-            digest = self.digests.setdefault(split, hashlib.sha256())
-            for number in range(len(batch)):  # a pack at a time: the same whatever the blocks
-                for column in batch.columns:
-                    digest.update(digest_of(column[number].values))
-            labels = batch.column(1).flatten().to_numpy()
-            found["packs"] += len(batch)
-            found["tokens"] += len(labels)
-            found["trained"] += int((labels != -100).sum())
-
-    def next_shard(self, split):
-        self.shut()
-        folder, names = self.aside / split, self.names.setdefault(split, [])
-        folder.mkdir(exist_ok=True)
-        names.append(f"{len(names):05d}.arrow")
-        file = pa.OSFile(str(folder / names[-1]), "wb")
-        self.open = [split, file, pa.ipc.new_stream(file, SCHEMA), 0]
-
-    def shut(self):
-        if self.open:
-            self.open[2].close()
-            self.open[1].close()
-            self.open = None
-
-    def close(self, report, card):
-        with explain_os_errors(self.out):
-            self.shut()
-            self.rejected.close()
-            for split, names in self.names.items():
-                folder = self.aside / split
-                final = [f"data-{number:05d}-of-{len(names):05d}.arrow" for number in range(len(names))]
-                for name, last in zip(names, final, strict=True):
-                    (folder / name).rename(folder / last)
-                state = {"_data_files": [{"filename": name} for name in final], "_split": split}
-                state |= {"_fingerprint": self.digests[split].hexdigest()[:16], "_output_all_columns": False}
-                state |= {"_format_columns": None, "_format_kwargs": {}, "_format_type": None}
-                info = {"citation": "", "description": "", "features": FEATURES, "homepage": "", "license": ""}
-                write_utf8(folder / "state.json", json.dumps(state, indent=2, sort_keys=True))
-                write_utf8(folder / "dataset_info.json", json.dumps(info, indent=2))
-            write_utf8(self.aside / "dataset_dict.json", json.dumps({"splits": [*self.names]}))
-            write_utf8(self.aside / "card.md", card)
-            write_utf8(self.aside / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-            self.aside.rename(self.out)
+    def close(self) -> None:
+        self.stream.close()
+        self.file.close()
 
 
-def digest_of(values):
+def digest_values(values: pa.Array) -> bytes:
+    """Return the sha256 of integers as 32-bit little-endian, of strings as a JSON list."""
     if pa.types.is_integer(values.type):
         return hashlib.sha256(values.to_numpy().astype("<i4").tobytes()).digest()
     return hashlib.sha256(json.dumps(values.to_pylist()).encode()).digest()
 
 
-def made_with(settings, against):
-    """What the tokens depend on beside the rows, as report.json and recipes/hooks compare it: sha256 of what the
-    tokenizer's file says, of the template's text, and the arguments."""
-    said = json.loads(against.tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+def describe_tokenizer(settings: Settings, renderer: Renderer) -> dict:
+    """Return what the tokens depend on beside the rows, as report.json and recipes/hooks compare it: sha256 of what the
+    tokenizer's file says and of the template's text, and the arguments."""
     return {
-        "tokenizer": hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest(),
-        "template": hashlib.sha256((against.template or "").encode()).hexdigest(),
-        "kwargs": {"assistant_only_loss": settings.assistant_only_loss, "special_tokens": against.names},
+        "tokenizer": hash_tokenizer(renderer.tokenizer),
+        "template": hashlib.sha256((renderer.template or "").encode()).hexdigest(),
+        "kwargs": {
+            "assistant_only_loss": settings.assistant_only_loss,
+            "special_tokens": renderer.special_tokens,
+        },
     }
 
 
-def hashes_of(data):
-    """{name: sha256} of the files of DATA."""
+def hash_inputs(data: Path) -> dict[str, str]:
+    """Return {name: sha256} of the files of DATA."""
     path = find_inputs([data])[0]
-    files = {relative_names([path])[path]: [path]} if path.is_file() else list_splits(path)
-    hashes = {}
-    for name, parts in files.items():
-        digest = hashlib.sha256()
-        for part in parts:
-            with open(part, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        hashes[name] = digest.hexdigest()
-    return hashes
+    if not path.is_file():
+        return {name: split.hash() for name, split in open_splits(path).items()}
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").digest()
+    return {relative_names([path])[path]: hashlib.sha256(digest).hexdigest()}
 
 
-def main():
+# -- the command ------------------------------------------------------------------------------------------------------
+def main() -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("data", metavar="DATA", help=".jsonl, .json or .parquet file, or a save_to_disk folder")
-    parser.add_argument("--recipe", required=True, help="a recipes/NAME.py, whose DEFAULTS hold")
-    parser.add_argument("--config", help="YAML file of a recipe's names: DEFAULTS < YAML < flags")
+    parser.add_argument("data", metavar="DATA", type=Path, help=".jsonl, .json or .parquet, or a save_to_disk folder")
     parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
     parser.add_argument("--packing_strategy", choices=("bfd", "bfd_split", "sequential"), help="as in the recipe, or")
-    for name, kind in FLAGS.items():
-        parser.add_argument(f"--{name}", type=kind, help="as in the recipe")
+    add_recipe_flags(parser, FLAGS)
     add_num_proc(parser)
     return run_command(parser, compile_set)
 
 
-def compile_set(args):
-    """The exit code; raises UsageError."""
-    check_output_path(args.out)
-    sequential = args.packing_strategy == "sequential"
+def read_compile_settings(args: Namespace) -> Settings:
+    """Return the settings of the recipe, where packing_strategy may be sequential too. Raises UsageError."""
     flags = {name: getattr(args, name) for name in FLAGS}
-    flags |= {"packing_strategy": "bfd" if sequential else args.packing_strategy}
-    flags |= {"packing": True} if sequential and args.packing is None else {}
+    flags["packing_strategy"] = args.packing_strategy
+    if args.packing_strategy == "sequential":
+        flags["packing_strategy"] = "bfd"  # sequential is no strategy of TRL
+        if args.packing is None:
+            flags["packing"] = True
     settings = read_settings(args.recipe, args.config, flags)
     if settings.packing_strategy == "wrapped" and settings.packing:
-        raise UsageError("packing_strategy wrapped: joins documents, and this set keeps them apart: pass "
-                       "--packing_strategy bfd_split, or leave it to the recipe")  # fmt: skip
-    settings.packing_strategy = "sequential" if sequential else settings.packing_strategy
+        raise UsageError(
+            "packing_strategy wrapped: joins documents, and this set keeps them apart: pass --packing_strategy "
+            "bfd_split, or leave it to the recipe"
+        )
+    if args.packing_strategy == "sequential":
+        settings.packing_strategy = "sequential"
     require_named_mask(settings, args.assistant_only_loss)
-    splits = splits_of(args.data, settings)
-    given = json.dumps(vars(settings))
-    against = prepared(given)[1]
-    train, order = splits[settings.dataset_train_split]
-    chat = check_chat(train[order[0]], against, settings) if order else False
-    with SetWriter(args.out) as writer:
-        report, lines = compiled(writer, splits, partial(work, given=given, chat=chat), settings, args)
-        if not writer.found or not writer.found[settings.dataset_train_split]["packs"]:
+    return settings
+
+
+def compile_set(args: Namespace) -> int:
+    """Compile DATA and return the exit code. Raises UsageError."""
+    check_output_path(args.out)
+    settings = read_compile_settings(args)
+    splits = read_splits(args.data, settings)
+    renderer = open_renderer(dump_settings(settings))
+    train = splits[settings.dataset_train_split]
+    chat = bool(train.order) and check_chat(train.rows[train.order[0]], renderer, settings)
+    totals = {split: Counter() for split in splits}
+    with DatasetWriter(args.out, "compile.py", settings.seed) as writer:
+        writer.input_hashes |= hash_inputs(args.data)
+        process_block = partial(compile_block, settings=settings, chat=chat)
+        for split, ordered in splits.items():
+            blocks = read_blocks(split, ordered, settings.dataset_num_proc)
+            results = parallel_map(process_block, blocks, args.num_proc)
+            totals[split] = write_split(writer, split, results, settings)
+        if not totals[settings.dataset_train_split]:
             print(f"{args.data}: nothing left to train ({format_counts(writer.refused)})", file=sys.stderr)
             return 1
-        report |= made_with(settings, against)
-        writer.close(report, "\n".join([f"# {args.out.name}", "", *lines]) + "\n")
-    print("\n".join([f"{args.out}: {sum(report['out'].values()):,} rows, {writer.refused.total():,} refused", *lines]))
+        lines = format_table(totals, dict(writer.rows_out), settings)
+        more = {
+            "packing": settings.packing_strategy if settings.packing else "none",
+            "max_length": settings.max_length,
+            "cut": dict(sorted(writer.counts.items())),
+            "splits": {split: dict(counts) for split, counts in totals.items()},
+            **describe_tokenizer(settings, renderer),
+        }
+        writer.close(more, {"card.md": "\n".join([f"# {args.out.name}", "", *lines]) + "\n"})
+    print(f"{args.out}: {writer.rows_out.total():,} rows, {writer.refused.total():,} refused", *lines, sep="\n")
+    if writer.counts["trained"] or writer.refused[TOO_LONG]:
+        longer = writer.counts["rows"] + writer.refused[TOO_LONG]
+        print(f"{longer:,} rows are longer than max_length {settings.max_length:,}: {LENGTH_REMEDY}")
+    print_notes(renderer)
     return 0
 
 
-def compiled(writer, splits, job, settings, args):
-    """Fill the writer; (report, lines of a table)."""
-    rows, cut, total, fit, last = Counter(), Counter(), 0, NextFit(settings.max_length), None
-    sequential = settings.packing and settings.packing_strategy == "sequential"
-    for result in parallel_map(job, blocks_of(splits, settings), args.num_proc):
-        total += result.rows_in
-        cut += result.counts
-        for entry in result.rejected:
-            writer.reject(entry)
-        for split, batch in result.encoded.items():
-            if sequential and last not in (None, split):
-                writer.write(last, fit.close())
-            rows[split], last = rows[split] + result.payload["documents"], split
-            writer.write(split, fit.add(batch) if sequential else batch)
-    if sequential and last is not None:
-        writer.write(last, fit.close())
-    if total != sum(rows.values()) + writer.refused.total():
-        raise AssertionError(f"compile.py: {total} rows in are not {rows} out + {writer.refused.total()} refused")
-    hashes = {split: digest.hexdigest() for split, digest in writer.digests.items()}
-    report = make_report("compile.py", total, dict(rows), writer.refused, settings.seed, hashes_of(args.data), hashes)
-    strategy = settings.packing_strategy if settings.packing else "none"
-    report |= {"packing": strategy, "max_length": settings.max_length, "cut": dict(sorted(cut.items()))}
-    report |= {"splits": {split: dict(found) for split, found in writer.found.items()}}
+def print_notes(renderer: Renderer) -> None:
+    """Print what is odd about tokens and template, to stderr."""
+    if renderer.mismatch is not None:
+        print(renderer.mismatch, file=sys.stderr)
+    missing = missing_name()
+    if missing is not None:
+        print(f"tokens and mask took the plain path, which is slower ({missing})", file=sys.stderr)
+
+
+def write_split(writer: DatasetWriter, split: str, results: Iterator[ChunkResult], settings: Settings) -> Counter[str]:
+    """Write the packs of one split; return its packs, tokens and trained tokens, empty where there is no pack."""
+    for packs in collect_packs(writer, split, results, settings):
+        if not len(packs):
+            continue
+        with explain_os_errors(writer.out):
+            if split not in writer.splits:
+                writer.splits[split] = PackFile(writer.staging / f"{split}.rows")
+            writer.splits[split].write(packs)
+    if split not in writer.splits:
+        return Counter()
+    return writer.splits[split].totals
+
+
+def collect_packs(
+    writer: DatasetWriter, split: str, results: Iterator[ChunkResult], settings: Settings
+) -> Iterator[pa.RecordBatch]:
+    """Yield the packs of one split, and count its rows in the writer."""
+    next_fit = NextFit(settings.max_length)
+    for result in results:
+        block = result.payload
+        writer.add(result)
+        writer.rows_out[split] += block.documents
+        if is_sequential(settings):
+            yield next_fit.add(block.unpacked)
+        else:
+            yield block.packs
+    if is_sequential(settings):
+        yield next_fit.close()
+
+
+def format_table(totals: dict[str, Counter[str]], rows_out: dict[str, int], settings: Settings) -> list[str]:
+    """Return the lines of a Markdown table: a split each."""
     lines = ["| split | rows | packs | tokens | trained | filled |", "|---|---|---|---|---|---|"]
-    for split, found in writer.found.items():
-        room = found["packs"] * (settings.max_length or 0)
-        filled = f"{found['tokens'] / room:.1%}" if room and settings.packing else ""
-        numbers = [rows[split], found["packs"], found["tokens"], found["trained"]]
+    for split, counts in totals.items():
+        filled = ""
+        space = counts["packs"] * (settings.max_length or 0)
+        if space and settings.packing:
+            filled = f"{counts['tokens'] / space:.1%}"
+        numbers = [rows_out[split], counts["packs"], counts["tokens"], counts["trained"]]
         lines.append("| " + " | ".join([split, *(f"{number:,}" for number in numbers), filled]) + " |")
-    return report, lines
+    return lines
 
 
 if __name__ == "__main__":

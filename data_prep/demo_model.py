@@ -4,17 +4,23 @@
 
 The tokenizer is trained on ROWS/pretrain.jsonl and has Qwen3's pre-tokenizer (digits stand alone), special tokens and
 defaults (eos <|im_end|>, pad <|endoftext|>), but no chat template: that comes from chat_templates/. The model is a
-Qwen3ForCausalLM of about 2 million parameters with tied embeddings. Same rows and seed, same bytes.
+Qwen3ForCausalLM of 0.87 million parameters with tied embeddings. Same rows and seed, same bytes.
 
 Exit 0: done. 2: bad input, one sentence.
 """
 
 import argparse
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_prep.common.command_line import make_parser, run_command
+from data_prep.common.errors import UsageError
+from data_prep.demo_rows import staged_folder
+
+if TYPE_CHECKING:  # takes seconds to import
+    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 # the order of Qwen3's tokenizer; True: special, left out by decode(skip_special_tokens=True)
 TOKENS = {
@@ -63,19 +69,10 @@ SHAPE = {  # 0.87 million parameters
 }
 
 
-def train_tokenizer(texts, vocab_size):
-    """PreTrainedTokenizerFast with vocab_size entries, the special tokens last as in Qwen3."""
-    from tokenizers import (
-        AddedToken,
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-        processors,
-        trainers,
-    )
+def train_tokenizer(texts: list[str], vocab_size: int) -> "PreTrainedTokenizerFast":
+    """Return a tokenizer with vocab_size entries, the special tokens last as in Qwen3."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers.trainers import BpeTrainer
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
@@ -88,7 +85,7 @@ def train_tokenizer(texts, vocab_size):
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    trainer = trainers.BpeTrainer(
+    trainer = BpeTrainer(
         vocab_size=vocab_size - len(TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -106,8 +103,8 @@ def train_tokenizer(texts, vocab_size):
     )
 
 
-def build_model(tokenizer, seed):
-    """Qwen3ForCausalLM in float32 with weights drawn by seed."""
+def build_model(tokenizer: "PreTrainedTokenizerFast", seed: int) -> "Qwen3ForCausalLM":
+    """Return a model in float32 with weights drawn by seed."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -123,51 +120,39 @@ def build_model(tokenizer, seed):
     )
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--rows", type=Path, required=True, help="folder that demo_rows.py wrote")
+def read_texts(path: Path, rows: Path) -> list[str]:
+    """Return the texts to train the tokenizer on. Raises UsageError."""
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file: run python -m data_prep.demo_rows --out {rows} first")
+    try:
+        return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: not rows of text ({error}): run python -m data_prep.demo_rows again") from None
+
+
+def main() -> int:
+    parser = make_parser(__doc__)
+    parser.add_argument("--rows", type=Path, required=True, help="folder that python -m data_prep.demo_rows wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder that does not exist yet")
     parser.add_argument("--vocab_size", type=int, default=640, help="256 bytes, 26 special tokens, the rest learnt")
     parser.add_argument("--seed", type=int, default=42)
-    args = parser.parse_args()
-    source = args.rows / "pretrain.jsonl"
-    if not source.is_file():
-        print(f"{source}: no such file: run python -m data_prep.demo_rows --out {args.rows} first", file=sys.stderr)
-        return 2
-    if args.out.exists():
-        print(f"{args.out}: exists already: remove it or pass another --out", file=sys.stderr)
-        return 2
+    return run_command(parser, run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Return the exit code. Raises UsageError."""
     if args.vocab_size < 300:
-        print(
-            f"--vocab_size {args.vocab_size}: bytes and special tokens alone take 282, pass 300 or more",
-            file=sys.stderr,
-        )
-        return 2
-    try:
-        texts = [json.loads(line)["text"] for line in source.read_text(encoding="utf-8").splitlines()]
-    except (ValueError, KeyError, TypeError) as error:
-        print(f"{source}: not rows of text ({error}): run python -m data_prep.demo_rows again", file=sys.stderr)
-        return 2
+        raise UsageError(f"--vocab_size {args.vocab_size}: bytes and special tokens alone take 282, pass 300 or more")
+    with staged_folder(args.out) as folder:
+        texts = read_texts(args.rows / "pretrain.jsonl", args.rows)
+        if not sys.stderr.isatty():
+            import transformers
 
-    if not sys.stderr.isatty():
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()
-    tokenizer = train_tokenizer(texts, args.vocab_size)
-    model = build_model(tokenizer, args.seed)
-    aside = args.out.with_name(f".{args.out.name}.{os.getpid()}.part")
-    try:
-        aside.mkdir(parents=True)
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        aside.rename(args.out)
-    except OSError as error:
-        print(f"{args.out}: not written ({error}): make room or pass another --out", file=sys.stderr)
-        return 2
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            transformers.utils.logging.disable_progress_bar()
+        tokenizer = train_tokenizer(texts, args.vocab_size)
+        model = build_model(tokenizer, args.seed)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     print(f"{args.out}: {len(tokenizer)} tokens, {model.num_parameters():,} parameters")
     return 0
 

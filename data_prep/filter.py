@@ -5,15 +5,16 @@
     python -m data_prep.filter judged.jsonl --agreement --refusals --out data/agreed
     python -m data_prep.filter judged.jsonl --agreement --export preference --out pairs.jsonl
 
-PATH is a dataset folder or a file of rows. Each flag is a rule; a row stays where none is against it:
+PATH is a dataset folder or a file of rows. Each flag is a rule; a row stays that falls to none:
   --repetition   over half (or the share given) of the 10-grams of an answer or its reasoning stand in it more than
-                 once: data-juicer's word_repetition_filter. Words are ngrams.py's; where most are single characters
-                 (Chinese, Japanese, Korean) 20 make an n-gram, as a word there has about two. Code in ``` fences is
-                 not looked at. (Gopher's thresholds, made for web pages, refuse 28% of GSM8K's longer answers.)
+                 once: data-juicer's word_repetition_filter. Where most words are single characters (Chinese,
+                 Japanese, Korean) 20 make an n-gram, as a word there has about two. Code in ``` fences is not looked
+                 at. (Gopher's thresholds, made for web pages, refuse 28% of GSM8K's longer answers.)
   --refusals     an answer begins (REFUSAL_WITHIN characters) with a phrase of REFUSALS, English or Chinese
   --min_chars    characters that every answer has at least; --max_chars that all messages have together at most
   --min_turns, --max_turns    messages of user and assistant
-  --max_length   tokens, as the template renders the row; --recipe brings template, tokenizer and length
+  --max_length   tokens, as the template renders the row; --recipe brings template, tokenizer and length, and the rows
+                 that the template refuses are left out, too
   --lang         the row's and its answers' language is one of these
   --agreement    Blossom's rules on columns that data_prep/generate.py writes to .jsonl rows, one letter a model:
     {"answers": {"A": str, "B": str, "C": str}, "answers_reasoning"?: {"B": str}, "reference"?: str or number,
@@ -27,30 +28,45 @@ PATH is a dataset folder or a file of rows. Each flag is a rule; a row stays whe
     the two. The row gets the winner's answer; a tie is left out. --export preference writes rows {"id", "prompt",
     "chosen", "rejected", …} for preference training (TRL's DPOTrainer) instead, and leaves objective rows out.
 
-OUT is a dataset folder or a .jsonl file; rejected.jsonl names the first rule that each row fell to.
+OUT is a dataset folder or a .jsonl file; rejected.jsonl names the first rule that each row fell to. A flag that the
+others leave unread is refused.
 
 Exit 0: done. 1: no row is left. 2: bad input, one sentence.
 """
 
 import re
 import sys
+from argparse import Namespace
 from collections import Counter
+from collections.abc import Callable, Iterator
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.check import against_of, template, wrong_language
+from data_prep.check import (
+    CheckFlags,
+    CheckOptions,
+    Fault,
+    check_language,
+    check_template,
+    load_options,
+    read_flags,
+    require_lengths,
+)
+from data_prep.common.chunks import Chunk
 from data_prep.common.command_line import add_num_proc, format_counts, make_parser, run_command
 from data_prep.common.errors import InvalidRow, UsageError
 from data_prep.common.json_text import dump_json
-from data_prep.common.ngrams import hashed, ngrams, words
+from data_prep.common.ngrams import hash_ngrams, hash_words, split_words
 from data_prep.common.parallel import parallel_map
 from data_prep.common.readers import find_inputs, read_chunks
+from data_prep.common.rendering import Renderer
 from data_prep.common.row_keys import row_digest
-from data_prep.common.rows import check_shape, complete_row, refuse_unkept
-from data_prep.common.writer import ChunkResult, DatasetWriter, EncodedRows, encode_rows, row_location
+from data_prep.common.rows import Message, Row, check_shape, complete_row
+from data_prep.common.writer import ChunkResult, DatasetWriter, EncodedRows, Kind, encode_rows, row_location
 
 REFUSAL_WITHIN = 120  # characters; further on the same words are mostly advice or a quotation
 CANNOT = r"(?:i\ (?:can'?t|cannot|can\ not|won'?t|am\ unable|am\ not\ able)|i'm\ (?:unable|not\ able))"
@@ -83,218 +99,298 @@ BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 NUMBER = re.compile(r"(?<![A-Za-z0-9_.])-?\d[\d,]*(?:\.\d+)?")
 BARE = re.compile(r"[^\w-]{0,3}(-?\d[\d,]*(?:\.\d+)?)\s*(?:[^\w\s]|[^\W\d_A-Za-z])?\W?")  # $1,200. 5% 12个, not 3 AM
 
+PAIR_COLUMNS = ("id", "prompt", "chosen", "rejected", "tools", "source", "tags", "lang")
+
+
+# -- what rows must be ------------------------------------------------------------------------------------------------
+class FilterOptions(NamedTuple):
+    """The flags: which rules rows must pass, None where one is not asked for, and what becomes of those that do."""
+
+    repetition: float | None
+    refusals: bool
+    min_chars: int | None
+    max_chars: int | None
+    min_turns: int | None
+    max_turns: int | None
+    agreement: bool
+    reference: str  # with agreement: the column of the right answer
+    preference: bool  # with agreement: pairs are written
+    is_jsonl: bool
+    check: CheckFlags  # languages, and lengths in tokens
+
+    def measures_tokens(self) -> bool:
+        return self.check.recipe is not None or self.check.max_length is not None
+
+
+Rule = Callable[[Row], Iterator[Fault]]
+
 
 # -- agreement: which answer a row keeps ------------------------------------------------------------------------------
-def number_in(text):
-    """The number that a final answer is, as a Fraction; None where it is none."""
-    found = BARE.fullmatch(text.strip())
-    return Fraction(found[1].replace(",", "")) if found else None
+def bare_number(text: str) -> Fraction | None:
+    """Return the number that a final answer is, None where it is none."""
+    match = BARE.fullmatch(text.strip())
+    return Fraction(match[1].replace(",", "")) if match else None
 
 
-def stated(text):
-    """The number that a text states as its answer: in the last \\boxed{} or ####, or all of it; else None."""
-    marked = BOXED.findall(text) or MARKED.findall(text)
-    return number_in(marked[-1] if marked else text)
+def stated_number(text: str) -> Fraction | None:
+    """Return the number that a text states as its answer: in the last \\boxed{} or ####, or all of it; else None."""
+    marked = BOXED.findall(text) or MARKED.findall(text) or [text]
+    return bare_number(marked[-1])
 
 
-def last_number(text):
-    found = NUMBER.findall(text)
-    return Fraction(found[-1].replace(",", "")) if found else None
+def last_number(text: str) -> Fraction | None:
+    numbers = NUMBER.findall(text)
+    return Fraction(numbers[-1].replace(",", "")) if numbers else None
 
 
-def numbers_agree(one, other):
-    """Whether two answers are the same number; None where neither states one."""
-    a, b = stated(one), stated(other)
-    if a is None and b is None:
+def numbers_agree(answer: str, other: str) -> bool | None:
+    """Return whether two answers are the same number; None where neither states one."""
+    number = stated_number(answer)
+    other_number = stated_number(other)
+    if number is None and other_number is None:
         return None
-    return (last_number(one) if a is None else a) == (last_number(other) if b is None else b)
+    if number is None:
+        number = last_number(answer)
+    if other_number is None:
+        other_number = last_number(other)
+    return number == other_number
 
 
-def simple(text):
+def normalize_answer(text: str) -> str:
     return " ".join(text.casefold().split()).rstrip(".。")
 
 
-def answers_of(row):
-    """({letter: answer}, {letter: reasoning}, the row's messages before the answer); raises InvalidRow."""
-    answers, reasoning = row.get("answers") or {}, row.get("answers_reasoning") or {}
+class Answers(NamedTuple):
+    """What models answered to a prompt, by their letters."""
+
+    prompt: list[Message]
+    answers: dict[str, str]
+    reasoning: dict[str, str]
+
+    def message(self, letter: str) -> Message:
+        message = {"role": "assistant", "content": self.answers[letter]}
+        if letter in self.reasoning:
+            message["reasoning_content"] = self.reasoning[letter]
+        return message
+
+
+def read_answers(row: dict) -> Answers:
+    """Return the answers of a row; its own last message is A's where the row names no other. Raises InvalidRow."""
+    answers = row.get("answers") or {}
+    reasoning = row.get("answers_reasoning") or {}
     for name, value in (("answers", answers), ("answers_reasoning", reasoning)):
-        if not isinstance(value, dict) or not all(isinstance(text, str) and text.strip() for text in value.values()):
+        if not isinstance(value, dict) or not all([isinstance(text, str) and text.strip() for text in value.values()]):
             raise InvalidRow("field of another type", f"{name} must hold a text for each letter")
-    turns, last = row["messages"], row["messages"][-1]
+    prompt = row["messages"]
+    last = prompt[-1]
     if last["role"] == "assistant":
-        own = {name: last[key] for name, key in (("answer", "content"), ("reasoning", "reasoning_content"))
-               if last.get(key)}  # fmt: skip
-        turns = turns[:-1]
-        if "answer" in own and answers.get("A", own["answer"]) == own["answer"]:
-            answers = {"A": own["answer"], **answers}
-            reasoning = {"A": own["reasoning"], **reasoning} if "reasoning" in own else reasoning
-    return answers, reasoning, turns
+        prompt = prompt[:-1]
+        own = last.get("content")
+        if own and answers.get("A", own) == own:
+            answers = {"A": own, **answers}
+            if last.get("reasoning_content"):
+                reasoning = {"A": last["reasoning_content"], **reasoning}
+    if not prompt or prompt[-1]["role"] not in ("user", "tool"):
+        raise InvalidRow("no question before the answer")
+    return Answers(prompt, answers, reasoning)
 
 
-def objective(row, answers, reference):
-    """The letter of the answer that is right, A; raises InvalidRow."""
-    other = row.get(reference)
-    other = answers.get("C") if other in (None, "") else other
-    if isinstance(other, bool) or not isinstance(other, (str, int, float)):
+def check_objective(row: dict, answers: dict[str, str], reference: str) -> None:
+    """Raise InvalidRow where A's answer is not the right one. reference: the column of the right answer."""
+    expected = row.get(reference)
+    if expected is None or expected == "":
+        expected = answers.get("C")
+    if isinstance(expected, bool) or not isinstance(expected, (str, int, float)):
         raise InvalidRow("no reference and no answer C")
     if "A" not in answers:
         raise InvalidRow("no answer A")
-    verdict, answer, other = row.get("verdict"), answers["A"], str(other)
-    agree = verdict.get("agree") if isinstance(verdict, dict) else None
+    answer = answers["A"]
+    expected = str(expected)
+    verdict = row.get("verdict")
+    if not isinstance(verdict, dict):
+        verdict = {}
+    agree = verdict.get("agree")
     if agree is not None and not isinstance(agree, bool):
         raise InvalidRow("field of another type", "agree of the verdict must be true or false")
-    same = numbers_agree(answer, other)
+    same = numbers_agree(answer, expected)
     if same is False:
-        raise InvalidRow("answers disagree", f"{stated(answer) or last_number(answer)}, not {other[-60:]!r}")
+        raise InvalidRow("answers disagree", f"{stated_number(answer) or last_number(answer)}, not {expected[-60:]!r}")
     if agree is False:
         raise InvalidRow("verifier disagrees", str(verdict.get("said") or "")[-120:])
-    if same is None and agree is None and simple(answer) != simple(other):
+    if same is None and agree is None and normalize_answer(answer) != normalize_answer(expected):
         raise InvalidRow("no verdict", "and the texts are not equal")
-    return "A"
 
 
-def subjective(row, answers):
-    """(letter of the better answer, of the other); raises InvalidRow."""
-    judgement = row["judgement"]
+class Judged(NamedTuple):
+    """The letters of the two answers that a model judged."""
+
+    better: str
+    worse: str
+
+
+def read_judgement(judgement: object, answers: dict[str, str]) -> Judged:
+    """Return the letters of both answers. Raises InvalidRow."""
     roles = judgement.get("roles") if isinstance(judgement, dict) else None
-    shown = sorted(roles.get(name) or "" for name in "AB") if isinstance(roles, dict) else []
-    if not all(letter in answers for letter in shown) or len({*shown}) != 2:
+    judged = []
+    if isinstance(roles, dict):
+        judged = sorted([roles.get(name) or "" for name in "AB"])
+    if len(set(judged)) != 2 or not all([letter in answers for letter in judged]):
         raise InvalidRow("judgement without its answers", f"roles {roles!r}, answers {', '.join(answers)}")
     winner = judgement.get("winner")
     if winner == "tie":
         raise InvalidRow("tie")
-    if winner not in shown:
+    if winner not in judged:
         raise InvalidRow("judgement without a winner", repr(winner))
-    return winner, shown[shown[0] == winner]
+    judged.remove(winner)
+    return Judged(winner, judged[0])
 
 
-def agreed(row, reference, preference):
-    """The row with the answer that the models agree on, or as a preference pair; raises InvalidRow."""
-    answers, reasoning, turns = answers_of(row)
-    if not turns or turns[-1]["role"] not in ("user", "tool"):
-        raise InvalidRow("no question before the answer")
-
-    def message(letter):
-        told = {"reasoning_content": reasoning[letter]} if letter in reasoning else {}
-        return {"role": "assistant", "content": answers[letter]} | told
-
+def choose_answer(row: Row, options: FilterOptions) -> dict:
+    """Return the row with the answer that the models agree on, or as a preference pair. Raises InvalidRow."""
+    answers = read_answers(row)
     if not row.get("judgement"):
-        if preference:
+        if options.preference:
             raise InvalidRow("no judgement")
-        return row | {"messages": [*turns, message(objective(row, answers, reference))]}
-    better, other = subjective(row, answers)
-    row = row | {"messages": [*turns, message(better)]}
-    return row | {"prompt": turns, "chosen": [message(better)], "rejected": [message(other)]} if preference else row
+        check_objective(row, answers.answers, options.reference)
+        return {**row, "messages": [*answers.prompt, answers.message("A")]}
+    judged = read_judgement(row["judgement"], answers.answers)
+    chosen = answers.message(judged.better)
+    row = {**row, "messages": [*answers.prompt, chosen]}
+    if options.preference:
+        row |= {"prompt": answers.prompt, "chosen": [chosen], "rejected": [answers.message(judged.worse)]}
+    return row
 
 
-# -- the rules: a row -> (reason, detail) of what is against it -------------------------------------------------------
-def answers_in(row):
-    """Yield (where, text) of every answer and its reasoning."""
+# -- the rules --------------------------------------------------------------------------------------------------------
+def check_repetition(row: Row, options: FilterOptions) -> Iterator[Fault]:
     for number, turn in enumerate(row["messages"]):
-        for field in ("content", "reasoning_content") if turn["role"] == "assistant" else ():
-            if turn.get(field):
-                yield f"message {number}" + (", reasoning" if field != "content" else ""), turn[field]
-
-
-def repetition(row, given):
-    for where, text in answers_in(row):
-        share = repeated(words(FENCED.sub("", text) if "```" in text else text))
-        if share > given.repetition:
-            yield "repetition", f"{where}: {share:.0%} of its n-grams stand there again"
-            return
-
-
-def repeated(found):
-    """The share of the n-grams of these words that stand among them more than once."""
-    single = sum(len(word) == 1 and not word.isascii() for word in found)
-    grams = ngrams(hashed(found), NGRAM * 2 if single * 2 > len(found) else NGRAM)
-    if not len(grams):
-        return 0.0
-    _, counts = np.unique(grams, return_counts=True)
-    return counts[counts > 1].sum() / len(grams)
-
-
-def refusals(row, given):
-    for where, text in answers_in(row):
-        begin = text[: REFUSAL_WITHIN * 2].replace("’", "'")
-        for start in SENTENCE.finditer(begin[:REFUSAL_WITHIN]):
-            if (hit := REFUSAL.match(begin, start.end())) and "reasoning" not in where:
-                yield "refusal", f"{where}: {hit[0]!r}"
+        if turn["role"] != "assistant":
+            continue
+        for name in ("content", "reasoning_content"):
+            share = repeated_share(FENCED.sub("", turn.get(name) or ""))
+            if share > options.repetition:
+                place = f"message {number}" if name == "content" else f"message {number}, reasoning"
+                yield Fault("repetition", f"{place}: {share:.0%} of its n-grams stand there again")
                 return
 
 
-def characters(row, given):
-    sizes = [len(turn.get(field) or "") for turn in row["messages"] for field in ("content", "reasoning_content")]
-    if given.max_chars is not None and sum(sizes) > given.max_chars:
-        yield "too long", f"{sum(sizes)} characters"
+def repeated_share(text: str) -> float:
+    """Return the share of the n-grams of a text that stand in it more than once."""
+    words = split_words(text)
+    single_characters = sum([len(word) == 1 and not word.isascii() for word in words])
+    size = NGRAM * 2 if single_characters * 2 > len(words) else NGRAM
+    ngrams = hash_ngrams(hash_words(words), size)
+    if not len(ngrams):
+        return 0.0
+    _, counts = np.unique(ngrams, return_counts=True)
+    return counts[counts > 1].sum() / len(ngrams)
+
+
+def check_refusals(row: Row) -> Iterator[Fault]:
     for number, turn in enumerate(row["messages"]):
-        short = given.min_chars is not None and len(turn.get("content") or "") < given.min_chars
-        if short and turn["role"] == "assistant" and not turn.get("tool_calls"):
-            yield "too short", f"message {number}: {len(turn.get('content') or '')} characters"
+        if turn["role"] != "assistant":
+            continue
+        start = (turn.get("content") or "")[: REFUSAL_WITHIN * 2].replace("’", "'")
+        for sentence in SENTENCE.finditer(start[:REFUSAL_WITHIN]):
+            match = REFUSAL.match(start, sentence.end())
+            if match:
+                yield Fault("refusal", f"message {number}: {match[0]!r}")
+                return
 
 
-def turns(row, given):
-    count = sum(turn["role"] in ("user", "assistant") for turn in row["messages"])
-    if given.min_turns is not None and count < given.min_turns:
-        yield "too few turns", str(count)
-    if given.max_turns is not None and count > given.max_turns:
-        yield "too many turns", str(count)
+def check_characters(row: Row, options: FilterOptions) -> Iterator[Fault]:
+    size = 0
+    for turn in row["messages"]:
+        size += len(turn.get("content") or "") + len(turn.get("reasoning_content") or "")
+    if options.max_chars is not None and size > options.max_chars:
+        yield Fault("too long", f"{size} characters")
+    if options.min_chars is None:
+        return
+    for number, turn in enumerate(row["messages"]):
+        size = len(turn.get("content") or "")
+        if turn["role"] == "assistant" and not turn.get("tool_calls") and size < options.min_chars:
+            yield Fault("too short", f"message {number}: {size} characters")
 
 
-def rules_of(given):
-    """The rules that the flags ask for, the cheapest first."""
-    sized = {characters: (given.min_chars, given.max_chars), turns: (given.min_turns, given.max_turns)}
-    rules = [rule for rule, flags in sized.items() if any(flag is not None for flag in flags)]
-    rules += [refusals] * given.refusals + [repetition] * (given.repetition is not None)
-    against = against_of(given.recipe, given.chat_template_path, given.model_name_or_path, given.max_length,
-                         tuple(given.lang), told=False)  # fmt: skip
-    checks = [wrong_language] * bool(given.lang) + [template] * bool(against.max_length)
-    return rules + [partial(check_rule, check=check, against=against) for check in checks]
+def check_turns(row: Row, options: FilterOptions) -> Iterator[Fault]:
+    count = sum([turn["role"] in ("user", "assistant") for turn in row["messages"]])
+    if options.min_turns is not None and count < options.min_turns:
+        yield Fault("too few turns", str(count))
+    if options.max_turns is not None and count > options.max_turns:
+        yield Fault("too many turns", str(count))
 
 
-def check_rule(row, given, check, against):
-    yield from check(row, against)
+@cache
+def load_rules(options: FilterOptions) -> list[Rule]:
+    """Return the rules that the flags ask for, the cheapest first. Raises UsageError."""
+    rules = []
+    if options.min_chars is not None or options.max_chars is not None:
+        rules.append(partial(check_characters, options=options))
+    if options.min_turns is not None or options.max_turns is not None:
+        rules.append(partial(check_turns, options=options))
+    if options.refusals:
+        rules.append(check_refusals)
+    if options.repetition is not None:
+        rules.append(partial(check_repetition, options=options))
+    if options.check.languages:
+        rules.append(partial(check_language, options=CheckOptions(Renderer(), options.check.languages)))
+    if options.measures_tokens():
+        rules.append(partial(check_template, options=load_lengths(options.check)))
+    return rules
+
+
+def load_lengths(flags: CheckFlags) -> CheckOptions:
+    """Return what rows are measured by. Raises UsageError."""
+    options = load_options(flags, quiet=True)
+    require_lengths(options, flags.recipe or "--max_length")
+    return options
 
 
 # -- many rows --------------------------------------------------------------------------------------------------------
-def work(block, given):
-    """Result of a Block."""
-    result, rows, rules = ChunkResult(), [], rules_of(given)
-    preference = given.export == "preference"
-    for line, row in block.rows():
+def filter_chunk(chunk: Chunk, options: FilterOptions) -> ChunkResult:
+    """Return the rows of a chunk that pass all rules, and the first fault of each of the others."""
+    result = ChunkResult()
+    kept = []
+    for line, row in chunk.rows():
         result.rows_in += 1
-        where = row_location(block.file, line, row)
+        location = row_location(chunk.file, line, row)
         try:
-            row = complete_row(check_shape(row), Path(block.file).stem, line)
-            if given.agreement:
-                row = agreed(row, given.reference, preference)
-            refuse_unkept(row, given.out)
-            fault = next((fault for rule in rules for fault in rule(row, given)), None)
-            if fault:
-                raise InvalidRow(*fault)
-            rows.append(row)
-        except InvalidRow as refusal:
-            result.rejected.append(where | {"reason": refusal.reason, "detail": refusal.detail})
-    made = pairs(rows) if preference else encode_rows(rows, given.out.suffix == ".jsonl")
-    result.encoded = {block.split: made}
+            row = complete_row(check_shape(row), Path(chunk.file).stem, line)
+            if options.agreement:
+                row = choose_answer(row, options)
+            for rule in load_rules(options):
+                for fault in rule(row):
+                    raise InvalidRow(*fault)
+            kept.append(row)
+        except InvalidRow as error:
+            result.rejected.append(location | {"reason": error.reason, "detail": error.detail})
+    result.encoded = {chunk.split: encode_pairs(kept) if options.preference else encode_rows(kept, options.is_jsonl)}
     return result
 
 
-def pairs(rows):
-    """Packed JSON lines of preference pairs. TRL takes a row with messages beside them for no pair at all."""
-    names = ("id", "prompt", "chosen", "rejected", "tools", "source", "tags", "lang")
-    counts = Counter((row["source"], row["lang"], "preference") for row in rows)
-    rows = [{name: row[name] for name in names if row.get(name)} for row in rows]
-    data, digests = b"".join([dump_json(row) + b"\n" for row in rows]), b"".join(map(row_digest, rows))
-    return EncodedRows(data, [row["id"] for row in rows], digests, counts, Counter())
+def encode_pairs(rows: list[dict]) -> EncodedRows:
+    """Encode preference pairs as JSON lines. TRL takes a row with messages beside them for no pair at all."""
+    pairs = [{name: row[name] for name in PAIR_COLUMNS if row.get(name)} for row in rows]
+    return EncodedRows(
+        ids=[pair["id"] for pair in pairs],
+        digests=b"".join([row_digest(pair) for pair in pairs]),
+        kinds=Counter([Kind(row["source"], row["lang"], "preference") for row in rows]),
+        lines=[dump_json(pair) for pair in pairs],
+    )
 
 
-def main():
+def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("path", metavar="PATH", help="rows: a file or a dataset folder")
     parser.add_argument("--out", type=Path, required=True, help="NAME.jsonl, or a folder that does not exist yet")
-    parser.add_argument("--repetition", type=float, nargs="?", const=0.5, metavar="SHARE",
-                        help="leave out answers that repeat themselves, over this share (default 0.5)")  # fmt: skip
+    parser.add_argument(
+        "--repetition",
+        type=float,
+        nargs="?",
+        const=0.5,
+        metavar="SHARE",
+        help="leave out answers that repeat themselves, over this share (default 0.5)",
+    )
     parser.add_argument("--refusals", action="store_true", help="leave out answers that begin with a refusal")
     for name in ("min_chars", "max_chars", "min_turns", "max_turns"):
         parser.add_argument(f"--{name}", type=int)
@@ -302,36 +398,67 @@ def main():
     parser.add_argument("--recipe", help="takes template, tokenizer and max_length from its DEFAULTS; flags win")
     parser.add_argument("--chat_template_path", help="template, instead of the recipe's")
     parser.add_argument("--model_name_or_path", help="folder or hub id of the tokenizer, instead of the recipe's")
-    parser.add_argument("--lang", nargs="+", default=(), help="languages that rows and answers may have: zh en ja ko")
+    parser.add_argument("--lang", nargs="+", help="languages that rows and answers may have: zh en ja ko")
     parser.add_argument("--agreement", action="store_true", help="Blossom's rules on answers, verdict and judgement")
-    parser.add_argument("--reference", default="reference", help="with --agreement: the column of the right answer")
-    parser.add_argument("--export", choices=("winner", "preference"), default="winner",
-                        help="with --agreement: the better answer (default), or both as a pair")  # fmt: skip
+    parser.add_argument("--reference", help="with --agreement: the column of the right answer, default reference")
+    parser.add_argument(
+        "--export",
+        choices=("winner", "preference"),
+        help="with --agreement: the better answer (default), or both as a pair",
+    )
     add_num_proc(parser)
     return run_command(parser, run)
 
 
-def run(args):
-    """The exit code; raises UsageError."""
+def read_options(args: Namespace) -> FilterOptions:
+    """Return the rules that the flags ask for. Raises UsageError where one would not be read."""
     if args.export == "preference" and not (args.agreement and args.out.suffix == ".jsonl"):
         raise UsageError("--export preference: pass --agreement and a .jsonl file as --out, a folder keeps no pairs")
-    if args.max_length and not (args.recipe or args.model_name_or_path):
+    for name in ("reference", "export"):
+        if getattr(args, name) is not None and not args.agreement:
+            raise UsageError(f"--{name}: read with --agreement only: pass both, or neither")
+    if args.max_length is not None and not (args.recipe or args.model_name_or_path):
         raise UsageError("--max_length: needs a tokenizer: pass --recipe or --model_name_or_path")
-    if not rules_of(args) and not args.agreement:
+    for name in ("chat_template_path", "model_name_or_path"):
+        if getattr(args, name) is not None and args.recipe is None and args.max_length is None:
+            raise UsageError(f"--{name}: read for lengths in tokens only: pass --max_length or --recipe as well")
+    if args.repetition is not None and not 0 <= args.repetition < 1:
+        raise UsageError(f"--repetition {args.repetition}: pass a share of at least 0, below 1")
+    return FilterOptions(
+        args.repetition,
+        args.refusals,
+        args.min_chars,
+        args.max_chars,
+        args.min_turns,
+        args.max_turns,
+        args.agreement,
+        args.reference or "reference",
+        args.export == "preference",
+        args.out.suffix == ".jsonl",
+        read_flags(args),
+    )
+
+
+def run(args: Namespace) -> int:
+    """Return the exit code; raise UsageError."""
+    options = read_options(args)
+    if not load_rules(options) and not options.agreement:
         raise UsageError("no rule is asked for: pass --repetition, --refusals, --max_chars or another, see --help")
     paths = find_inputs([args.path])
     with DatasetWriter(args.out, "filter.py") as writer:
-        for result in parallel_map(partial(work, given=args), read_chunks(paths, writer.input_hashes), args.num_proc):
+        chunks = read_chunks(paths, writer.input_hashes)
+        for result in parallel_map(partial(filter_chunk, options=options), chunks, args.num_proc):
             writer.add(result)
         if not writer.rows_in:
             raise UsageError(f"{args.path}: no rows: pass rows of messages (python -m data_prep.normalize makes them)")
-        kept, refused = sum(writer.rows_out.values()), format_counts(writer.refused)
+        kept = writer.rows_out.total()
+        refused = format_counts(writer.refused)
         if not kept:
-            print(f"all {writer.rows_in} rows refused ({refused})", file=sys.stderr)
+            print(f"all {writer.rows_in} rows refused ({refused}): see {writer.close_rejected()}", file=sys.stderr)
             return 1
         writer.close()
-    out = writer.refused.total()
-    print(f"{args.out}: {kept:,} rows kept, {out:,} left out" + (f" ({refused})" if refused else ""))
+    reasons = f" ({refused})" if refused else ""
+    print(f"{args.out}: {kept:,} rows kept, {writer.refused.total():,} left out{reasons}")
     return 0
 
 

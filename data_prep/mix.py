@@ -1,13 +1,14 @@
-"""Mix pools into one training set by a YAML of sources and weights, validation held out before anything is mixed.
+"""Mix dataset folders into one training set by a YAML of sources and weights, validation chosen before rows are drawn.
 
     python -m data_prep.mix data_prep/mixes/day2_4080.yaml --pools data --out data/day2
     python -m data_prep.mix my.yaml --out data/mine --recipe recipes/qwen3_qlora.py
 
     strategy: interleave   # interleave, resample, subsample, concatenate
-    by: rows               # what weights are shares of: rows or tokens of the final train set (tokens need --recipe)
+    by: rows               # what weights and size count: rows or tokens of the train split (tokens need --recipe)
     seed: 42
-    size: 20000            # rows or tokens of the train set; left out: as many as the pools give
+    size: 20000            # rows or tokens of the train split; left out: as many as the sources give
     validation: {share: 0.02, min: 100}    # max(min, share of all rows); 0 for none
+    pool_validation: use   # the sources' own validation splits: use (default where there is validation) or leave
     chat_template_kwargs: {train_turns: last}  # template arguments of every row; those that a row has win
     sources:
       - {path: cmath, weight: 0.2}         # a dataset folder, under --pools
@@ -15,18 +16,23 @@
       - {path: talk, weight: 0.8, shuffle: 42, rows: 5000}     # the first 5,000 after datasets' shuffle(seed=42)
 
 The steps: rows that are equal (same turns but for blanks, same tools and template arguments) are kept once, the first
-pool wins; validation is drawn by prompt, so that a prompt stands on one side only, and the think and no_think twins of
-a prompt stay together; then the train side is mixed, so that oversampling survives:
-  interleave   weights are shares of the result, evenly spread; it ends where the first pool is used up (stop:
-               first_exhausted) or, repeating pools, where the last is (all_exhausted); `epochs` passes over a pool are
-               allowed before it counts as used up
-  resample     weights are shares; rows are drawn with replacement, 0.9 of all rows where no size is given
-  subsample    a weight is the share of that pool which is kept (SmolLM3's), the same prompts in every pool
-  concatenate  pools one after the other, each `epochs` times; weights play no part
-A negative weight counts as 0 with a warning, all of them 0 or less means equal. `shuffle: numpy` (default where the
-result is not ordered by the strategy), `python` (random.Random(seed), as nanochat) or `none`. `literal: true` mixes as
-the 4080 tutorial's script does: mixed first, duplicates removed after that, validation split off at the end; its
-weights then change nothing where pools are used up (tests show it), hence the option.
+source wins (dedup: false keeps all); validation is chosen by prompt, so that a prompt stands on one side only, and the
+think and no_think twins of a prompt stay together; then the train side is mixed, so that oversampling survives:
+  interleave   weights are shares of the result, evenly spread; it ends where the first source is used up (stop:
+               first_exhausted) or, repeating sources, where the last is (all_exhausted); `epochs` passes over a source
+               are allowed before it counts as used up, 1.5 is a pass and half of another
+  resample     weights are shares; rows are drawn with replacement, 0.9 of all where no size is given
+  subsample    a weight is the share of that source which is kept (SmolLM3's), the same prompts in every source,
+               `epochs` times
+  concatenate  sources one after the other, each `epochs` times, up to size
+An option that the strategy does not read is refused. A negative weight counts as 0 with a warning, all of them 0 or
+less means equal. `shuffle: numpy` (default of resample and subsample), `python` (random.Random(seed), as nanochat) or
+`none`. `literal: true` mixes as the 4080 tutorial's script does: mixed first, duplicates removed after that, validation
+split off at the end; its weights then change nothing where sources are used up (tests show it), hence the option.
+
+A source's own validation split is not trained on. `use` makes it part of the validation split, towards its share,
+with every row of its prompts; `leave` (default under `validation: 0` and `literal`) leaves it out. Any other split is
+named with its rows. What a strategy draws nowhere is named with the option that changes it.
 
 OUT is a dataset folder with train and validation, the same as .jsonl, report.json (realised shares by source),
 rejected.jsonl (duplicates, rows not drawn) and card.md. in + added = out + refused; added rows are repeats.
@@ -34,392 +40,540 @@ rejected.jsonl (duplicates, rows not drawn) and card.md. in + added = out + refu
 Exit 0: done. 1: nothing is left to train on. 2: bad input, one sentence.
 """
 
-import hashlib
-import math
+import argparse
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import yaml
 
-from data_prep.common.arrow_rows import SCHEMA, batch_rows, counts_of, json_array, json_lines, plain_columns, row_bodies
-from data_prep.common.batches import keys
-from data_prep.common.chunks import ROWS, Chunk, batches_of
-from data_prep.common.command_line import add_num_proc, make_parser, run_command
+from data_prep.common.arrow_rows import SCHEMA, batch_to_rows
+from data_prep.common.chunks import ROWS
+from data_prep.common.command_line import add_num_proc, format_counts, make_parser, run_command
 from data_prep.common.errors import UsageError
-from data_prep.common.json_text import dump_json, load_json
+from data_prep.common.json_text import dump_json
+from data_prep.common.mix_options import Mix, read_mix
+from data_prep.common.mix_strategies import Candidates, Draw, count_passes, draw_literally, draw_rows, shares_of
 from data_prep.common.parallel import parallel_map
-from data_prep.common.readers import arrow_chunks, is_dataset_folder, list_splits
+from data_prep.common.readers import Split, open_splits
 from data_prep.common.row_keys import prompt_key, row_key
-from data_prep.common.writer import ChunkResult, DatasetWriter, EncodedRows
+from data_prep.common.rows import Row
+from data_prep.common.splitting import choose_validation, order_by_prompt
+from data_prep.common.writer import ChunkResult, DatasetWriter, EncodedRows, LinesFile, encode_rows
 
-STRATEGIES = ("interleave", "resample", "subsample", "concatenate")
-MIX = {  # name: (type, default)
-    "strategy": (str, "interleave"), "by": (str, "rows"), "seed": (int, 42), "size": (int, None),
-    "stop": (str, "first_exhausted"), "shuffle": (str, None), "literal": (bool, False), "dedup": (bool, True),
-    "validation": (dict, {"share": 0.02, "min": 100}), "chat_template_kwargs": (dict, {}), "sources": (list, None),
-}  # fmt: skip
-SOURCE = {"path": str, "name": str, "weight": float, "epochs": float, "rows": int, "shuffle": int, "where": dict,
-          "split": str}  # fmt: skip
-CHOICES = {"strategy": STRATEGIES, "by": ("rows", "tokens"), "stop": ("first_exhausted", "all_exhausted"),
-           "shuffle": ("numpy", "python", "none", None)}  # fmt: skip
-GATHER = 5000  # rows of an output block
+OUTPUT_ROWS = 5000  # of an output chunk
+VALIDATION = "validation"
+LEFT_OUT = "validation split left out"
+REFUSALS = ("", "not asked for", "template refuses the row", LEFT_OUT)
 
 
-# -- the YAML ---------------------------------------------------------------------------------------------------------
-def read_mix(path, pools=None, seed=None):
-    """The mix as a dict of MIX's names, its sources as dicts of SOURCE's. Raises UsageError."""
-    try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(
-            f"{path}: cannot be read ({error.strerror}): pass a mix like those of data_prep/mixes"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not YAML ({' '.join(str(error).split())}): mend it") from None
-    if not isinstance(given, dict) or not isinstance(given.get("sources"), list) or not given["sources"]:
-        raise UsageError(f"{path}: names no sources: write `sources:` and lines of `- {{path: …, weight: …}}`")
-    if unknown := [name for name in given if name not in MIX]:
-        raise UsageError(f"{path}: {unknown[0]} is no name of a mix: write one of {', '.join(MIX)}")
-    mix = {name: default for name, (_, default) in MIX.items()} | given
-    if mix["validation"] in (0, None, False):
-        mix["validation"] = {"share": 0, "min": 0}
-    mix["seed"] = mix["seed"] if seed is None else seed
-    for name, (kind, default) in MIX.items():
-        value = mix[name]
-        fits_type = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
-        if not fits_type and not (value is None and default is None):
-            raise UsageError(f"{path}: {name} is {value!r}, it must be {kind.__name__}")
-        if name in CHOICES and value not in CHOICES[name]:
-            raise UsageError(f"{path}: {name} is {value!r}, it must be one of {', '.join(map(str, CHOICES[name]))}")
-    if {*mix["validation"]} - {"share", "min"} or not all(number(v) and v >= 0 for v in mix["validation"].values()):
-        raise UsageError(f"{path}: validation holds share and min, numbers of at least 0")
-    mix["sources"] = [read_source(path, place, source, pools) for place, source in enumerate(mix["sources"], 1)]
-    names = Counter(source["name"] for source in mix["sources"])
-    if twice := [name for name, count in names.items() if count > 1]:
-        raise UsageError(f"{path}: two sources are called {twice[0]}: give them a `name` each")
-    if mix["strategy"] == "subsample" and any(source["weight"] > 1 for source in mix["sources"]):
-        raise UsageError(f"{path}: the weights of subsample are shares of each pool, at most 1 (repeat by epochs)")
-    if mix["literal"] and (mix["strategy"] not in ("interleave", "resample") or mix["by"] != "rows"):
-        raise UsageError(f"{path}: literal mixes by rows with interleave or resample, as the tutorial does")
-    return mix
+# -- rows on disk -----------------------------------------------------------------------------------------------------
+class RowReader:
+    """The rows of Arrow files by their number, memory-mapped: processes get numbers instead of rows."""
 
+    def __init__(self, files: tuple[str, ...]) -> None:
+        self.batches: list[pa.RecordBatch] = []
+        for file in files:
+            self.batches += pa.ipc.open_stream(pa.memory_map(file))
+        self.starts = np.cumsum([0, *[len(batch) for batch in self.batches]])
 
-def number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    def take(self, numbers: np.ndarray) -> list[Row]:
+        """Return the rows of these numbers, in their order.
 
-
-def read_source(path, place, source, pools):
-    if not isinstance(source, dict) or not isinstance(source.get("path"), str):
-        raise UsageError(f"{path}: source {place} has no path: write - {{path: data/pool, weight: 1}}")
-    if unknown := [name for name in source if name not in SOURCE]:
-        raise UsageError(f"{path}: source {place}: {unknown[0]} is unknown: write one of {', '.join(SOURCE)}")
-    defaults = {"weight": 1.0, "epochs": 1, "rows": None, "shuffle": None, "where": {}, "split": "train"}
-    source = {"name": source["path"], **defaults} | source
-    for name, kind in SOURCE.items():
-        value = source[name]
-        if kind is float and not number(value) or kind in (str, dict) and not isinstance(value, kind):
-            raise UsageError(f"{path}: source {place}: {name} is {value!r}, it must be {kind.__name__}")
-    for name, least in (("rows", 1), ("shuffle", 0)):
-        if source[name] is not None and (not isinstance(source[name], int) or source[name] < least):
-            raise UsageError(f"{path}: source {place}: {name} is {source[name]!r}, it must be a number from {least} on")
-    if source["epochs"] <= 0:
-        raise UsageError(f"{path}: source {place}: epochs is {source['epochs']}, it must be above 0")
-    if unknown := {*source["where"]} - {"source", "tags", "lang", "mode"}:
-        raise UsageError(f"{path}: source {place}: where knows source, tags, lang and mode, not {min(unknown)}")
-    if source["weight"] < 0:
-        print(f"{path}: the weight of {source['name']} is {source['weight']}, counted as 0", file=sys.stderr)
-        source["weight"] = 0.0
-    folder = Path(pools or ".", source["path"])
-    if not is_dataset_folder(folder):
-        raise UsageError(
-            f"{folder}: no dataset folder: make it (python -m data_prep.normalize), or pass its parent as --pools"
-        )
-    source["folder"] = folder
-    return source
-
-
-def shares_of(weights):
-    """Weights as shares of 1; all zero means equal."""
-    weights = np.maximum(np.asarray(weights, float), 0)
-    return weights / weights.sum() if weights.sum() else np.full(len(weights), 1 / len(weights))
-
-
-# -- what is known of each row ----------------------------------------------------------------------------------------
-COLUMNS_READ = [("key", "S16"), ("prompt", "u8"), ("tokens", "i8"), ("trained", "i8"), ("turns", "i4"), ("think", "?"),
-                ("kept", "?"), ("broken", "?")]  # fmt: skip
-
-
-def known(block, where, recipe_flags=None, kwargs=None):
-    """Result of a Block of a pool; more: (array of COLUMNS_READ, ids, languages)."""
-    batch = block.data
-    table = np.zeros(len(batch), COLUMNS_READ)
-    plain, *columns = keys(batch)
-    for name, column in zip(("key", "prompt", "turns"), columns, strict=True):
-        table[name][plain] = column
-    for place, row in zip(np.flatnonzero(~plain), batch_rows(batch.filter(pa.array(~plain))), strict=True):
-        table[place]["key"], table[place]["prompt"] = row_key(row), prompt_key(row)
-        table[place]["turns"] = sum(turn["role"] in ("user", "assistant") for turn in row["messages"])
-        table[place]["think"] = any(turn.get("reasoning_content") for turn in row["messages"])
-    ids, sources, tags, langs = (batch.column(name).to_pylist() for name in ("id", "source", "tags", "lang"))
-    modes = ["think" if think else "no_think" for think in table["think"]]
-    table["kept"] = [fits(*has, where) for has in zip(sources, langs, tags, modes, strict=True)] if where else True
-    if recipe_flags:
-        from data_prep.common.tokens import tokenize_rows
-
-        against, settings = against_of(recipe_flags)
-        failed = []
-        rows = [row | {"chat_template_kwargs": {**(kwargs or {}), **row["chat_template_kwargs"]}}
-                for row in batch_rows(batch)]  # fmt: skip
-        for doc in tokenize_rows([*enumerate(rows)], against, settings, True, failed, False):
-            table[doc.number]["tokens"], table[doc.number]["trained"] = len(doc.ids), doc.trained()
-        for number, *_ in failed:
-            table[number]["broken"], table[number]["kept"] = table[number]["kept"], False
-    return ChunkResult(rows_in=len(batch), payload=(table, ids, langs))
-
-
-def fits(source, lang, tags, mode, where):
-    """Whether a row is what `where` asks for; a list names alternatives."""
-    has = {"source": [source], "lang": [lang], "tags": tags, "mode": [mode]}
-    return all({*map(str, has[name])} & {*map(str, wanted if isinstance(wanted, list) else [wanted])}
-               for name, wanted in where.items())  # fmt: skip
+        Batch by batch: of a table of lists, Table.take copies all rows at every call.
+        """
+        order = np.argsort(numbers, kind="stable")
+        numbers = numbers[order]
+        owners = np.searchsorted(self.starts, numbers, side="right") - 1
+        taken = []
+        for owner in np.unique(owners):
+            first, last = np.searchsorted(owners, [owner, owner + 1])
+            taken.append(self.batches[owner].take(pa.array(numbers[first:last] - self.starts[owner])))
+        rows = [None] * len(numbers)
+        for place, row in zip(order, batch_to_rows(pa.concat_batches(taken)), strict=True):
+            rows[place] = row
+        return rows
 
 
 @cache
-def against_of(flags):
+def open_rows(files: tuple[str, ...]) -> RowReader:
+    return RowReader(files)
+
+
+# -- what is known of each row ----------------------------------------------------------------------------------------
+FACTS = np.dtype(
+    [
+        ("source", np.int32),  # number of the source
+        ("is_validation", bool),  # from the source's own validation split
+        ("key", "S16"),  # row_key
+        ("prompt", np.uint64),  # prompt_key
+        ("tokens", np.int64),  # of the rendered row, 0 where they are not counted
+        ("trained", np.int64),  # those of them that are trained
+        ("turns", np.int32),  # messages of user and assistant
+        ("think", bool),  # whether a message shows reasoning
+        ("refusal", np.int8),  # why the row cannot be mixed, a place in REFUSALS
+    ]
+)
+
+
+@dataclass
+class Part:
+    """One split of one source."""
+
+    source: int  # its number
+    name: str  # as reports name it
+    folder: Path
+    split: str
+    data: Split
+    is_validation: bool  # the source's own validation split
+
+
+@dataclass
+class PartChunk:
+    """Neighbouring rows of a part."""
+
+    rows: np.ndarray  # numbers of rows
+    source: int
+    is_validation: bool
+    where: dict
+
+
+@dataclass
+class Rows:
+    """All rows of all parts, in their order."""
+
+    parts: list[Part]
+    facts: np.ndarray  # (rows,) FACTS
+    sizes: np.ndarray  # (rows,) int, what weights count: 1, or the row's tokens
+    reasons: np.ndarray  # (rows,) str, why a row is not in the result, "" where it may be
+
+    def column(self, name: str) -> pa.Array:
+        return pa.concat_arrays([chunk for part in self.parts for chunk in part.data.table.column(name).chunks])
+
+    def location(self, number: int) -> dict:
+        """Return where a row stands: name of its part, and its line there, from 1."""
+        for part in self.parts:
+            if number < len(part.data.table):
+                break
+            number -= len(part.data.table)
+        return {"file": part.name, "line": number + 1}
+
+
+@dataclass(frozen=True)
+class RendererFlags:
+    """The flags that say how tokens are counted."""
+
+    recipe: str | None
+    model_name_or_path: str | None
+    chat_template_path: str | None
+
+
+def open_parts(mix: Mix, pools: Path) -> tuple[list[Part], dict[str, int]]:
+    """Return the splits that are read (of each source its split, and its own validation split), and {split: rows} of
+    those that are not. Raises UsageError."""
+    chosen = {(source.path, source.split) for source in mix.sources}
+    parts = []
+    not_read = {}
+    for number, source in enumerate(mix.sources):
+        folder = pools / source.path
+        splits = open_splits(folder)
+        if source.split not in splits:
+            raise UsageError(f"{folder}: no split {source.split}, only {', '.join(splits)}: name one as `split`")
+        parts.append(Part(number, source.name, folder, source.split, splits[source.split], False))
+        for split, data in splits.items():
+            if (source.path, split) in chosen:
+                continue
+            if split == VALIDATION:
+                parts.append(Part(number, f"{source.name}/{split}", folder, split, data, True))
+            else:
+                not_read[f"{source.path}/{split}"] = len(data.table)
+    for part in parts:
+        if not part.data.table.schema.equals(SCHEMA):
+            raise UsageError(f"{part.folder}: other columns than a mix needs: python -m data_prep.normalize messages")
+    return parts, not_read
+
+
+def files_of(parts: list[Part]) -> tuple[str, ...]:
+    return tuple(file for part in parts for file in part.data.files)
+
+
+def read_parts(mix: Mix, parts: list[Part], flags: RendererFlags | None, writer: DatasetWriter, num_proc: int) -> Rows:
+    """Return what is known of all rows of the parts."""
+    read_chunk = partial(read_facts, files=files_of(parts), flags=flags, kwargs=mix.chat_template_kwargs)
+    facts = np.concatenate([np.zeros(0, FACTS), *parallel_map(read_chunk, part_chunks(mix, parts), num_proc, "read")])
+    for part in parts:
+        writer.input_hashes[part.name] = part.data.hash()
+    if not mix.uses_pool_validation():
+        facts["refusal"][facts["is_validation"]] = REFUSALS.index(LEFT_OUT)
+    sizes = facts["tokens"] if mix.by == "tokens" else np.ones(len(facts), int)
+    return Rows(parts, facts, sizes, np.array(REFUSALS, object)[facts["refusal"]])
+
+
+def part_chunks(mix: Mix, parts: list[Part]) -> Iterator[PartChunk]:
+    """Yield the chunks of all parts, in order."""
+    first = 0
+    for part in parts:
+        end = first + len(part.data.table)
+        for start in range(first, end, ROWS):
+            numbers = np.arange(start, min(start + ROWS, end))
+            yield PartChunk(numbers, part.source, part.is_validation, mix.sources[part.source].where)
+        first = end
+
+
+def read_facts(chunk: PartChunk, files: tuple[str, ...], flags: RendererFlags | None, kwargs: dict) -> np.ndarray:
+    """Return FACTS (rows,) of a chunk. files: of all parts; kwargs: template arguments of the mix."""
+    rows = open_rows(files).take(chunk.rows)
+    facts = np.zeros(len(rows), FACTS)
+    facts["source"] = chunk.source
+    facts["is_validation"] = chunk.is_validation
+    facts["key"] = [row_key(row) for row in rows]
+    facts["prompt"] = [prompt_key(row) for row in rows]
+    facts["turns"] = [count_turns(row) for row in rows]
+    facts["think"] = [shows_reasoning(row) for row in rows]
+    if chunk.where:
+        facts["refusal"][[not matches(row, chunk.where) for row in rows]] = REFUSALS.index("not asked for")
+    if flags is not None:
+        count_tokens(rows, facts, flags, kwargs)
+    return facts
+
+
+def count_turns(row: Row) -> int:
+    return len([turn for turn in row["messages"] if turn["role"] in ("user", "assistant")])
+
+
+def shows_reasoning(row: Row) -> bool:
+    return any([turn.get("reasoning_content") for turn in row["messages"]])
+
+
+def matches(row: Row, where: dict) -> bool:
+    """Return whether a row is what `where` asks for; a list names alternatives."""
+    values = {"source": [row["source"]], "lang": [row["lang"]], "tags": row["tags"]}
+    values["mode"] = ["think" if shows_reasoning(row) else "no_think"]
+    for name, wanted in where.items():
+        if not isinstance(wanted, list):
+            wanted = [wanted]
+        if not set(values[name]) & set(map(str, wanted)):
+            return False
+    return True
+
+
+def count_tokens(rows: list[Row], facts: np.ndarray, flags: RendererFlags, kwargs: dict) -> None:
+    """Fill in the tokens of rows, and the refusal of those that the template does not render."""
+    from data_prep.common.tokens import tokenize_rows
+
+    renderer, settings = load_renderer_of(flags)
+    numbered = []
+    for number, row in enumerate(rows):
+        numbered.append((number, row | {"chat_template_kwargs": kwargs | row["chat_template_kwargs"]}))
+    failed = []
+    for document in tokenize_rows(numbered, renderer, settings, True, failed, False):
+        facts["tokens"][document.number] = len(document.ids)
+        facts["trained"][document.number] = document.trained()
+    for number, *_ in failed:
+        if not facts["refusal"][number]:
+            facts["refusal"][number] = REFUSALS.index("template refuses the row")
+
+
+@cache
+def load_renderer_of(flags: RendererFlags) -> tuple:
+    """Return the renderer and the settings of the recipe. Raises UsageError."""
     from data_prep.common.recipe_settings import read_settings
     from data_prep.common.rendering import load_renderer
 
-    recipe, *more = flags
-    settings = read_settings(recipe, flags=dict(zip(("model_name_or_path", "chat_template_path"), more, strict=True)))
-    settings.assistant_only_loss = True  # response tokens are told from context ones, whatever the recipe trains
+    names = {"model_name_or_path": flags.model_name_or_path, "chat_template_path": flags.chat_template_path}
+    settings = read_settings(flags.recipe, flags=names)
+    settings.assistant_only_loss = True  # the card counts tokens of responses, whatever the recipe trains
     return load_renderer(settings), settings
 
 
-# -- which rows, how often, in which order ----------------------------------------------------------------------------
-def mixed_up(values, seed):
-    """64-bit values as a hash of theirs with the seed (splitmix64): sorted by it, equal prompts stay together, and two
-    pools draw the same prompts."""
-    with np.errstate(over="ignore"):
-        x = values.astype("u8") + np.uint64((seed * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2**64)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+# -- which rows -------------------------------------------------------------------------------------------------------
+@dataclass
+class Plan:
+    """What becomes of the rows, and what the sources could have given."""
+
+    train: Draw
+    validation: np.ndarray  # numbers of rows
+    candidates: list[Candidates]  # one a source
 
 
-def drawn_order(rows, prompts, seed):
-    """The rows (indices) in the order in which they are drawn: by prompt, at random."""
-    return rows[np.argsort(mixed_up(prompts[rows], seed), kind="stable")]
+def make_plan(mix: Mix, rows: Rows) -> Plan:
+    """Return which rows are trained and which are held out; the others get their reason. Raises UsageError."""
+    chosen = choose_rows(mix, rows)
+    if mix.literal:
+        plan = make_literal_plan(mix, rows, chosen)
+    else:
+        if mix.dedup:
+            chosen = drop_duplicates(chosen, rows)
+        held_out = split_off_validation(mix, rows, chosen)
+        candidates = divide_by_source(mix, rows, chosen[~held_out])
+        if mix.strategy != "concatenate":
+            for one in candidates:
+                one.rows = order_by_prompt(one.rows, rows.facts["prompt"], mix.seed)
+                one.sizes = rows.sizes[one.rows]
+        plan = Plan(draw_rows(candidates, mix), chosen[held_out], candidates)
+    not_drawn = rows.reasons == ""
+    not_drawn[plan.train.rows] = False
+    not_drawn[plan.validation] = False
+    rows.reasons[not_drawn] = "not drawn"
+    return plan
 
 
-def held_out(rows, owner, prompts, validation, seed):
-    """Mask of the rows that go to validation: max(min, share) of all, from each pool its share, whole prompts."""
-    count = max(int(validation.get("min", 0)), int(validation.get("share", 0) * len(rows)))
-    mask = np.zeros(len(owner), bool)
-    if not count:
-        return mask
-    if count >= len(rows):
-        raise UsageError(f"validation: {count} of {len(rows)} rows would be held out: write a smaller min and share")
-    pools = np.unique(owner[rows])
-    quotas = rounded(count, np.array([(owner[rows] == pool).sum() / len(rows) for pool in pools]))
-    sides = set()
-    for pool, quota in zip(pools, quotas, strict=True):
-        mine = drawn_order(rows[owner[rows] == pool], prompts, seed + 1)
-        left = quota
-        for prompt in prompts[mine]:
-            if left <= 0:
-                break
-            sides.add(int(prompt))
-            left -= 1
-    mask[rows] = np.isin(prompts[rows], np.array(sorted(sides), "u8"))
-    if mask.sum() >= len(rows):
+def choose_rows(mix: Mix, rows: Rows) -> np.ndarray:
+    """Return the rows that `where` and `rows` leave, the sources' own validation rows first: of equal rows the first is
+    kept, and that is the one which must not be trained."""
+    is_usable = rows.reasons == ""
+    is_validation = rows.facts["is_validation"]
+    chosen = [np.flatnonzero(is_validation & is_usable)]
+    for number, source in enumerate(mix.sources):
+        numbers = np.flatnonzero((rows.facts["source"] == number) & ~is_validation)
+        if source.shuffle is not None:
+            numbers = np.random.default_rng(source.shuffle).permutation(numbers)
+        numbers = numbers[is_usable[numbers]]
+        if source.rows is not None:
+            rows.reasons[numbers[source.rows :]] = "not asked for"
+            numbers = numbers[: source.rows]
+        chosen.append(numbers)
+    return np.concatenate(chosen)
+
+
+def drop_duplicates(chosen: np.ndarray, rows: Rows) -> np.ndarray:
+    """Return the rows without those that equal an earlier one, which get their reason."""
+    _, first, inverse = np.unique(rows.facts["key"][chosen], return_index=True, return_inverse=True)
+    original = chosen[first[inverse]]
+    is_copy = chosen != original
+    same_source = rows.facts["source"][chosen] == rows.facts["source"][original]
+    rows.reasons[chosen[is_copy & same_source]] = "duplicate in its pool"
+    rows.reasons[chosen[is_copy & ~same_source]] = "duplicate of another pool"
+    return chosen[~is_copy]
+
+
+def split_off_validation(mix: Mix, rows: Rows, chosen: np.ndarray) -> np.ndarray:
+    """Return a mask (chosen,) of the rows for validation. Raises UsageError where none would be left to train on."""
+    facts = rows.facts[chosen]
+    count = mix.validation.count(len(chosen))
+    check_validation_size(count, len(chosen))
+    # another seed than the draw's: the prompts that come first there are not those that went to validation
+    mask = choose_validation(facts["prompt"], count, mix.seed + 1, facts["source"], facts["is_validation"])
+    if len(mask) and mask.all():
         raise UsageError("validation: rows of one prompt would all be held out: write a smaller min and share")
     return mask
 
 
-def rounded(total, shares):
-    """Whole numbers that sum to total, by largest remainder."""
-    exact = total * np.asarray(shares)
-    out = np.floor(exact + 1e-9).astype(int)
-    for place in np.argsort(out - exact, kind="stable")[: total - out.sum()]:
-        out[place] += 1
-    return out
+def check_validation_size(count: int, rows: int) -> None:
+    if 0 < rows <= count:
+        raise UsageError(f"validation: {count} of {rows} rows would be held out: write a smaller min and share")
 
 
-class Pool:
-    """The train rows of one source, in drawing order, as often as they may be taken."""
-
-    def __init__(self, source, rows, sizes):
-        self.name, self.weight, self.epochs, self.rows = source["name"], source["weight"], source["epochs"], rows
-        self.sizes = sizes[rows]  # 1 a row, or its tokens
-
-    def available(self):
-        return self.sizes.sum() * self.epochs
-
-    def take(self, quota):
-        """(rows, passes, position of each in 0..1) until the quota of rows or tokens is met as closely as whole rows
-        can; passes count from 0."""
-        if quota <= 0 or not len(self.rows):
-            return np.zeros(0, int), np.zeros(0, int), np.zeros(0)
-        passes = int(quota // self.sizes.sum()) + 1
-        sizes = np.tile(self.sizes, passes)
-        ends = np.cumsum(sizes)
-        count = int(np.searchsorted(ends - sizes / 2, quota, side="left"))  # a row whose middle lies within is taken
-        rows, number = np.tile(self.rows, passes)[:count], np.repeat(np.arange(passes), len(self.rows))[:count]
-        return rows, number, (ends[:count] - sizes[:count] / 2) / max(ends[count - 1] if count else 1, 1)
+def divide_by_source(mix: Mix, rows: Rows, numbers: np.ndarray) -> list[Candidates]:
+    candidates = []
+    for number, source in enumerate(mix.sources):
+        mine = numbers[rows.facts["source"][numbers] == number]
+        candidates.append(Candidates(source, mine, rows.sizes[mine]))
+    return candidates
 
 
-def interleave(pools, mix):
-    shares = shares_of([pool.weight for pool in pools])
-    used = [(pool, share) for pool, share in zip(pools, shares, strict=True) if share > 0 and len(pool.rows)]
-    ends = [pool.available() / share for pool, share in used]
-    total = min(ends) if mix["stop"] == "first_exhausted" else max(ends)
-    wanted = mix["size"] or total
-    quotas = wanted * shares
-    if mix["by"] == "rows":
-        quotas = rounded(int(wanted + 1e-6), shares)
-    if mix["stop"] == "first_exhausted":
-        quotas = [min(quota, pool.available()) for quota, pool in zip(quotas, pools, strict=True)]
-    parts = [pool.take(quota) for pool, quota in zip(pools, quotas, strict=True)]
-    at = np.concatenate([position for *_, position in parts])
-    order = np.argsort(at, kind="stable")
-    return [np.concatenate([part[n] for part in parts])[order] for n in (0, 1)]
-
-
-def resample(pools, mix):
-    shares, rng = shares_of([pool.weight for pool in pools]), np.random.default_rng(mix["seed"])
-    shares = np.array([share if len(pool.rows) else 0 for pool, share in zip(pools, shares, strict=True)])
-    shares = shares / shares.sum()
-    total = mix["size"] or int(0.9 * sum(pool.sizes.sum() for pool in pools))
-    quotas = rounded(total, shares) if mix["by"] == "rows" else total * shares
-    rows = []
-    for pool, quota in zip(pools, quotas, strict=True):
-        taken, got = [], 0
-        while got < quota and len(pool.rows):
-            few = max(1, int((quota - got) / pool.sizes.mean()))
-            places = rng.integers(len(pool.rows), size=few)
-            ends = got + np.cumsum(pool.sizes[places])
-            places = places[: int(np.searchsorted(ends, quota, side="left")) + 1]
-            taken.append(pool.rows[places])
-            got += pool.sizes[places].sum()
-        rows += taken
-    rows = np.concatenate(rows) if rows else np.zeros(0, int)
-    return rows, occurrences(rows)
-
-
-def occurrences(rows):
-    """How often each entry stood before, from 0."""
-    order = np.argsort(rows, kind="stable")
-    ordered = rows[order]
-    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(rows) else np.zeros(0, int)
-    counts = np.arange(len(rows)) - np.repeat(starts, np.diff(np.r_[starts, len(rows)]))
-    out = np.empty(len(rows), int)
-    out[order] = counts
-    return out
-
-
-def subsample(pools, mix):
-    parts = []
-    weights = [pool.weight for pool in pools]
-    for pool, weight in zip(pools, weights if any(weights) else np.ones(len(pools)), strict=True):
-        rows, passes, _ = pool.take(int(pool.sizes.sum() * weight + 1e-9))
-        parts += [(rows, passes + number) for number in range(max(1, round(pool.epochs)))]
-    return [np.concatenate([part[n] for part in parts]) for n in (0, 1)]
-
-
-def concatenate(pools, mix):
-    rows = []
-    for pool in pools:
-        rows.append(np.tile(pool.rows, math.ceil(pool.epochs))[: round(len(pool.rows) * pool.epochs)])
-    rows = np.concatenate(rows)[: mix["size"]]
-    return rows, occurrences(rows)
-
-
-MIXERS = {"interleave": interleave, "resample": resample, "subsample": subsample, "concatenate": concatenate}
-
-
-def literal(table, owner, rows, mix):
-    """(train rows, validation rows) as the tutorial's build_datasets.py gets them, by datasets' own functions: mixed
-    (interleave_datasets with all_exhausted, or rows drawn with replacement), equal rows removed, shuffled, split."""
-    from datasets import Dataset, interleave_datasets
-
-    shares = shares_of([source["weight"] for source in mix["sources"]])
-    sets = [Dataset.from_dict({"row": rows[owner[rows] == n]}) for n in range(len(shares))]
-    used = [(one, share) for one, share in zip(sets, shares, strict=True) if len(one) and share]
-    seed = mix["seed"]
-    if mix["strategy"] == "interleave":
-        parts = [one.shuffle(seed=seed) for one, _ in used]
-        chances = list(np.array([share for _, share in used]) / sum(share for _, share in used))
-        mixed = interleave_datasets(parts, probabilities=chances, seed=seed, stopping_strategy="all_exhausted")["row"]
-    else:
-        total, rng = int(0.9 * len(rows)), np.random.default_rng(seed)
-        mixed = np.concatenate([np.array(one["row"])[rng.integers(len(one), size=round(total * share))]
-                                for one, share in used])  # fmt: skip
-    mixed = np.array(mixed)
-    _, first = np.unique(table["key"][mixed], return_index=True)
-    unique = mixed[np.sort(first)]
-    unique = unique[np.random.default_rng(seed).permutation(len(unique))]
-    count = max(int(mix["validation"].get("min", 0)), int(len(unique) * mix["validation"].get("share", 0)))
-    if count >= len(unique):
-        raise UsageError(f"validation: {count} of {len(unique)} rows would be held out: write a smaller min and share")
-    return unique[count:], unique[:count]
+def make_literal_plan(mix: Mix, rows: Rows, chosen: np.ndarray) -> Plan:
+    """Return the plan that the tutorial's script makes: mixed, equal rows removed, shuffled, split."""
+    candidates = divide_by_source(mix, rows, chosen)
+    mixed = drop_duplicates(draw_literally(candidates, mix), rows)
+    unique = mixed[count_passes(mixed) == 0]
+    unique = np.random.default_rng(mix.seed).permutation(unique)
+    count = mix.validation.count(len(unique))
+    check_validation_size(count, len(unique))
+    train = unique[count:]
+    return Plan(Draw(train, np.zeros(len(train), int)), unique[:count], candidates)
 
 
 # -- rows out ---------------------------------------------------------------------------------------------------------
-class Shards:
-    """The Arrow batches of all pools as one list of rows, memory-mapped."""
+@dataclass
+class OutputChunk:
+    """Neighbouring rows of the result."""
 
-    def __init__(self, files):
-        self.batches = []
-        for file in files:
-            self.batches += batches_of(file)
-        self.starts = np.cumsum([0, *map(len, self.batches)])
-
-    def take(self, rows):
-        """A RecordBatch of these rows, in this order."""
-        owner = np.searchsorted(self.starts, rows, side="right") - 1
-        order = np.argsort(owner, kind="stable")
-        parts = []
-        for number in np.unique(owner):
-            mine = rows[order][owner[order] == number] - self.starts[number]
-            parts.append(self.batches[number].take(pa.array(mine)))
-        back = np.empty(len(rows), int)
-        back[order] = np.arange(len(rows))
-        return pa.Table.from_batches(parts).combine_chunks().to_batches()[0].take(pa.array(back))
+    split: str
+    rows: np.ndarray  # numbers of rows
+    passes: np.ndarray
 
 
-@cache
-def shards(files):
-    return Shards(files)
+def output_chunks(plan: Plan) -> Iterator[OutputChunk]:
+    validation = Draw(plan.validation, np.zeros(len(plan.validation), int))
+    for split, draw in (("train", plan.train), (VALIDATION, validation)):
+        for start in range(0, len(draw.rows), OUTPUT_ROWS):
+            end = start + OUTPUT_ROWS
+            yield OutputChunk(split, draw.rows[start:end], draw.passes[start:end])
 
 
-def gathered(block, files, kwargs=None):
-    """Result of a Block whose data is (rows, passes): the rows, those of a second pass with @2 behind their ids.
-    kwargs: template arguments of the mix."""
-    rows, passes = block.data
-    batch = shards(files).take(rows)
-    if kwargs:
-        told = [dump_json({**kwargs, **load_json(own.encode())}) for own in plain_columns(batch)[3]]
-        batch = batch.set_column(3, SCHEMA.field(3), json_array(told))
-    if passes.any():
-        ids = [f"{name}@{number + 1}" if number else name
-               for name, number in zip(batch.column(0).to_pylist(), passes, strict=True)]  # fmt: skip
-        batch = batch.set_column(0, SCHEMA.field(0), pa.array(ids, pa.string()))
-    digests, lines, counts = [], [], Counter()
-    for start in range(0, len(batch), ROWS):
-        part = batch.slice(start, ROWS)
-        told = row_bodies(part)
-        digests += [hashlib.sha256(b"{" + body).digest() for body in told]
-        lines.append(json_lines(part, told))
-        counts += counts_of(part)
-    made = EncodedRows(batch, batch.column(0).to_pylist(), b"".join(digests), counts, Counter())
-    return ChunkResult({block.split: made}, rows_in=len(rows), payload=(block.split, b"".join(lines)))
+def encode_output(chunk: OutputChunk, files: tuple[str, ...], kwargs: dict) -> ChunkResult:
+    """Return the rows of a chunk for the folder and, as payload, for the .jsonl beside it; those of a second pass have
+    @2 behind their ids. kwargs: template arguments of the mix."""
+    rows = open_rows(files).take(chunk.rows)
+    for row, number in zip(rows, chunk.passes, strict=True):
+        if number:
+            row["id"] = f"{row['id']}@{number + 1}"
+        if kwargs:
+            row["chat_template_kwargs"] = kwargs | row["chat_template_kwargs"]
+    encoded = encode_rows(rows)
+    lines = EncodedRows(list(encoded.ids), b"", Counter(), lines=[dump_json(row) for row in rows])
+    return ChunkResult({chunk.split: encoded}, payload=lines)
 
 
-def main():
+def write_plan(plan: Plan, rows: Rows, mix: Mix, writer: DatasetWriter, num_proc: int) -> None:
+    """Write the rows of a plan, and list those that are in none."""
+    encode = partial(encode_output, files=files_of(rows.parts), kwargs=mix.chat_template_kwargs)
+    texts = {}
+    with ExitStack() as stack:
+        for result in parallel_map(encode, output_chunks(plan), num_proc, "write"):
+            writer.add(result)
+            for split, encoded in result.encoded.items():
+                if split not in texts:
+                    texts[split] = stack.enter_context(closing(LinesFile(writer.staging / f"{split}.jsonl")))
+                texts[split].write(result.payload, encoded.ids)
+    ids = rows.column("id")
+    for number in np.flatnonzero(rows.reasons != "").tolist():
+        writer.reject(rows.location(number) | {"id": ids[number].as_py(), "reason": rows.reasons[number]})
+    writer.rows_in = len(rows.facts)
+    writer.rows_added = writer.rows_out.total() + writer.refused.total() - writer.rows_in
+
+
+# -- what came of it --------------------------------------------------------------------------------------------------
+@dataclass
+class SourceReport:
+    """What became of the rows of one source, as report.json and the terminal show it."""
+
+    name: str
+    weight: float
+    rows_in: int
+    train: int
+    validation: int
+    repeats: int
+    share: float  # of the train split
+    wanted: float | None  # what its weight asks for
+    note: str
+    tokens: int | None  # of the train split, where they are counted
+    own_validation: int  # rows of its own validation split among those for validation
+    not_drawn: int
+    not_drawn_cause: str
+
+    def to_json(self) -> dict:
+        values = {}
+        for name, value in vars(self).items():
+            if name == "tokens" and value is None:
+                continue
+            values["in" if name == "rows_in" else name] = value
+        return values
+
+
+def report_sources(mix: Mix, rows: Rows, plan: Plan) -> list[SourceReport]:
+    """Return what became of each source, with a note where its share is more than 1% off."""
+    owners = rows.facts["source"]
+    has_tokens = rows.facts["tokens"].any()
+    total = max(1, rows.sizes[plan.train.rows].sum())
+    shares = shares_of(plan.candidates)
+    reports = []
+    for number, candidates in enumerate(plan.candidates):
+        train = plan.train.rows[owners[plan.train.rows] == number]
+        validation = plan.validation[owners[plan.validation] == number]
+        not_drawn = int((rows.reasons[owners == number] == "not drawn").sum())
+        report = SourceReport(
+            name=candidates.source.name,
+            weight=candidates.source.weight,
+            rows_in=int((owners == number).sum()),
+            train=len(train),
+            validation=len(validation),
+            repeats=len(train) - len(np.unique(train)),
+            share=round(float(rows.sizes[train].sum() / total), 6),
+            wanted=None,
+            note="",
+            tokens=int(rows.facts["tokens"][train].sum()) if has_tokens else None,
+            own_validation=int(rows.facts["is_validation"][validation].sum()),
+            not_drawn=not_drawn,
+            not_drawn_cause=candidates.cause if not_drawn else "",
+        )
+        if mix.strategy in ("interleave", "resample"):
+            report.wanted = round(float(shares[number]), 6)
+            report.note = explain_share(report, mix)
+        reports.append(report)
+    return reports
+
+
+def explain_share(report: SourceReport, mix: Mix) -> str:
+    """Return why the share of a source is not the one that its weight asks for."""
+    if abs(report.share - report.wanted) <= 0.01:
+        return ""
+    if mix.literal:
+        return "literal: duplicates are removed after mixing, which undoes weights"
+    if report.share < report.wanted:
+        return "used up: raise epochs, or stop: all_exhausted"
+    return "more, as others are used up"
+
+
+def print_reports(reports: list[SourceReport]) -> None:
+    width = max([len(report.name) for report in reports])
+    print(f"  {'source':{width}}  {'rows':>9}  {'train':>9}  {'repeats':>8}  {'share':>7}  {'wanted':>7}")
+    for report in reports:
+        wanted = "" if report.wanted is None else f"{report.wanted:7.2%}"
+        counts = f"{report.rows_in:>9,}  {report.train:>9,}  {report.repeats:>8,}  {report.share:7.2%}  {wanted:>7}"
+        print(f"  {report.name:{width}}  {counts}  {report.note}".rstrip())
+    for report in reports:
+        if report.not_drawn:
+            print(f"{report.not_drawn:,} rows of {report.name} not drawn: {report.not_drawn_cause}")
+
+
+def make_card(name: str, mix: Mix, rows: Rows, plan: Plan) -> str:
+    """Return Markdown: the train split by source and mode (SmolLM3's table), by language and by turns."""
+    facts = rows.facts[plan.train.rows]
+    has_tokens = bool(rows.facts["tokens"].any())
+    heads = ["source", "mode", "rows", "% rows"]
+    if has_tokens:
+        heads += ["tokens", "% tokens", "tokens/row", "in context", "in response"]
+    heads.append("turns")
+    lines = [f"# {name}", ""]
+    lines += [f"{mix.strategy} by {mix.by}, seed {mix.seed}{', literal' * mix.literal}. The train split:", ""]
+    lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    groups = []
+    for number, source in enumerate(mix.sources):
+        for mode in ("no_think", "think"):
+            group = facts[(facts["source"] == number) & (facts["think"] == (mode == "think"))]
+            if len(group):
+                groups.append(group)
+                lines.append(card_line(source.name, mode, group, facts, has_tokens))
+    lines += [card_line("all", "", facts, facts, has_tokens), ""]
+    if has_tokens:
+        tokens = np.mean([group["tokens"].mean() for group in groups])
+        trained = np.mean([group["trained"].mean() for group in groups])
+        lines.append(
+            "Tokens are those of the rendered row, response those that are trained, context the others; turns are "
+            "messages of user and assistant. The last line holds means over rows; the mean of the lines above it, as "
+            f"the SmolLM3 playbook prints it, is {tokens:,.1f} tokens a row, {tokens - trained:,.1f} in context, "
+            f"{trained:,.1f} in response."
+        )
+    else:
+        lines.append("Tokens are not counted: `--recipe` counts them.")
+    lines += ["", "| language | rows | % rows |", "|---|---|---|"]
+    languages = Counter(rows.column("lang").take(pa.array(plan.train.rows)).to_pylist())
+    for language, count in sorted(languages.items(), key=lambda item: (-item[1], item[0])):
+        lines.append(f"| {language} | {count:,} | {count / len(facts):.1%} |")
+    return "\n".join(lines) + "\n"
+
+
+def card_line(title: str, mode: str, group: np.ndarray, facts: np.ndarray, has_tokens: bool) -> str:
+    """Return one line of the card's table, of the FACTS of a group of the train rows and of all of them."""
+    cells = [title, mode, f"{len(group):,}", f"{len(group) / len(facts):.1%}"]
+    if has_tokens:
+        tokens = group["tokens"].sum()
+        trained = group["trained"].sum()
+        cells += [f"{tokens:,}", f"{tokens / max(1, facts['tokens'].sum()):.1%}", f"{tokens / len(group):,.1f}"]
+        cells += [f"{(tokens - trained) / len(group):,.1f}", f"{trained / len(group):,.1f}"]
+    cells.append(f"{group['turns'].mean():.1f}")
+    return "| " + " | ".join(cells) + " |"
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("mix", metavar="MIX.yaml")
     parser.add_argument("--out", type=Path, required=True, help="folder that does not exist yet")
@@ -432,210 +586,55 @@ def main():
     return run_command(parser, run)
 
 
-def run(args):
-    """The exit code; raises UsageError."""
+def run(args: argparse.Namespace) -> int:
+    """Return the exit code. Raises UsageError."""
     if args.out.suffix == ".jsonl":
         raise UsageError(f"{args.out}: a mix has splits: pass a folder as --out")
     mix = read_mix(args.mix, args.pools, args.seed)
-    flags = args.recipe, args.model_name_or_path, args.chat_template_path
-    flags = flags if any(flags) else None
-    if mix["by"] == "tokens" and not flags:
+    flags = None
+    if args.recipe or args.model_name_or_path or args.chat_template_path:
+        flags = RendererFlags(args.recipe, args.model_name_or_path, args.chat_template_path)
+        load_renderer_of(flags)  # a fault in it is reported before the rows are read
+    elif mix.by == "tokens":
         raise UsageError(f"{args.mix}: weights by tokens: pass --recipe, whose tokenizer and template count them")
-    if flags:
-        against_of(flags)  # a fault in it is told before the pools are read
-    with DatasetWriter(args.out, "mix.py", mix["seed"]) as writer:
-        return build(mix, args, flags, writer)
-
-
-def build(mix, args, flags, writer):
-    files, tables, ids, langs = [], [], [], []
-    for source in mix["sources"]:
-        found = list_splits(source["folder"])
-        if source["split"] not in found:
-            has = f"no split {source['split']}, only {', '.join(found)}"
-            raise UsageError(f"{source['folder']}: {has}: name one as `split`")
-        files += map(str, found[source["split"]])
-        digest, count = hashlib.sha256(), len(ids)
-        work = partial(known, where=source["where"], recipe_flags=flags, kwargs=mix["chat_template_kwargs"])
-        blocks = pool_blocks(source, found[source["split"]], digest)
-        for result in parallel_map(work, blocks, args.num_proc, source["name"]):
-            table, names, languages = result.payload
-            tables.append(table)
-            ids += names
-            langs += languages
-        source["count"] = len(ids) - count
-        writer.input_hashes[source["name"]] = digest.hexdigest()
-    table = np.concatenate(tables) if tables else np.zeros(0, COLUMNS_READ)
-    owner = np.repeat(np.arange(len(mix["sources"])), [source["count"] for source in mix["sources"]])
-    reasons = np.full(len(table), "", object)
-    rows = chosen_rows(mix, table, owner, reasons)
-    if not len(rows):
-        print(f"{args.mix}: no rows are left to mix", file=sys.stderr)
-        return 1
-    train, passes, validation = mixed(mix, table, owner, rows)
-    if not len(train):
-        print(f"{args.mix}: no rows are left to train on", file=sys.stderr)
-        return 1
-    taken = np.zeros(len(table), bool)
-    taken[train] = taken[validation] = True
-    reasons[~taken & (reasons == "")] = "not drawn"
-
-    writer.rows_in, writer.rows_added = len(table), len(train) + len(validation) - int(taken.sum())
-    texts = {"train": open(writer.staging / "train.jsonl", "wb")}  # noqa: SIM115 (closed below, removed by the writer)
-    if len(validation):
-        texts["validation"] = open(writer.staging / "validation.jsonl", "wb")  # noqa: SIM115
-    parts = (("train", train, passes), ("validation", validation, np.zeros(len(validation), int)))
-    blocks = (Chunk(split, split, start + 1, (some[start : start + GATHER], number[start : start + GATHER]))
-              for split, some, number in parts for start in range(0, len(some), GATHER))  # fmt: skip
-    job = partial(gathered, files=tuple(files), kwargs=mix["chat_template_kwargs"])
-    for result in parallel_map(job, blocks, args.num_proc, "write"):
-        split, lines = result.payload
-        result.rows_in = 0  # counted above
-        writer.add(result)
-        texts[split].write(lines)
-    [file.close() for file in texts.values()]
-    starts = np.cumsum([0, *[source["count"] for source in mix["sources"]]])
-    for row in np.flatnonzero(~taken):
-        place = {"file": mix["sources"][owner[row]]["name"], "line": int(row - starts[owner[row]]) + 1}
-        writer.reject(place | {"id": ids[row], "reason": reasons[row]})
-
-    told = realised(mix, table, owner, train, validation, reasons)
-    writer.close({"strategy": mix["strategy"], "by": mix["by"], "literal": mix["literal"], "sources": told},
-                 {"card.md": card(args.out.name, mix, table, owner, train, langs, told, flags)})  # fmt: skip
-    print(f"{args.out}: {len(train):,} rows to train, {len(validation):,} to validate, of {len(table):,}")
-    width = max(len(one["name"]) for one in told)
-    print(f"  {'source':{width}}  {'rows':>9}  {'train':>9}  {'repeats':>8}  {'share':>7}  {'wanted':>7}")
-    for one in told:
-        wanted = "" if one["wanted"] is None else f"{one['wanted']:7.2%}"
-        counts = f"{one['in']:>9,}  {one['train']:>9,}  {one['repeats']:>8,}  {one['share']:7.2%}  {wanted:>7}"
-        print(f"  {one['name']:{width}}  {counts}  {one['note']}".rstrip())
+    with DatasetWriter(args.out, "mix.py", mix.seed) as writer:
+        open_rows.cache_clear()  # a folder may have been made again since, in this process
+        parts, not_read = open_parts(mix, Path(args.pools or "."))
+        rows = read_parts(mix, parts, flags, writer, args.num_proc)
+        plan = make_plan(mix, rows)
+        if not len(plan.train.rows):
+            print(
+                f"{args.mix}: no rows are left to train on: see where, rows and weight of its sources", file=sys.stderr
+            )
+            return 1
+        write_plan(plan, rows, mix, writer, args.num_proc)
+        reports = report_sources(mix, rows, plan)
+        more = {"strategy": mix.strategy, "by": mix.by, "literal": mix.literal}
+        more["sources"] = [report.to_json() for report in reports]
+        if not_read:
+            more["splits_not_read"] = not_read
+        writer.close(more, {"card.md": make_card(args.out.name, mix, rows, plan)})
+    trained = len(plan.train.rows)
+    print(f"{args.out}: {trained:,} rows to train, {len(plan.validation):,} to validate, of {len(rows.facts):,}")
+    print_reports(reports)
+    print_left_out(reports, writer, not_read)
     return 0
 
 
-def pool_blocks(source, files, digest):
-    """Blocks of one split of a pool; digest gets its files. Raises UsageError."""
-    for block in arrow_chunks(files, source["name"], source["split"], digest):
-        if not block.own():
-            raise UsageError(
-                f"{block.place[0]}: not a pool of this room: python -m data_prep.normalize messages makes one"
-            )
-        yield block
-
-
-def chosen_rows(mix, table, owner, reasons):
-    """The rows that may be mixed: what `where`, `rows` and duplicates leave; the others get their reason."""
-    reasons[~table["kept"]] = "not asked for"
-    reasons[table["broken"]] = "template refuses the row"
-    parts = []
-    for number, source in enumerate(mix["sources"]):
-        rows = np.flatnonzero(owner == number)
-        if source["shuffle"] is not None:
-            rows = rows[np.random.default_rng(source["shuffle"]).permutation(len(rows))]
-        rows = rows[table["kept"][rows]]
-        reasons[rows[source["rows"] :] if source["rows"] else rows[:0]] = "not asked for"
-        parts.append(rows[: source["rows"]])
-    rows = np.concatenate(parts)
-    if not mix["dedup"] or mix["literal"]:
-        return rows
-    _, first, back = np.unique(table["key"][rows], return_index=True, return_inverse=True)
-    same = rows[first[back]]  # the first row that each equals
-    again = rows != same
-    inside = owner[rows] == owner[same]
-    reasons[rows[again & inside]] = "duplicate in its pool"
-    reasons[rows[again & ~inside]] = "duplicate of another pool"
-    return rows[~again]
-
-
-def mixed(mix, table, owner, rows):
-    """(train rows, passes, validation rows)"""
-    seed, prompts = mix["seed"], table["prompt"]
-    if mix["literal"]:
-        train, validation = literal(table, owner, rows, mix)
-        return train, np.zeros(len(train), int), validation
-    held = held_out(rows, owner, prompts, mix["validation"], seed)
-    validation, rows = rows[held[rows]], rows[~held[rows]]
-    sizes = table["tokens"] if mix["by"] == "tokens" else np.ones(len(table), int)
-    mine = [rows[owner[rows] == number] for number in range(len(mix["sources"]))]
-    if mix["strategy"] != "concatenate":
-        mine = [drawn_order(some, prompts, seed) for some in mine]
-    pools = [Pool(source, some, sizes) for source, some in zip(mix["sources"], mine, strict=True)]
-    if not any(len(pool.rows) for pool in pools):
-        return np.zeros(0, int), np.zeros(0, int), validation
-    train, passes = MIXERS[mix["strategy"]](pools, mix)
-    how = mix["shuffle"] or ("numpy" if mix["strategy"] in ("resample", "subsample") else "none")
-    if how == "numpy":
-        order = np.random.default_rng(seed).permutation(len(train))
-    elif how == "python":
-        import random
-
-        order = [*range(len(train))]
-        random.Random(seed).shuffle(order)
-    else:
-        order = np.arange(len(train))
-    return train[order], passes[order], validation
-
-
-def realised(mix, table, owner, train, validation, reasons):
-    """A dict a source: rows in, train, validation, repeats, realised share and the wanted one, and a note where it is
-    more than 1% off, which names what ran out."""
-    by_tokens = mix["by"] == "tokens"
-    sizes = table["tokens"] if by_tokens else np.ones(len(table), int)
-    weighted = mix["strategy"] in ("interleave", "resample")
-    wanted = shares_of([source["weight"] for source in mix["sources"]]) if weighted else None
-    total, out = max(1, sizes[train].sum()), []
-    for number, source in enumerate(mix["sources"]):
-        mine = train[owner[train] == number]
-        one = {"name": source["name"], "weight": source["weight"], "in": source["count"], "train": len(mine)}
-        one |= {"validation": int((owner[validation] == number).sum()), "repeats": len(mine) - len(np.unique(mine))}
-        one |= {"share": round(float(sizes[mine].sum() / total), 6)}
-        one |= {"wanted": round(float(wanted[number]), 6) if weighted else None, "note": ""}
-        if table["tokens"].any():
-            one["tokens"] = int(table["tokens"][mine].sum())
-        out.append(one)
-    if weighted:
-        off = [one for one in out if abs(one["share"] - one["wanted"]) > 0.01]
-        for one in off:
-            short = one["share"] < one["wanted"]
-            one["note"] = "used up: raise epochs, or stop: all_exhausted" if short else "more, as others are used up"
-            if mix["literal"]:
-                one["note"] = "literal: duplicates are removed after mixing, which undoes weights"
-    return out
-
-
-def card(name, mix, table, owner, train, langs, told, flags):
-    """Markdown: the train split by source and mode (SmolLM3's table), by language and by turns."""
-    counted = bool(table["tokens"].any())
-    lines = [f"# {name}", "", f"{mix['strategy']} by {mix['by']}, seed {mix['seed']}"
-             + (", literal" if mix["literal"] else "") + ". The train split:", ""]  # fmt: skip
-    heads = ["source", "mode", "rows", "% rows"]
-    heads += ["tokens", "% tokens", "tokens/row", "in context", "in response"] * counted
-    lines += ["| " + " | ".join([*heads, "turns"]) + " |", "|---" * (len(heads) + 1) + "|"]
-    tokens, rows = max(1, table["tokens"][train].sum()), []
-    for number, source in enumerate(mix["sources"]):
-        for think in (False, True):
-            mine = train[(owner[train] == number) & (table["think"][train] == think)]
-            if len(mine):
-                rows.append((source["name"], "think" if think else "no_think", mine))
-    for title, mode, mine in [*rows, ("all", "", train)]:
-        cells = [title, mode, f"{len(mine):,}", f"{len(mine) / len(train):.1%}"]
-        if counted:
-            total, trained = table["tokens"][mine].sum(), table["trained"][mine].sum()
-            cells += [f"{total:,}", f"{total / tokens:.1%}", f"{total / len(mine):,.1f}"]
-            cells += [f"{(total - trained) / len(mine):,.1f}", f"{trained / len(mine):,.1f}"]
-        lines.append("| " + " | ".join([*cells, f"{table['turns'][mine].mean():.1f}"]) + " |")
-    lines.append("")
-    if counted:
-        means = [np.mean([table[column][mine].mean() for *_, mine in rows]) for column in ("tokens", "trained")]
-        lines += ["Tokens are those of the rendered row, response those that are trained, context the others; turns "
-                  "are messages of user and assistant. The last line holds means over rows; the mean of the lines "
-                  f"above it, as the SmolLM3 playbook prints it, is {means[0]:,.1f} tokens a row, "
-                  f"{means[0] - means[1]:,.1f} in context, {means[1]:,.1f} in response.", ""]  # fmt: skip
-    else:
-        lines += ["Tokens are not counted: `--recipe` counts them.", ""]
-    lines += ["| language | rows | % rows |", "|---|---|---|"]
-    for lang, count in sorted(Counter(langs[row] for row in train).items(), key=lambda item: (-item[1], item[0])):
-        lines.append(f"| {lang} | {count:,} | {count / len(train):.1%} |")
-    return "\n".join(lines) + "\n"
+def print_left_out(reports: list[SourceReport], writer: DatasetWriter, not_read: dict[str, int]) -> None:
+    """Print what the table does not show."""
+    own_validation = sum([report.own_validation for report in reports])
+    if own_validation:
+        print(
+            f"{own_validation:,} of the rows to validate are the sources' own (pool_validation: leave leaves them out)"
+        )
+    if writer.refused[LEFT_OUT]:
+        count = writer.refused[LEFT_OUT]
+        print(f"{count:,} rows of the sources' own validation splits left out (pool_validation: use takes them)")
+    for split, count in not_read.items():
+        print(f"{count:,} rows of {split} are not read (name the split as `split` of a source)")
+    if writer.refused:
+        print(f"refused: {format_counts(writer.refused)}")
 
 
 if __name__ == "__main__":

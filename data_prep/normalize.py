@@ -1,23 +1,27 @@
 """Turn raw rows of a known source into messages rows, the one row shape of this collection.
 
+    python -m data_prep.normalize auto "raw/chat/*.json*" --out data/chat
     python -m data_prep.normalize gsm8k raw/gsm8k/train.jsonl --out data/gsm8k
-    python -m data_prep.normalize sharegpt "raw/chat/*.json*" --out data/chat.jsonl
-    zcat rows.jsonl.gz | python -m data_prep.normalize messages - --out data/rows
+    zcat rows.jsonl.gz | python -m data_prep.normalize messages - --out data/rows.jsonl
     python -m data_prep.normalize gsm8k openai/gsm8k:main --out data/gsm8k
-    python -m data_prep.normalize fields raw.jsonl --map prompt=question answer=response system=persona --out data/own
+    python -m data_prep.normalize fields table.csv --map "prompt={subject}: {customer}" answer=agent --out data/own
     python -m data_prep.normalize fields x.parquet --map messages=dialog role=who content=text --roles bot=assistant \\
         --out data/own
     python -m data_prep.normalize spelling --rows 1000 --eval_rows 200 --out data/spelling
 
-INPUT is a file (JSON lines, one JSON array, parquet; .gz or .zst), a folder of them, a quoted glob, - for stdin, a hub
-id owner/name:config@split, or hf://datasets/owner/name/path, a repository's files as they lie there. OUT ending in
-.jsonl becomes that file, with NAME.report.json and NAME.rejected.jsonl beside it; any other OUT becomes a dataset
-folder (for load_from_disk, with report.json, rejected.jsonl, card.md). A row that cannot be used is refused, listed in
-rejected.jsonl (line = row number in a JSON array or parquet file) and counted by reason. Text is stripped at both ends,
-because an answer that begins with a newline merges with the newline of the role header, and CRLF becomes LF; content in
-parts (text, reasoning, tool_call) becomes one string with its reasoning and calls beside it; nulls that Arrow filled
-into tool schemas and calls go; nothing else is rewritten. Where a JSON object names a key twice the last counts, as
-Python's json has it.
+INPUT is a file (JSON lines, a JSON array, an object that wraps rows or holds columns, CSV, TSV, parquet; .gz or .zst),
+a folder of them, a quoted glob, - for stdin, a hub id owner/name:config@split, or hf://datasets/owner/name/path, a
+repository's files as they lie there; several are read in order. OUT ending in .jsonl becomes that file, with
+NAME.report.json and NAME.rejected.jsonl beside it; any other OUT becomes a dataset folder (for load_from_disk, with
+report.json, rejected.jsonl, card.md).
+
+A row that cannot be used is refused, listed in rejected.jsonl (line = row number where the input has no lines) and
+counted by reason: pictures and sound, an answer labelled as bad, a weight other than 0 and 1. Keys that are not kept
+are counted on the terminal and in report.json (keys_not_kept; messages.KEY: of a message). Text is stripped at both
+ends, because an answer that begins with a newline merges with the newline of the role header, and CRLF becomes LF;
+content in parts (text, reasoning, tool_call) becomes one string with its reasoning and calls beside it; nulls that
+Arrow filled into tool schemas and calls go; nothing else is rewritten. Where a JSON object names a key twice the last
+counts, as Python's json has it.
 
 Reasoning (reasoning_content, or a <think> block that begins an answer) by --reasoning:
   keep    in reasoning_content: the template writes it, or refuses it
@@ -25,75 +29,161 @@ Reasoning (reasoning_content, or a <think> block that begins an answer) by --rea
   inline  at the head of the answer as plain text, a blank line between, for templates without a place for it. Without
           <think> tags: a template writes tokens, text never holds them
 
-The sources, each with its published shape:
+auto looks at the first rows, says which of the sources it takes them for and why, and goes on. The sources, each with
+its published shape:
 {sources}
 
-Exit 0: done, some rows may be refused. 1: every row refused, nothing written. 2: bad input, one sentence.
+Exit 0: done, some rows may be refused. 1: every row refused, which OUT lists. 2: bad input, one sentence.
 """
 
+import argparse
+import hashlib
 import inspect
 import re
 import sys
 import textwrap
-from functools import lru_cache, partial
-from itertools import chain
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 from data_prep.common.chunks import ROWS, Chunk
 from data_prep.common.command_line import add_num_proc, format_counts, make_parser, run_command
 from data_prep.common.errors import InvalidRow, UsageError
-from data_prep.common.json_text import dump_json
 from data_prep.common.language import conversation_text, detect_language
 from data_prep.common.nulls import drop_filled_nulls, drop_nulls, tool_schemas
 from data_prep.common.parallel import parallel_map
+from data_prep.common.parsing import refuse_media
 from data_prep.common.readers import find_inputs, read_chunks
-from data_prep.common.rows import MARKS, check_messages, find_control_token, read_columns, refuse_unkept
-from data_prep.common.sources import MADE, MAPPED, SOURCES, messages, smoltalk
-from data_prep.common.writer import ChunkResult, DatasetWriter, bundled, encoded
+from data_prep.common.rows import Row, check_encodable, check_messages, find_control_token, read_columns
+from data_prep.common.sources import MADE, SOURCES
+from data_prep.common.sources.chats import unread_message_keys
+from data_prep.common.sources.detect import FIRST_ROWS, MAP_ANYTHING, as_object, detect_source, suggest_source
+from data_prep.common.sources.fields import MAPPED, lacking_columns, mapped_columns
+from data_prep.common.sources.spelling import is_validation_word, read_word_list
+from data_prep.common.writer import ChunkResult, DatasetWriter, encode_rows, row_location
+
+AUTO = "auto"
+BFCL_FOLDERS = ("possible_answer", "multi_turn_func_doc")  # in a folder of BFCL, which hold no rows
+LABELS = ("label", "kto_tag")  # of KTO: whether the answer is one to learn
+WEIGHTS = ("weight", "loss_weight", "sample_weight")  # of a whole row
+SHOWN_KEYS = 20
+EMPTY = (None, "", [], {})
 
 
 # -- one row ----------------------------------------------------------------------------------------------------------
-def to_row(raw, source, row_id, reasoning="keep", **flags):
-    """A checked row, keys in the order of the house; raises InvalidRow. flags: those of the source's function."""
-    convert, lang = SOURCES[source]
-    if isinstance(raw, list):  # a line that is a list of messages
-        raw = {"messages": raw}
+def to_row(
+    raw: object,
+    source: str,
+    row_id: str,
+    reasoning: str = "keep",
+    keys_not_kept: Counter[str] | None = None,
+    **flags: object,
+) -> Row:
+    """Return a checked, complete row; raise InvalidRow.
+
+    row_id: of a row without one. keys_not_kept: what of the row has no place is counted there. flags: those of the
+    source's function.
+    """
+    raw = as_object(raw)
     if not isinstance(raw, dict):
         raise InvalidRow("row that is not an object", type(raw).__name__)
-    try:
-        found = convert(raw, **flags)
-    except InvalidRow:
-        raise
-    except (KeyError, IndexError) as error:
-        raise InvalidRow("missing field", str(error.args[0])) from None
-    except (TypeError, AttributeError, ValueError) as error:  # a number where text belongs, a list for an object, …
-        raise InvalidRow("field of another type", str(error)[:200]) from None
+    unread = unread_columns(raw, source, flags)
+    if unread:
+        refuse_meaning(raw, unread, source)
+    found = convert(raw, source, flags)
     turns = found["messages"]
+    if not found.get("tools"):
+        found["tools"] = found.get("functions") or found.get("available_tools")
+    if isinstance(found.get("tags"), str):
+        found["tags"] = [found["tags"]]
     tools, kwargs, tags = read_columns(found)
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    if isinstance(found.get("enable_thinking"), bool):  # verl
+        kwargs.setdefault("enable_thinking", found["enable_thinking"])
+    if any(["loss_mask" in turn and turn["role"] == "assistant" for turn in turns]):
+        kwargs.setdefault("train_turns", "flagged")
     if reasoning != "keep":
-        without_reasoning(turns, kwargs, inline=reasoning == "inline")
+        take_reasoning(turns, kwargs, inline=reasoning == "inline")
     check_messages(turns)
     if tools:
         tools = drop_nulls(tools)
-        without_filled(turns, tool_schemas(tools))
-    for value in chain(*map(dict.values, turns), tools):
-        if hit := find_control_token(value):
-            raise InvalidRow("control token in text", hit)
+        drop_nulls_of_calls(turns, tool_schemas(tools))
+    refuse_control_tokens(turns, tools)
     row = {"id": str(found.get("id") or row_id), "messages": turns}
-    row |= {"tools": tools} if tools else {}
-    row |= {
-        "chat_template_kwargs": kwargs,
-        "source": str(found.get("source") or source),
-        "tags": tags,
-        "lang": str(found.get("lang") or lang or detect_language(conversation_text(turns))),
-    }
-    refuse_unkept(row)
+    if tools:
+        row["tools"] = tools
+    row["chat_template_kwargs"] = kwargs
+    row["source"] = str(found.get("source") or source)
+    row["tags"] = tags
+    lang = found.get("lang") or SOURCES[source].language
+    row["lang"] = str(lang or detect_language(conversation_text(turns)))
+    check_encodable(row)
+    if keys_not_kept is not None:
+        count_keys(keys_not_kept, raw, source, unread, found.get("not_kept", ()), flags)
     return row
 
 
-def without_reasoning(turns, kwargs, inline):
-    """Take reasoning_content out of the messages, inline to the head of what they say."""
+def convert(raw: dict, source: str, flags: dict) -> dict:
+    """Return what the source's function makes of a row. Raises InvalidRow."""
+    try:
+        return SOURCES[source].convert(raw, **flags)
+    except InvalidRow:
+        raise
+    except KeyError as error:
+        raise InvalidRow("missing field", explain_missing(str(error.args[0]), raw, source)) from None
+    except IndexError:
+        raise InvalidRow("missing field", "a list is empty") from None
+    except (TypeError, AttributeError, ValueError) as error:  # a number where text belongs, a list for an object, …
+        raise InvalidRow("field of another type", str(error)[:200]) from None
+
+
+def explain_missing(field: str, raw: dict, source: str) -> str:
+    """Return which field a row lacks, what it has, and the source that reads it."""
+    columns = ", ".join(map(str, raw))[:200] or "nothing"
+    fitting = suggest_source(raw)
+    if fitting is None:
+        return f"{field}: the row has {columns}; map its columns by {MAP_ANYTHING}"
+    if fitting == source:
+        return f"{field}: the row has {columns}"
+    return f"{field}: the row has {columns}, which the source {fitting} reads"
+
+
+def unread_columns(raw: dict, source: str, flags: dict) -> list[str]:
+    """Return the columns of a row that its source does not read, where they hold something."""
+    read = SOURCES[source].columns
+    unread = []
+    for names in SOURCES[source].alternatives:
+        present = [name for name in names if raw.get(name) not in EMPTY]
+        unread += present[1:]
+    if raw.keys() <= read:
+        return unread
+    mapped = {column.split(".")[0] for column in mapped_columns(flags.get("map") or {})}
+    for key, value in raw.items():
+        if key not in read and key not in mapped and value not in EMPTY:
+            unread.append(key)
+    return unread
+
+
+def refuse_meaning(raw: dict, unread: list[str], source: str) -> None:
+    """Raise InvalidRow where a column that is not read says that the row is not to be trained like any other."""
+    for key in LABELS:
+        if key in unread and (raw[key] is False or str(raw[key]).lower() == "false"):
+            raise InvalidRow(f"{key} false", "the row is labelled as an answer not to learn")
+    if source == "fields":
+        return  # its columns may be of any table
+    refuse_media({key: raw[key] for key in unread}, "row")
+    if "mask" in unread and "assistant" in str(raw["mask"]).lower():
+        raise InvalidRow("mask of the assistant", f"mask {raw['mask']}: NeMo trains the user's turns of such a row")
+    for key in WEIGHTS:
+        if key in unread and isinstance(raw[key], (int, float)) and raw[key] != 1:
+            raise InvalidRow(f"{key} of a row that is not 1", str(raw[key]))
+
+
+def take_reasoning(turns: list[dict], kwargs: dict, inline: bool) -> None:
+    """Take reasoning_content out of the messages, inline to the head of their content."""
     for turn in turns:
         thought = turn.pop("reasoning_content", None)
         if thought and inline:
@@ -102,7 +192,7 @@ def without_reasoning(turns, kwargs, inline):
         kwargs["enable_thinking"] = False
 
 
-def without_filled(turns, schemas):
+def drop_nulls_of_calls(turns: list[dict], schemas: dict[str, object]) -> None:
     """Take the nulls that Arrow filled in out of the calls."""
     for turn in turns:
         for call in turn.get("tool_calls", ()):
@@ -110,172 +200,219 @@ def without_filled(turns, schemas):
             function["arguments"] = drop_filled_nulls(function["arguments"], schemas.get(function["name"]))
 
 
-def stem_of(file):
-    """The name of a file without its folders and endings, which rows without an id are called after."""
-    return re.sub(r"(\.(jsonl?|ndjson|parquet|gz|zst))+$", "", Path(file).name)
+def refuse_control_tokens(turns: list[dict], tools: list[dict]) -> None:
+    """Raise InvalidRow for text that a tokenizer would turn into a control token."""
+    for value in chain.from_iterable([turn.values() for turn in turns]):
+        token = find_control_token(value)
+        if token:
+            raise InvalidRow("control token in text", token)
+    token = find_control_token(tools)
+    if token:
+        raise InvalidRow("control token in text", token)
 
 
-QUICK = {"id", "messages", "source"}
-HEADS = {role: b'{"role":"%b","content":' % role.encode() for role in ("system", "user", "assistant")}
+def count_keys(
+    keys_not_kept: Counter[str], raw: dict, source: str, unread: list[str], left_out: Iterable[str], flags: dict
+) -> None:
+    """Count the columns and the keys of messages that a row lost."""
+    lost = [*unread, *left_out]
+    mapped = flags.get("map") or {}
+    read = SOURCES[source].columns
+    for column, value in raw.items():
+        if column in read:
+            lost += unread_message_keys(value)
+        elif column == mapped.get("messages"):
+            lost += unread_message_keys(value, mapped.values())
+    for key in lost:
+        keys_not_kept[str(key)[:80].encode(errors="backslashreplace").decode()] += 1
 
 
-def quick(raw, source, row_id):
-    """encoded(to_row(…)) of a row of messages that are text and nothing else, as most are, with no more work than they
-    need. None where it is another row, or one that to_row may refuse."""
-    if not isinstance(raw, dict) or not raw.keys() <= QUICK or not isinstance(raw.get("messages"), list):
-        return None
-    where = str(raw.get("source") or source)
-    if not row_id.isascii() or not where.isascii():
-        return None
-    told, roles, said = [], [], []
-    for turn in raw["messages"]:
-        if not isinstance(turn, dict) or len(turn) != 2:
-            return None
-        role, content = turn.get("role"), turn.get("content")
-        if not isinstance(role, str) or not isinstance(content, str) or role not in HEADS or "\r\n" in content:
-            return None
-        content = content.strip()
-        if not content or "<" in content and any([mark in content for mark in MARKS]):
-            return None
-        told.append(HEADS[role] + dump_json(content) + b"}")
-        roles.append(role)
-        if role != "system":
-            said.append(content)
-    if not alternate(tuple(roles)):
-        return None
-    lang = SOURCES[source][1] or detect_language("".join(said))
-    return row_id, told, None, b"{}", where, [], lang, False
+# -- a chunk ----------------------------------------------------------------------------------------------------------
+def name_stem(file: str) -> str:
+    """Return the name of a file without its folders and endings, which rows without an id are called after."""
+    return re.sub(r"(\.(jsonl?|ndjson|csv|tsv|parquet|gz|zst))+$", "", Path(file).name)
 
 
-@lru_cache(maxsize=1000)
-def alternate(roles):
-    """Whether check_messages takes messages of these roles."""
-    try:
-        check_messages([{"role": role, "content": "a"} for role in roles])
-        return True
-    except InvalidRow:
-        return False
-
-
-def work(block, source, lines=False, reasoning="keep", flags=None):
-    """Result of a Block of raw rows."""
-    rows, rejected, stem = [], [], stem_of(block.file)
-    chats = SOURCES[source][0] in (messages, smoltalk)
-    for line, raw in block.rows():
-        row_id = str(raw["id"]) if isinstance(raw, dict) and raw.get("id") is not None else ""
-        row_id = row_id or f"{stem}-{line}"
+def normalize_chunk(
+    chunk: Chunk, source: str, jsonl: bool = False, reasoning: str = "keep", flags: dict | None = None
+) -> ChunkResult:
+    """Return the result of a chunk of raw rows; its payload counts the rows that lack a column of --map."""
+    flags = flags or {}
+    stem = name_stem(chunk.file)
+    rows = []
+    rejected = []
+    keys_not_kept = Counter()
+    lacking = Counter()
+    mapped = flags.get("map") or {}
+    for line, raw in chunk.rows():
+        row_id = name_row(raw, f"{stem}-{line}")
         try:
             if isinstance(raw, InvalidRow):
                 raise raw
-            if not (one := chats and quick(raw, source, row_id)):
-                row = to_row(raw, source, row_id, reasoning, **(flags or {}))
-                row_id = row["id"]
-                one = encoded(row)
-            rows.append(one)
-            continue
+            row = to_row(raw, source, row_id, reasoning, keys_not_kept, **flags)
         except InvalidRow as error:
             refusal = error
         except RecursionError:
             refusal = InvalidRow("row nested too deep")
-        except TypeError as error:
-            refusal = InvalidRow("value that is not JSON", str(error))
-        told = {"reason": refusal.reason, "detail": str(refusal)}
-        rejected.append({"file": block.file, "line": line, "id": row_id, **told})
-    return ChunkResult({block.split: bundled(rows, lines)}, rejected, len(rows) + len(rejected))
+        else:
+            rows.append(row)
+            lacking.update(lacking_columns(as_object(raw), mapped))
+            continue
+        location = row_location(chunk.file, line, {"id": row_id})
+        rejected.append({**location, "reason": refusal.reason, "detail": str(refusal)})
+    encoded = encode_rows(rows, jsonl)
+    encoded.keys_not_kept += keys_not_kept
+    return ChunkResult({chunk.split: encoded}, rejected, len(rows) + len(rejected), payload=lacking)
+
+
+def name_row(raw: object, name: str) -> str:
+    """Return the id of a row, or the name where it has none."""
+    if isinstance(raw, dict) and raw.get("id") is not None and raw["id"] != "":
+        return str(raw["id"])
+    return name
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------
-def made_blocks(source, rows, eval_rows, seed):
-    """Blocks of rows that the source makes by their number: train, then validation."""
-    for split, count in (("train", rows), ("validation", eval_rows)):
+def make_chunks(source: str, rows: int, validation_rows: int, seed: int) -> Iterator[Chunk]:
+    """Yield chunks of rows that the source makes by their number: train, then validation."""
+    for split, count in (("train", rows), ("validation", validation_rows)):
         for start in range(0, count, ROWS):
-            numbers = range(start, min(start + ROWS, count))
-            data = [{"id": f"{source}-{split}-{n + 1}", "number": n, "split": split, "seed": seed} for n in numbers]
+            data = []
+            for number in range(start, min(start + ROWS, count)):
+                row_id = f"{source}-{split}-{number + 1}"
+                data.append({"id": row_id, "number": number, "split": split, "seed": seed})
             yield Chunk(source, split, start + 1, data)
 
 
-def first_rows(blocks, count):
-    """The blocks' first rows; the others are read, for the file's hash, and not parsed."""
-    for block in blocks:
+@dataclass
+class ChunkHead(Chunk):
+    """The first rows of a chunk."""
+
+    count: int
+
+    def rows(self) -> Iterator[tuple[int, object]]:
+        yield from islice(super().rows(), self.count)
+
+
+def first_rows(chunks: Iterable[Chunk], count: int) -> Iterator[Chunk]:
+    """Yield the chunks' first rows; the others are read, for the file's hash, and not parsed."""
+    for chunk in chunks:
         if count > 0:
-            rows = [row for row, _ in zip(block.rows(), range(count), strict=False)]
-            count -= len(rows)
-            if rows and isinstance(block.data, bytes):
-                end = rows[-1][0] - block.first_line + 1
-                yield Chunk(block.file, block.split, block.first_line, b"\n".join(block.data.split(b"\n")[:end]))
-            elif rows:
-                yield Chunk(block.file, block.split, block.first_line, block.data[: len(rows)])
+            yield ChunkHead(**vars(chunk), count=count)
+            count -= sum([1 for _ in islice(chunk.rows(), count)])
 
 
-def pairs(given, flag, known=None):
-    """{name: value} of NAME=VALUE arguments. Raises UsageError."""
-    for one in given:
-        name, equals, _ = one.partition("=")
-        if not equals or known and name not in known:
-            said = f"one of {', '.join(known)}" if known else "a name"
-            raise UsageError(f"{flag} {one}: pass NAME=VALUE with {said} before the =")
-    return dict(one.split("=", 1) for one in given)
+def look_at_first(args: argparse.Namespace, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """Choose the source that fits the first rows, say which, and return the chunks, of which none is lost."""
+    if args.map:
+        args.source = "fields"
+        return chunks
+    seen = []
+    rows = []
+    for chunk in chunks:
+        seen.append(chunk)
+        rows += [row for _, row in islice(chunk.rows(), FIRST_ROWS)]
+        if rows:
+            break
+    detected = detect_source(rows[:FIRST_ROWS], seen[-1].file if seen else str(args.inputs[0]))
+    args.source = detected.source
+    args.map = [f"{ours}={theirs}" for ours, theirs in detected.map.items()]
+    print(f"auto: taken for {detected.source}: {detected.reason}")
+    return chain(seen, chunks)
 
 
-def flags_of(args, paths, inputs):
-    """The flags of the source's function; their files go into `inputs`. Raises UsageError."""
-    given = {
+# -- flags ------------------------------------------------------------------------------------------------------------
+def split_pairs(arguments: list[str], flag: str, names: Iterable[str] = ()) -> dict[str, str]:
+    """Return {name: value} of NAME=VALUE arguments. Raises UsageError for another name, where names are passed."""
+    values = {}
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if not equals or (names and name not in names):
+            allowed = f"one of {', '.join(names)}" if names else "a name"
+            raise UsageError(f"{flag} {argument}: pass NAME=VALUE with {allowed} before the =")
+        values[name] = value
+    return values
+
+
+def read_flags(args: argparse.Namespace, paths: list[Path | str], input_hashes: dict[str, str]) -> dict[str, object]:
+    """Return the flags of the source's function; the hashes of their files go into input_hashes. Raises UsageError."""
+    values = {
         "keep_disagreeing": args.keep_disagreeing,
-        "fill": pairs(args.fill, "--fill"),
-        "map": pairs(args.map, "--map", MAPPED),
-        "roles": pairs(args.roles, "--roles"),
+        "fill": split_pairs(args.fill, "--fill"),
+        "map": split_pairs(args.map, "--map", MAPPED),
+        "roles": split_pairs(args.roles, "--roles"),
         "words": args.words,
         "answers": args.answers,
     }
-    takes = inspect.getfullargspec(SOURCES[args.source][0]).kwonlyargs
-    if wrong := [name for name, value in given.items() if value and name not in takes]:
-        raise UsageError(f"--{wrong[0]}: {args.source} has no use for it: leave it out")
-    if args.source == "fields" and not ("messages" in given["map"] or {"prompt", "answer"} <= {*given["map"]}):
-        raise UsageError("fields: pass --map prompt=COLUMN answer=COLUMN, or --map messages=COLUMN")
+    known = inspect.getfullargspec(SOURCES[args.source].convert).kwonlyargs
+    for name, value in values.items():
+        if value and name not in known:
+            raise UsageError(f"--{name}: {args.source} has no use for it: leave it out")
+    if args.source == "fields":
+        check_map(values["map"])
     if args.words:
-        inputs |= read_words(args.words)
+        input_hashes[Path(args.words).name] = hash_word_list(args.words)
     if args.source == "bfcl":
-        local = [path for path in paths if isinstance(path, Path) and str(path) != "-"]
-        beside = [path.with_name("possible_answer") / path.name for path in local]
-        given["answers"] = read_answers(args.answers or [path for path in beside if path.is_file()], inputs)
-    return {name: value for name, value in given.items() if value and name in takes}
+        values["answers"] = read_answers(args.answers or find_answers(paths), input_hashes)
+    return {name: value for name, value in values.items() if value and name in known}
 
 
-def read_words(path):
-    """{name: sha256} of a list of words. Raises UsageError."""
-    import hashlib
+def check_map(mapped: dict[str, str]) -> None:
+    """Raise UsageError for a --map by which no row can be read."""
+    mapped_columns(mapped)
+    if "messages" not in mapped and not {"prompt", "answer"} <= mapped.keys():
+        raise UsageError("fields: pass --map prompt=COLUMN answer=COLUMN, or --map messages=COLUMN")
 
-    from data_prep.common.sources import held_out, word_list
 
+def hash_word_list(path: str) -> str:
+    """Return the sha256 of a list of words. Raises UsageError where it leaves a split without any."""
     try:
-        words = word_list(path)
-        if not any(map(held_out, words)) or all(map(held_out, words)):
-            raise UsageError(f"{path}: too few words to keep some for validation: pass a longer list, one word a line")
-        return {Path(path).name: hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+        words = read_word_list(path)
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read ({error}): pass a text file, one word a line") from None
+    if len({is_validation_word(word) for word in words}) < 2:
+        raise UsageError(f"{path}: too few words to keep some for validation: pass a longer list, one word a line")
+    return digest
 
 
-def read_answers(paths, inputs):
-    """{id: ground_truth} of BFCL's answer files. Raises UsageError."""
-    out, hashes = {}, {}
-    for block in read_chunks(find_inputs(paths), hashes):
-        for line, row in block.rows():
+def find_answers(paths: list[Path | str]) -> list[Path]:
+    """Return BFCL's answer files that lie beside its questions."""
+    local = [path for path in paths if isinstance(path, Path) and str(path) != "-"]
+    beside = [path.with_name("possible_answer") / path.name for path in local]
+    return [path for path in beside if path.is_file()]
+
+
+def read_answers(paths: list[Path | str], input_hashes: dict[str, str]) -> dict[str, list]:
+    """Return {id: ground_truth} of BFCL's answer files. Raises UsageError."""
+    answers = {}
+    hashes = {}
+    for chunk in read_chunks(find_inputs(paths), hashes):
+        for line, row in chunk.rows():
             if not isinstance(row, dict) or not isinstance(row.get("id"), str) or "ground_truth" not in row:
-                raise UsageError(f"{block.file}:{line}: no id and ground_truth: pass files of BFCL's possible_answer")
-            out[row["id"]] = row["ground_truth"]
-    inputs |= {f"answers: {name}": digest for name, digest in hashes.items()}
-    return out
+                raise UsageError(f"{chunk.file}:{line}: no id and ground_truth: pass files of BFCL's possible_answer")
+            answers[row["id"]] = row["ground_truth"]
+    for name, digest in hashes.items():
+        input_hashes[f"answers: {name}"] = digest
+    return answers
 
 
-def main():
-    sources = "\n".join(
-        textwrap.fill(f"{name:18}{' '.join(function.__doc__.split())}", 118, initial_indent="  ",
-                      subsequent_indent=" " * 20, break_on_hyphens=False)
-        for name, (function, _) in SOURCES.items()
-    )  # fmt: skip
-    parser = make_parser(__doc__.replace("{sources}", sources))
-    parser.add_argument("source", choices=SOURCES, metavar="SOURCE", help="one of those above")
+# -- the command ------------------------------------------------------------------------------------------------------
+def describe_sources() -> str:
+    """Return the table of sources for --help."""
+    entries = []
+    for name, source in SOURCES.items():
+        text = f"{name:20}{' '.join(source.convert.__doc__.split())}"
+        lines = textwrap.wrap(
+            text, 118, initial_indent="  ", subsequent_indent=" " * 22, break_on_hyphens=False, break_long_words=False
+        )
+        entries.append("\n".join(lines))
+    return "\n".join(entries)
+
+
+def main() -> int:
+    parser = make_parser(__doc__.replace("{sources}", describe_sources()))
+    parser.add_argument("source", choices=[AUTO, *SOURCES], metavar="SOURCE", help="auto, or one of those above")
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help="file, folder, quoted glob, - or owner/name")
     parser.add_argument("--out", type=Path, required=True, help="NAME.jsonl, or a folder that does not exist yet")
     parser.add_argument("--reasoning", choices=("keep", "drop", "inline"), default="keep", help="see above")
@@ -284,12 +421,13 @@ def main():
         "--eval_rows",
         type=int,
         default=0,
-        help="rows of a folder drawn by seed as its validation split;\nof spelling: as many more, of other words",
+        help="rows of a folder drawn by seed, by whole prompts, as its validation split;\n"
+        "of spelling: as many more, of other words",
     )
-    some = {"nargs": "+", "default": [], "metavar": "NAME=VALUE"}
-    parser.add_argument("--map", **some, help="fields: our name of a field = its column there, a.b where it is nested")
-    parser.add_argument("--roles", **some, help="fields: a speaker's name there = user, assistant, system or tool")
-    parser.add_argument("--fill", **some, help="identity: what stands for {{NAME}}")
+    pairs = {"nargs": "+", "action": "extend", "default": [], "metavar": "NAME=VALUE"}
+    parser.add_argument("--map", **pairs, help="fields: our name of a field = its column there, a.b where it is nested")
+    parser.add_argument("--roles", **pairs, help="fields: a speaker's name there = user, assistant, system or tool")
+    parser.add_argument("--fill", **pairs, help="identity: what stands for {{NAME}}")
     parser.add_argument("--answers", nargs="+", default=[], help="bfcl: files with the reference calls")
     parser.add_argument("--words", default=None, help="spelling: a text file, one word a line")
     parser.add_argument("--keep_disagreeing", action="store_true", help="mawps: keep rows whose equation disagrees")
@@ -298,51 +436,102 @@ def main():
     return run_command(parser, normalize)
 
 
-def normalize(args):
-    """The exit code; raises UsageError."""
-    made = args.source in MADE
-    if made and (args.inputs or args.rows is None):
+def check_args(args: argparse.Namespace) -> None:
+    """Raise UsageError for arguments that do not go together."""
+    is_made = args.source in MADE
+    if is_made and (args.inputs or args.rows is None):
         raise UsageError(f"{args.source} makes its rows: pass --rows N and no INPUT")
-    if not made and not args.inputs:
+    if not is_made and not args.inputs:
         raise UsageError(f"{args.source} needs an INPUT: pass files, a folder, a quoted glob, - or a hub id")
     if args.rows is not None and args.rows < 1:
         raise UsageError(f"--rows {args.rows}: pass a number above 0")
-    if args.eval_rows < 0 or args.eval_rows and args.out.suffix == ".jsonl":
+    if args.eval_rows < 0 or (args.eval_rows and args.out.suffix == ".jsonl"):
         raise UsageError("--eval_rows: needs a number above 0 and a folder as --out, a .jsonl file has no splits")
+
+
+def open_input(args: argparse.Namespace, paths: list[Path | str], input_hashes: dict[str, str]) -> Iterator[Chunk]:
+    """Return the chunks to work on; auto becomes the source that fits them."""
+    if args.source in MADE:
+        return make_chunks(args.source, args.rows, args.eval_rows, args.seed)
+    chunks = read_chunks(paths, input_hashes)
+    if args.source == AUTO:
+        chunks = look_at_first(args, chunks)
+    if args.rows:
+        return first_rows(chunks, args.rows)
+    return chunks
+
+
+def normalize(args: argparse.Namespace) -> int:
+    """Return the exit code; raises UsageError."""
+    check_args(args)
     paths = find_inputs(args.inputs)
-    if args.source == "bfcl":  # a folder of it holds these too, which are no rows
-        paths = [p for p in paths if not {"possible_answer", "multi_turn_func_doc"} & {*Path(p).parts[-2:-1]}]
+    if args.source in ("bfcl", AUTO):
+        paths = [path for path in paths if Path(path).parent.name not in BFCL_FOLDERS]
     with DatasetWriter(args.out, f"normalize.py {args.source}", args.seed) as writer:
-        flags = flags_of(args, paths, writer.input_hashes)
-        job = partial(work, source=args.source, lines=writer.is_jsonl, reasoning=args.reasoning, flags=flags)
-        if made:
-            blocks = made_blocks(args.source, args.rows, args.eval_rows, args.seed)
-        else:
-            blocks = read_chunks(paths, writer.input_hashes)
-            blocks = first_rows(blocks, args.rows) if args.rows else blocks
+        chunks = open_input(args, paths, writer.input_hashes)
+        writer.script = f"normalize.py {args.source}"
+        flags = read_flags(args, paths, writer.input_hashes)
+        work = partial(
+            normalize_chunk, source=args.source, jsonl=writer.is_jsonl, reasoning=args.reasoning, flags=flags
+        )
         first = None
-        for result in parallel_map(job, blocks, args.num_proc):
-            first = first or next(iter(result.rejected), None)
+        lacking = Counter()
+        for result in parallel_map(work, chunks, args.num_proc):
+            if first is None and result.rejected:
+                first = result.rejected[0]
+            lacking += result.payload
             writer.add(result)
-        kept, refused = sum(writer.rows_out.values()), format_counts(writer.refused)
+        kept = writer.rows_out.total()
         if not writer.rows_in:
             raise UsageError(f"{', '.join(map(str, paths))}: no rows: pass files with JSON lines or a JSON array")
         if not kept:
-            where = f"the first at {first['file']}:{first['line']}"
-            print(f"all {writer.rows_in} rows refused ({refused}), {where}", file=sys.stderr)
-            return 1
-        if args.eval_rows and not made:
-            if [*writer.rows_out] != ["train"]:
-                raise UsageError(
-                    f"--eval_rows: the input has splits already ({', '.join(writer.rows_out)}): leave it out"
-                )
-            if args.eval_rows >= kept:
-                raise UsageError(f"--eval_rows {args.eval_rows}: only {kept} rows: keep some to train on")
-            writer.hold_out(args.eval_rows)
-        writer.close()
-    out = writer.refused.total()
-    print(f"{args.out}: {kept:,} rows kept, {out:,} refused" + (f" ({refused})" if refused else ""))
+            return refuse_all(writer, first)
+        for path, count in lacking.items():
+            if count == kept:
+                raise UsageError(f"--map {path}: no row has it: name a column of the rows, or leave it out")
+        if args.eval_rows and args.source not in MADE:
+            hold_out(writer, args.eval_rows)
+        report = writer.close()
+    print(describe_result(args.out, writer, report))
     return 0
+
+
+def refuse_all(writer: DatasetWriter, first: dict) -> int:
+    """List the rows, all of which were refused, say so and return the exit code."""
+    rejected = writer.close_rejected()
+    print(
+        f"all {writer.rows_in:,} rows refused ({format_counts(writer.refused)}), listed in {rejected}; the first, "
+        f"{first['file']}:{first['line']}: {first['detail']}",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def hold_out(writer: DatasetWriter, count: int) -> None:
+    """Move whole prompts from train to validation. Raises UsageError where none are left to train on."""
+    if set(writer.rows_out) != {"train"}:
+        splits = ", ".join(writer.rows_out)
+        raise UsageError(f"--eval_rows: the input has splits already ({splits}): leave it out")
+    kept = writer.rows_out.total()
+    if count >= kept:
+        raise UsageError(f"--eval_rows {count}: only {kept} rows: keep some to train on")
+    writer.hold_out(count)
+
+
+def describe_result(out: Path, writer: DatasetWriter, report: dict) -> str:
+    """Return what was kept, refused, left out and split."""
+    sentence = f"{out}: {writer.rows_out.total():,} rows kept, {writer.refused.total():,} refused"
+    if writer.refused:
+        sentence += f" ({format_counts(writer.refused)})"
+    if len(writer.rows_out) > 1:
+        sentence += f"\nsplits: {', '.join([f'{split} {count:,}' for split, count in writer.rows_out.items()])}"
+    if report.get("keys_not_kept"):
+        counts = Counter(report["keys_not_kept"])
+        keys = [f"{key} {count:,}" for key, count in counts.most_common(SHOWN_KEYS)]
+        if len(counts) > SHOWN_KEYS:
+            keys.append(f"and {len(counts) - SHOWN_KEYS} others, see report.json")
+        sentence += f"\nkeys not kept: {', '.join(keys)}"
+    return sentence
 
 
 if __name__ == "__main__":

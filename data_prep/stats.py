@@ -15,182 +15,244 @@ most 1% of the rows (--max_cut), which is what recipes/hooks lets pass.
 Exit 0: done. 1: no row can be measured. 2: bad input, one sentence.
 """
 
-import json
 import os
 import shutil
 import sys
+from argparse import Namespace
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
+from data_prep.common.chunks import Chunk
 from data_prep.common.command_line import add_num_proc, make_parser, run_command
 from data_prep.common.errors import UsageError
 from data_prep.common.json_text import dump_json_lenient
 from data_prep.common.packing import pack_lengths
 from data_prep.common.parallel import parallel_map
 from data_prep.common.recipe_rows import load_rows
-from data_prep.common.recipe_settings import read_settings, require_named_mask
-from data_prep.common.tokens import check_chat, tokenize_rows
+from data_prep.common.recipe_settings import (
+    LENGTH_REMEDY,
+    Settings,
+    add_recipe_flags,
+    read_settings,
+    require_named_mask,
+)
+from data_prep.common.tokens import FailedRow, check_chat, tokenize_rows
 from data_prep.common.writer import (
-    ChunkResult,
     check_output_path,
     explain_os_errors,
+    format_json,
     make_report,
     write_text,
     write_utf8,
 )
-from data_prep.compile import FLAGS, blocks_of, hashes_of, prepared, rejected
+from data_prep.compile import (
+    FLAGS,
+    NOT_RENDERED,
+    OrderedRows,
+    check_not_compiled,
+    dump_settings,
+    hash_inputs,
+    open_renderer,
+    print_notes,
+    read_blocks,
+    rejected_entry,
+)
 
 LIMITS = [1 << power for power in range(9, 18)]  # 512 to 131,072
+PARTS = ("length", "context", "response")  # of a row: whole, what is not trained, what is
 
 
 # -- one block --------------------------------------------------------------------------------------------------------
-def work(block, given, chat):
-    """Result of a Block of (number, row); more: its figures, a Counter {(name, max_length or bin): count}."""
-    settings, against = prepared(given)
-    failed, found = [], Counter()
-    docs = tokenize_rows(block.data, against, settings, chat, failed, encodings=False)
-    refused = [rejected(block.split, number, row, "template refuses the row", reason) for number, row, reason in failed]
-    lengths = np.array([len(doc.ids) for doc in docs], np.int64)
-    trained = np.array([doc.trained() for doc in docs], np.int64)
-    found["rows", 0], found["tokens", 0], found["trained", 0] = len(docs), int(lengths.sum()), int(trained.sum())
-    for name, values in (("length", lengths), ("context", lengths - trained), ("response", trained)):
-        for value, count in zip(*np.unique(values, return_counts=True), strict=True):
-            found[name, int(value)] += int(count)
+@dataclass
+class Lengths:
+    """The lengths of rows in tokens."""
+
+    rows: dict[str, Counter[int]] = field(default_factory=lambda: {part: Counter() for part in PARTS})  # by length
+    # what each max_length does: rows that lose tokens, rows that lose answers, tokens and trained ones lost; packs
+    cuts: dict[int, Counter[str]] = field(default_factory=lambda: {limit: Counter() for limit in LIMITS})
+    rejected: list[dict] = field(default_factory=list)
+    rows_in: int = 0
+
+    def add(self, other: "Lengths") -> None:
+        for part in PARTS:
+            self.rows[part].update(other.rows[part])
+        for limit in LIMITS:
+            self.cuts[limit].update(other.cuts[limit])
+        self.rejected += other.rejected
+        self.rows_in += other.rows_in
+
+    def values(self, part: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return (lengths in order, how many rows have each): both (different lengths,) int64."""
+        pairs = sorted(self.rows[part].items())
+        return np.array([length for length, _ in pairs]), np.array([count for _, count in pairs])
+
+    def total(self, part: str) -> int:
+        return sum(length * count for length, count in self.rows[part].items())
+
+
+def measure_block(block: Chunk, settings: Settings, chat: bool) -> Lengths:
+    """Return the lengths of a block of NumberedRow."""
+    failed: list[FailedRow] = []
+    renderer = open_renderer(dump_settings(settings))
+    documents = tokenize_rows(block.data, renderer, settings, chat, failed, encodings=False)
+    found = Lengths(rows_in=len(block.data))
+    for number, row, reason in failed:
+        found.rejected.append(rejected_entry(block.split, number, row, NOT_RENDERED, reason))
+    lengths = np.array([len(document.ids) for document in documents], np.int64)
+    trained = np.array([document.trained() for document in documents], np.int64)
+    for part, values in zip(PARTS, (lengths, lengths - trained, trained), strict=True):
+        found.rows[part].update(values.tolist())
     for limit in LIMITS:
-        kept = np.array([doc.trained(0, limit) for doc in docs], np.int64)
-        packs = pack_lengths(lengths.tolist(), limit, "bfd") if len(docs) else []
-        found["cut_rows", limit] += int((lengths > limit).sum())
-        found["cut_answers", limit] += int((kept < trained).sum())
-        found["cut_tokens", limit] += int((lengths - limit).clip(0).sum())
-        found["cut_trained", limit] += int((trained - kept).sum())
-        found["packs", limit] += len(packs)
-    return ChunkResult(rejected=refused, rows_in=len(block.data), counts=found)
+        kept = np.array([document.trained(0, limit) for document in documents], np.int64)
+        found.cuts[limit] = Counter(
+            rows=int((lengths > limit).sum()),
+            answers=int((kept < trained).sum()),
+            tokens=int((lengths - limit).clip(0).sum()),
+            trained=int((trained - kept).sum()),
+            packs=len(pack_lengths(lengths.tolist(), limit, "bfd")),
+        )
+    return found
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------
-def measured(found):
-    """The figures of a set, of its blocks' Counter."""
-    rows, tokens, trained = (found[name, 0] for name in ("rows", "tokens", "trained"))
+def summarize(found: Lengths) -> dict:
+    """Return the figures of a set."""
+    tokens = found.total("length")
     table = []
-    for limit in LIMITS:
-        kept = tokens - found["cut_tokens", limit]
-        table.append({
-            "max_length": limit,
-            "rows_cut": found["cut_rows", limit],
-            "answers_cut": found["cut_answers", limit],
-            "tokens_cut": found["cut_tokens", limit],
-            "response_tokens_cut": found["cut_trained", limit],
-            "packs": found["packs", limit],
-            "filled": round(kept / (found["packs", limit] * limit), 4),
-        })  # fmt: skip
-    spreads = {name: quantiles(found, name) for name in ("length", "context", "response")}
-    return {"rows": rows, "tokens": tokens, "response_tokens": trained, "context_tokens": tokens - trained,
-            "spread": spreads, "histogram": histogram(found), "max_lengths": table}  # fmt: skip
+    for limit, cut in found.cuts.items():
+        table.append(
+            {
+                "max_length": limit,
+                "rows_cut": cut["rows"],
+                "answers_cut": cut["answers"],
+                "tokens_cut": cut["tokens"],
+                "response_tokens_cut": cut["trained"],
+                "packs": cut["packs"],
+                "filled": round((tokens - cut["tokens"]) / (cut["packs"] * limit), 4),
+            }
+        )
+    return {
+        "rows": found.rows["length"].total(),
+        "tokens": tokens,
+        "response_tokens": found.total("response"),
+        "context_tokens": found.total("context"),
+        "spread": {part: quantiles(found, part) for part in PARTS},
+        "histogram": histogram(found),
+        "max_lengths": table,
+    }
 
 
-def values_of(found, name):
-    """(values, their counts) in order."""
-    pairs = sorted((value, count) for (key, value), count in found.items() if key == name)
-    return np.array([value for value, _ in pairs]), np.array([count for _, count in pairs])
-
-
-def quantiles(found, name):
-    """Smallest, largest, mean, and the smallest value that at least so many per cent of the rows do not exceed."""
-    values, counts = values_of(found, name)
+def quantiles(found: Lengths, part: str) -> dict[str, float]:
+    """Return min, mean, max, and the smallest value that at least so many per cent of the rows do not exceed."""
+    values, counts = found.values(part)
     shares = np.cumsum(counts)
-    of = {f"p{p}": int(values[np.searchsorted(shares, p / 100 * shares[-1])]) for p in (50, 90, 95, 99)}
-    mean = round(float((values * counts).sum() / shares[-1]), 1)
-    return {"min": int(values[0]), "mean": mean, **of, "max": int(values[-1])}
+    spread = {"min": int(values[0]), "mean": round(float((values * counts).sum() / shares[-1]), 1)}
+    for percent in (50, 90, 95, 99):
+        spread[f"p{percent}"] = int(values[np.searchsorted(shares, percent / 100 * shares[-1])])
+    spread["max"] = int(values[-1])
+    return spread
 
 
-def histogram(found):
-    """{from: rows} of lengths by power of two."""
-    out = Counter()
-    for value, count in zip(*values_of(found, "length"), strict=True):
-        out[1 << max(0, int(value).bit_length() - 1)] += int(count)
-    return {str(start): out[start] for start in sorted(out)}
+def histogram(found: Lengths) -> dict[str, int]:
+    """Return {from: rows} of lengths by power of two."""
+    bins = Counter()
+    for length, count in found.rows["length"].items():
+        bins[1 << max(0, length.bit_length() - 1)] += count
+    return {str(start): bins[start] for start in sorted(bins)}
 
 
-def recommended(figures, keep, max_cut):
-    """(max_length, sentence): the smallest that fits."""
-    rows, trained = figures["rows"], max(1, figures["response_tokens"])
-    fits = [one for one in figures["max_lengths"]
-            if one["response_tokens_cut"] <= (1 - keep) * trained and one["answers_cut"] <= max_cut * rows]  # fmt: skip
-    one = (fits or figures["max_lengths"][-1:])[0]
-    limit, why = one["max_length"], "the smallest" if fits else "too short, but the largest looked at: none"
-    left, cut = 1 - one["response_tokens_cut"] / trained, one["answers_cut"]
+def recommend(figures: dict, keep: float, max_cut: float) -> tuple[int, str]:
+    """Return (max_length, sentence): the smallest that fits."""
+    rows = figures["rows"]
+    trained = max(1, figures["response_tokens"])
+    chosen = figures["max_lengths"][-1]
+    why = "too short, but the largest looked at: none"
+    for cut in figures["max_lengths"]:
+        if cut["response_tokens_cut"] <= (1 - keep) * trained and cut["answers_cut"] <= max_cut * rows:
+            chosen = cut
+            why = "the smallest"
+            break
+    limit = chosen["max_length"]
+    left = 1 - chosen["response_tokens_cut"] / trained
     return limit, (
         f"max_length {limit:,}: {why} that keeps {keep:.0%} of the answer tokens ({left:.2%}) and cuts the answers of "
-        f"at most {max_cut:.0%} of the rows ({cut:,} of {rows:,}); packs of it are {one['filled']:.0%} full"
+        f"at most {max_cut:.0%} of the rows ({chosen['answers_cut']:,} of {rows:,}); packs of it are "
+        f"{chosen['filled']:.0%} full"
     )
 
 
-def lines_of(figures):
-    """The table for the terminal."""
-    rows, tokens, trained = figures["rows"], figures["tokens"], max(1, figures["response_tokens"])
-    share = figures["response_tokens"] / max(1, tokens)
-    yield f"{rows:,} rows, {tokens:,} tokens: {share:.1%} response, {1 - share:.1%} context"
+def format_table(figures: dict) -> Iterator[str]:
+    """Yield the lines of the table for the terminal."""
+    rows = figures["rows"]
+    tokens = max(1, figures["tokens"])
+    trained = max(1, figures["response_tokens"])
+    share = figures["response_tokens"] / tokens
+    yield f"{rows:,} rows, {figures['tokens']:,} tokens: {share:.1%} response, {1 - share:.1%} context"
     names = ["min", "mean", "p50", "p90", "p95", "p99", "max"]
     yield f"{'tokens a row':>12} " + " ".join(f"{name:>9}" for name in names)
-    for name, spread_of in figures["spread"].items():
-        yield f"{name:>12} " + " ".join(f"{spread_of[key]:>9,}" for key in names)
-    heads = "rows cut", "tokens cut", "answers lost", "packs", "full"
+    for part, spread in figures["spread"].items():
+        yield f"{part:>12} " + " ".join(f"{spread[name]:>9,}" for name in names)
+    heads = ("rows cut", "tokens cut", "answers lost", "packs", "full")
     yield f"{'max_length':>12} " + " ".join(f"{head:>13}" for head in heads)
-    for one in figures["max_lengths"]:
-        cells = f"{one['rows_cut'] / rows:.2%}", f"{one['tokens_cut'] / max(1, tokens):.2%}"
-        cells += f"{one['response_tokens_cut'] / trained:.2%}", f"{one['packs']:,}", f"{one['filled']:.1%}"
-        yield f"{one['max_length']:>12,} " + " ".join(f"{cell:>13}" for cell in cells)
+    for cut in figures["max_lengths"]:
+        cells = [
+            f"{cut['rows_cut'] / rows:.2%}",
+            f"{cut['tokens_cut'] / tokens:.2%}",
+            f"{cut['response_tokens_cut'] / trained:.2%}",
+            f"{cut['packs']:,}",
+            f"{cut['filled']:.1%}",
+        ]
+        yield f"{cut['max_length']:>12,} " + " ".join(f"{cell:>13}" for cell in cells)
 
 
-def draw(found, limit, path):
-    """A histogram of row lengths and, below it, what share of rows and of tokens no longer row holds."""
+def draw(found: Lengths, limit: int, path: Path) -> None:
+    """Draw a histogram of row lengths and, below it, what share of rows and of tokens no longer row holds."""
     from matplotlib.figure import Figure
 
-    values, counts = values_of(found, "length")
+    lengths, rows = found.values("length")
+    answer_lengths, answers = found.values("response")
     figure = Figure(figsize=(8, 7), layout="constrained")
     top, below = figure.subplots(2, 1, sharex=True)
-    least = max(1, values_of(found, "response")[0][0])  # an answer is shorter than its row
-    edges = np.geomspace(least, max(2, values[-1] + 1), 60)
-    for name, colour in (("length", "#4c78a8"), ("response", "#f58518")):
-        at, rows = values_of(found, name)
-        top.hist(at, edges, weights=rows, histtype="step", linewidth=1.5, color=colour,
-                 label={"length": "whole row", "response": "response tokens"}[name])  # fmt: skip
+    shortest = max(1, answer_lengths[0])  # an answer is shorter than its row
+    edges = np.geomspace(shortest, max(2, lengths[-1] + 1), 60)
+    line = {"histtype": "step", "linewidth": 1.5}
+    top.hist(lengths, edges, weights=rows, color="#4c78a8", label="whole row", **line)
+    top.hist(answer_lengths, edges, weights=answers, color="#f58518", label="response tokens", **line)
     top.set(ylabel="rows", title="Tokens a row")
-    below.step(values, np.cumsum(counts) / counts.sum(), where="post", color="#4c78a8", label="rows")
-    shares = np.cumsum(values * counts) / max(1, (values * counts).sum())
-    below.step(values, shares, where="post", color="#54a24b", linestyle="--", label="tokens")
+    below.step(lengths, np.cumsum(rows) / rows.sum(), where="post", color="#4c78a8", label="rows")
+    shares = np.cumsum(lengths * rows) / max(1, (lengths * rows).sum())
+    below.step(lengths, shares, where="post", color="#54a24b", linestyle="--", label="tokens")
     below.set(xlabel="tokens", ylabel="share of rows, and of tokens in them", xscale="log", ylim=(0, 1.02))
-    ticks = [1 << power for power in range(18) if least / 2 <= 1 << power <= max(values[-1], limit) * 1.5]
+    ticks = [1 << power for power in range(18) if shortest / 2 <= 1 << power <= max(lengths[-1], limit) * 1.5]
     below.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks], rotation=45)
     below.minorticks_off()
-    for part in (top, below):
-        part.axvline(limit, color="#e45756", linewidth=1, label=f"max_length {limit:,}")
-        part.legend(frameon=False)
-        part.grid(alpha=0.3)
+    for axes in (top, below):
+        axes.axvline(limit, color="#e45756", linewidth=1, label=f"max_length {limit:,}")
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
-def main():
+# -- the command ------------------------------------------------------------------------------------------------------
+def main() -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("data", metavar="DATA", help=".jsonl, .json or .parquet file, or a save_to_disk folder")
-    parser.add_argument("--recipe", required=True, help="a recipes/NAME.py, whose DEFAULTS hold")
-    parser.add_argument("--config", help="YAML file of a recipe's names: DEFAULTS < YAML < flags")
+    parser.add_argument("data", metavar="DATA", type=Path, help=".jsonl, .json or .parquet, or a save_to_disk folder")
     parser.add_argument("--out", type=Path, help="a folder that does not exist yet")
     parser.add_argument("--json", type=Path, help="file for the figures; written anew")
     parser.add_argument("--keep", type=float, default=0.95, help="share of the answer tokens that must be left (0.95)")
     parser.add_argument("--max_cut", type=float, default=0.01, help="share of rows whose answer may be cut (0.01)")
-    for name, kind in FLAGS.items():
-        parser.add_argument(f"--{name}", type=kind, help="as in the recipe")
+    add_recipe_flags(parser, FLAGS)
     add_num_proc(parser)
     return run_command(parser, stats)
 
 
-def stats(args):
-    """The exit code; raises UsageError."""
+def stats(args: Namespace) -> int:
+    """Measure DATA and return the exit code. Raises UsageError."""
     if not (0 <= args.keep <= 1 and 0 <= args.max_cut <= 1):
         raise UsageError("--keep and --max_cut: must be shares between 0 and 1")
     if args.out:
@@ -198,47 +260,57 @@ def stats(args):
     settings = read_settings(args.recipe, args.config, {name: getattr(args, name) for name in FLAGS})
     require_named_mask(settings, args.assistant_only_loss)
     rows, order, note = load_rows(args.data, settings)
-    if "input_ids" in rows.column_names:
-        raise UsageError(f"{args.data}: its rows are tokens already: pass the rows of messages that they were made of")
-    given = json.dumps(vars(settings))
-    chat, split = check_chat(rows[order[0]], prepared(given)[1], settings), settings.dataset_train_split
-    found, refused, total = Counter(), [], 0
-    blocks = blocks_of({split: (rows, order)}, SimpleNamespace(dataset_num_proc=settings.dataset_num_proc))
-    for result in parallel_map(partial(work, given=given, chat=chat), blocks, args.num_proc):
-        found.update(result.counts)
-        refused += result.rejected
-        total += result.rows_in
-    if not found["rows", 0]:
-        print(f"{args.data}: no row can be rendered: {refused[0]['detail']}", file=sys.stderr)
+    check_not_compiled(args.data, rows)
+    renderer = open_renderer(dump_settings(settings))
+    process_block = partial(measure_block, settings=settings, chat=check_chat(rows[order[0]], renderer, settings))
+    split = settings.dataset_train_split
+    blocks = read_blocks(split, OrderedRows(rows, order), settings.dataset_num_proc)
+    found = Lengths()
+    for lengths in parallel_map(process_block, blocks, args.num_proc):
+        found.add(lengths)
+    print_notes(renderer)
+    if not found.rows["length"]:
+        print(f"{args.data}: no row can be rendered: {found.rejected[0]['detail']}", file=sys.stderr)
         return 1
-    figures = measured(found)
-    limit, sentence = recommended(figures, args.keep, args.max_cut)
-    figures |= {"recommended_max_length": limit, "reason": sentence} | ({"note": note} if note else {})
-    reasons = Counter(entry["reason"] for entry in refused)
-    report = make_report("stats.py", total, {split: figures["rows"]}, reasons, settings.seed, hashes_of(args.data), {})
-    report = {name: value for name, value in report.items() if name not in ("output", "hash")} | figures
+    figures = summarize(found)
+    limit, reason = recommend(figures, args.keep, args.max_cut)
+    figures |= {"recommended_max_length": limit, "reason": reason}
+    if note:
+        figures["note"] = note
+    refused = Counter(entry["reason"] for entry in found.rejected)
+    report = make_report(
+        "stats.py", found.rows_in, {split: figures["rows"]}, refused, settings.seed, hash_inputs(args.data), {}
+    )
+    del report["output"], report["hash"]
+    report |= figures
     if args.json:
-        write_text(args.json, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        write_text(args.json, format_json(report))
     if args.out:
-        save(args.out, report, refused, found, limit)
-    print("\n".join([*lines_of(figures), sentence, *([note] if note else [])]))
-    if refused:
-        print(f"{len(refused):,} rows cannot be rendered, the first: {refused[0]['detail']}", file=sys.stderr)
+        save(args.out, report, found, limit)
+    print(*format_table(figures), reason, sep="\n")
+    if note:
+        print(note)
+    if settings.max_length and limit > settings.max_length:
+        print(f"{args.recipe} trains at max_length {settings.max_length:,}: {LENGTH_REMEDY}")
+    if found.rejected:
+        count = len(found.rejected)
+        print(f"{count:,} rows cannot be rendered, the first: {found.rejected[0]['detail']}", file=sys.stderr)
     return 0
 
 
-def save(out, report, refused, found, limit):
-    """Write the folder aside and rename it."""
-    aside = out.with_name(f".{out.name}.{os.getpid()}.part")
+def save(out: Path, report: dict, found: Lengths, limit: int) -> None:
+    """Write the folder aside and rename it. Raises UsageError."""
+    staging = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         with explain_os_errors(out):
-            aside.mkdir(parents=True)
-            draw(found, limit, aside / "lengths.png")
-            (aside / "rejected.jsonl").write_bytes(b"".join(dump_json_lenient(entry) + b"\n" for entry in refused))
-            write_utf8(aside / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-            aside.rename(out)
+            staging.mkdir(parents=True)
+            draw(found, limit, staging / "lengths.png")
+            rejected = b"".join([dump_json_lenient(entry) + b"\n" for entry in found.rejected])
+            (staging / "rejected.jsonl").write_bytes(rejected)
+            write_utf8(staging / "report.json", format_json(report))
+            staging.rename(out)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 if __name__ == "__main__":

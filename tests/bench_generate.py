@@ -17,30 +17,21 @@ import time
 from itertools import cycle, islice
 from pathlib import Path
 
-os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO / "eval"))
-
-import torch  # noqa: E402
-from measure import clean_row, prepare, read_rows  # noqa: E402
-from models import add_adapter, fill_of, generate, load_model, load_tokenizer  # noqa: E402
 
 
-def made(folder):
-    """The demo's rows and its untrained model."""
-    for script, *flags in (
-        ("demo_rows", "--out", folder / "rows"),
-        ("demo_model", "--rows", folder / "rows", "--out", folder / "init"),
-    ):
-        subprocess.run(
-            [sys.executable, "-m", f"data_prep.{script}", *flags], cwd=REPO, check=True, stdout=subprocess.DEVNULL
-        )
+def make_demo(folder: Path) -> None:
+    """Write the demo's rows (rows/) and its untrained model (init/)."""
+    rows = folder / "rows"
+    model = folder / "init"
+    for script, *flags in (("demo_rows", "--out", rows), ("demo_model", "--rows", rows, "--out", model)):
+        command = [sys.executable, "-m", f"data_prep.{script}", *map(str, flags)]
+        subprocess.run(command, cwd=REPO, check=True, stdout=subprocess.DEVNULL)
     # the recipe would put it there
-    shutil.copy(REPO / "chat_templates" / "qwen3.jinja", folder / "init" / "chat_template.jinja")
-    return folder / "init", folder / "rows" / "chat"
+    shutil.copy(REPO / "chat_templates" / "qwen3.jinja", model / "chat_template.jinja")
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of a model")
     parser.add_argument("--adapter", type=Path, help="folder of an adapter on it")
@@ -49,22 +40,41 @@ def main():
     parser.add_argument("--max_new_tokens", type=int, default=256)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        model, data = made(Path(folder))
-        model = args.model or model
-        tokenizer, stops = load_tokenizer(args.adapter or model)
-        rows = [clean_row(row, n) for n, row in enumerate(read_rows(data, "test"))]
-        for row in rows:
-            prepare(row, tokenizer, stops, sys.maxsize, lambda *_: None)
-        prompts = [*islice(cycle([row["prompt"] for row in rows if row["prompt"]]), args.answers)]
-        model = load_model(str(model), tokenizer, torch.float32, "cpu")
-        model = add_adapter(model, args.adapter) if args.adapter else model
-        clock, process = time.perf_counter(), time.process_time()
-        outputs = generate(model, prompts, stops, args.batch_size, fill_of(tokenizer, stops), args.max_new_tokens)
-        clock, process = time.perf_counter() - clock, time.process_time() - process
-    tokens, stopped = sum(len(output.tokens) for output in outputs), sum(output.stopped for output in outputs)
+        make_demo(Path(folder))
+        time_answers(args, Path(folder))
+
+
+def time_answers(args: argparse.Namespace, demo: Path) -> None:
+    """Generate the answers and print how long it took."""
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}  # before transformers is imported
+    sys.path.insert(0, str(REPO / "eval"))
+    import torch
+    from measure import clean_row, prepare, read_rows
+    from models import add_adapter, fill_of, generate, load_model, load_tokenizer
+
+    name = args.model or demo / "init"
+    tokenizer, stops = load_tokenizer(args.adapter or name)
+    prompts = []
+    for number, row in enumerate(read_rows(demo / "rows" / "chat", "test")):
+        row = clean_row(row, number)
+        prepare(row, tokenizer, stops, sys.maxsize, lambda *_: None)
+        if row["prompt"]:
+            prompts.append(row["prompt"])
+    prompts = list(islice(cycle(prompts), args.answers))
+    model = load_model(str(name), tokenizer, torch.float32, "cpu")
+    if args.adapter:
+        model = add_adapter(model, args.adapter)
+    started = time.perf_counter()
+    cpu_started = time.process_time()
+    outputs = generate(model, prompts, stops, args.batch_size, fill_of(tokenizer, stops), args.max_new_tokens)
+    seconds = time.perf_counter() - started
+    cpu_seconds = time.process_time() - cpu_started
+    tokens = sum([len(output.tokens) for output in outputs])
+    stopped = sum([output.stopped for output in outputs])
     print(
         f"{len(outputs):,} answers, {tokens:,} tokens, {stopped:,} stopped by themselves, batches of "
-        f"{args.batch_size}: {clock:.1f} s by the clock, {process:.1f} s of CPU, {torch.get_num_threads()} threads"
+        f"{args.batch_size}: {seconds:.1f} s by the clock, {cpu_seconds:.1f} s of CPU, "
+        f"{torch.get_num_threads()} threads"
     )
 
 

@@ -76,6 +76,19 @@ def release_folders():
 
 
 @pytest.fixture
+def typed_loader(monkeypatch):
+    """Files of JSON are loaded as datasets does by itself, with a type for every key, which changes some values."""
+    from datasets import load_dataset
+
+    from data_prep.common import recipe_rows
+
+    def load_json(path, split):
+        return load_dataset("json", data_files={split: str(path)})
+
+    monkeypatch.setattr(recipe_rows, "load_json", load_json)
+
+
+@pytest.fixture
 def hook(tmp_path):
     """hook(source) writes a hook file and returns the flags that load it."""
 

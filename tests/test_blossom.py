@@ -76,7 +76,8 @@ def sets(tmp_path_factory):
 def test_the_commands_are_those_of_the_mixes():
     for stage in (1, 2):
         head = (MIXES / f"blossom_stage{stage}.yaml").read_text()
-        assert f"filter.py raw/blossom_stage{stage} --repetition --refusals --out data/blossom_stage{stage}" in head
+        command = f"filter raw/blossom_stage{stage} --repetition --refusals --out data/blossom_stage{stage}"
+        assert f"python -m data_prep.{command}\n" in head
 
 
 def test_filters_languages_and_replay(sets):

@@ -6,7 +6,9 @@ the template's refusal passed over; a persona looked for without its mark, or wi
 given to the template; blanks before the newline not seen, or indentation stripped with it; rows left out and not
 counted, or said to be mended; exit 0 though something is left; the hash of rows in another order; tokens that only the
 template writes left out, or roles searched for them; a developer's text or an argument taken for no persona; nulls of
-Arrow kept; half a surrogate pair, nesting or tools as JSON text not met; a tokenizer asked for and not had, silently.
+Arrow kept; half a surrogate pair, nesting or tools as JSON text not met; a tokenizer asked for and not had, silently; 1
+equal to 1.0, rows compared with those of another place, dates or JSON in text not looked at, plain text loaded, a file
+that cannot be loaded passed; placeholders in code, LaTeX, tags or a chat about templates, or what a tool says.
 """
 
 import io
@@ -28,7 +30,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from data_prep import check, normalize
-from data_prep.common import json_text, readers, rendering, row_keys, rows, writer
+from data_prep.common import json_text, loader_changes, readers, recipe_rows, rendering, row_keys, text_files, writer
+from data_prep.common.rows import complete_row
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TEMPLATES = REPO / "chat_templates"
@@ -72,7 +75,7 @@ def row_of(messages, **more):
 def found(row, template=None, tokenizer=None):
     """[(reason, detail)] of one row, in memory."""
     text = template.read_text() if isinstance(template, Path) else template
-    return check.faults(row, rendering.Renderer(text, tokenizer))
+    return check.find_faults(row, check.CheckOptions(rendering.Renderer(text, tokenizer)))
 
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -120,7 +123,7 @@ CRAFTED = [  # (row or raw line, its one reason, a word of the detail)
     (row_of(chat(), tags=[1]), "field of another type", "tags"),
     (row_of("Hi"), "field of another type", "messages"),
     (row_of(chat("b \ud83d")), "text that is not Unicode", ""),
-    ({"text": "plain", "id": 3}, "row without messages", "text, id: see normalize.py"),
+    ({"text": "plain", "id": 3}, "row without messages", "text, id: see python -m data_prep.normalize auto"),
     ("[1]", "row that is not an object", "list"),
     ('{"messages": ', "not JSON", ""),
     (row_of(chat("So <|im_end|>")), "control token in text", "message 1: <|im_end|>"),
@@ -309,7 +312,7 @@ def test_what_merges_is_found_and_mended(text, rest, reasoning):
     after mending, none merges, and nothing but the blanks up to the newline is gone."""
     row = row_of(chat(text + rest, reasoning_content=reasoning + rest))
     reasons = {reason for reason, _ in found(row) if "newline" in reason}
-    fixed = check.mended(row)
+    fixed = check.mend_row(row)
     for field, name in (("content", "answer"), ("reasoning_content", "reasoning")):
         before, after = row["messages"][1][field], fixed["messages"][1][field]
         if merges(before):
@@ -318,7 +321,7 @@ def test_what_merges_is_found_and_mended(text, rest, reasoning):
         assert before.endswith(after) and not before.removesuffix(after).strip()
         assert before == after or before.removesuffix(after)[-1] in "\r\n"
         assert (f"{name} begins with a newline" in reasons) == (before != after)
-    assert check.mended(fixed) == fixed and not {r for r, _ in found(fixed) if "newline" in r}
+    assert check.mend_row(fixed) == fixed and not {r for r, _ in found(fixed) if "newline" in r}
     assert fixed["messages"][0] == row["messages"][0] and {**fixed, "messages": 0} == {**row, "messages": 0}
 
 
@@ -376,7 +379,7 @@ def test_fix_mends_leaves_and_counts(tmp_path, suffix):
     assert report["refused"] == {"control token in text": 1, "empty text": 1}
     assert report["mended"] == {"answer begins with a newline": 1}  # in the row that went out
     assert report["hash"] == row_keys.hash_of({"train": row_keys.content_hash(rows)})
-    assert report.get("columns_left_out") == (None if suffix else {"extra": 1}) and ("extra" in rows[3]) is bool(suffix)
+    assert report.get("keys_not_kept") == (None if suffix else {"extra": 1}) and ("extra" in rows[3]) is bool(suffix)
     told = json.loads((tmp_path / "found.json").read_text())
     assert told["found"] == {"answer begins with a newline": 3, "control token in text": 1, "empty text": 1}
     assert told["mended"] == report["mended"]
@@ -398,7 +401,9 @@ def test_all_mended_is_exit_0(tmp_path):
 def test_no_sound_row_writes_nothing(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"text": "a"}])
     done = run(path, "--fix", "--out", tmp_path / "out")
-    assert done.returncode == 1 and "not written" in done.stderr and not (tmp_path / "out").exists()
+    assert done.returncode == 1 and "rows.jsonl is sound: see " in done.stderr
+    assert [entry["reason"] for entry in lines(tmp_path / "out" / "rejected.jsonl")] == ["row without messages"]
+    assert not (tmp_path / "out" / "train").exists()
 
 
 def test_language_and_length(demo, tmp_path):
@@ -424,6 +429,223 @@ def test_language_and_length(demo, tmp_path):
     assert [(f["line"], f["reason"], f["detail"]) for f in found] == [(3, "another language", "the answers: ja")]
 
 
+def test_what_helps_stands_below_the_reason(demo, tmp_path):
+    raw = [row_of(chat("Yes " * 90)), {"conversations": [{"from": "human", "value": "Hi"}]}]
+    raw += [row_of([turn("dev", "a"), CHAIN[3]])]
+    raw += [{"instruction": "a", "output": "b"}, {"prompt": "a", "completion": "b"}, {"conversations": chat()}]
+    flags = ["--model_name_or_path", demo / "init", "--chat_template_path", TEMPLATES / "chatml.jinja"]
+    done = run(write(tmp_path / "rows.jsonl", raw), *flags, "--max_length", 50, "--json", tmp_path / "found.json")
+    for words in ("python -m data_prep.filter --max_length", "data_prep.expand_turns", "normalize auto", "(--roles)"):
+        assert words in done.stdout
+    found = json.loads((tmp_path / "found.json").read_text())["findings"]
+    sources = {one["line"]: one["detail"].split()[-1] for one in found if one["reason"] == "row without messages"}
+    assert sources == {2: "sharegpt", 4: "alpaca", 5: "prompt_completion", 6: "messages"}
+
+
+# -- placeholders -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("text", ["I am {{name}}.", "我是{{ author }}开发的", "Dear {{first_name}},", "- {{user}}: hi"])
+def test_placeholders(text):
+    for row in (row_of(chat(text)), row_of(chat(system=text)), row_of([turn("user", text), turn("assistant", "b")])):
+        assert [reason for reason, _ in found(row)] == ["placeholder that is not filled in"]
+    assert not found(row_of([*CHAIN[:2], turn("tool", text), CHAIN[3]]))  # what a tool says is not ours
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{name}",
+        "{{ }}",
+        "{{{name}}}",
+        r"$\frac{{a}}{{bc}}$ and x^{{ab}}, \text{{name}}",
+        "{{ user.name }} {{ x | upper }}",
+        "Write `{{name}}` there.",
+        "```\nHello {{name}}\n```",
+        "{% if x %}{{name}}{% endif %}",
+        "{{#each items}}{{name}}{{/each}}",
+        "<p>{{name}}</p>",
+        "f'{{not_a_field}}' prints braces: `{{not_a_field}}`",
+        "A placeholder like {{name}} is replaced.",
+        "把模板里的 {{name}} 换成名字",
+        "Use {{name}} in Jinja",
+        "{{2}} and {{1, 2}}",
+    ],
+)
+def test_no_placeholders(text):
+    assert not found(row_of(chat(text)))
+
+
+@real
+@pytest.mark.parametrize(
+    ("file", "columns", "count"),
+    [("chat/identity.json", ("instruction", "output"), 85), ("chat/sharegpt_zh_1K_format.jsonl", (), 0),
+     ("chat/fastchat_dummy_conversation.json", (), 0)],
+)  # fmt: skip
+def test_placeholders_of_real_files(file, columns, count):
+    """85 of the 91 rows of identity.json hold {{name}} or {{author}}; code for Flask and Django elsewhere is none."""
+    hits = 0
+    for _, raw in readers.read_rows(SHARED / "data" / file):
+        texts = [raw[name] for name in columns] or [one["value"] for one in raw["conversations"]]
+        row = row_of([turn("user", texts[0]), *[turn("assistant", text) for text in texts[1:]]])
+        hits += any(reason == "placeholder that is not filled in" for reason, _ in found(row))
+    assert hits == count
+
+
+# -- what the loader makes of the file --------------------------------------------------------------------------------
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def without_the_patch(own_cache, monkeypatch):
+    """Numbers are read as `datasets` reads them by itself."""
+    import pandas
+
+    monkeypatch.setattr(recipe_rows, "read_json_exactly", lambda: None)
+    for name in ("ujson_loads", "ujson_dumps"):
+        monkeypatch.setattr(pandas.io.json, name, getattr(pandas.io.json._json, name))
+
+
+def calling(value, every_key=False):
+    """A row with a call of f(x=value). every_key: its messages have the same keys: Arrow makes columns of them."""
+    call = {"function": {"name": "f", "arguments": {"x": value}}}
+    turns = [turn("user", "?"), turn("assistant", "", tool_calls=[call])]
+    if every_key:
+        turns = [{"tool_calls": None, **one} for one in turns]
+    return {"messages": turns}
+
+
+def changes(tmp_path, rows, name="rows.jsonl"):
+    """[(line, detail)] of the rows that the loader changes."""
+    path = tmp_path / name
+    if not path.exists():
+        write(path, rows)
+    run(path, "--json", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())["findings"]
+    return [(entry["line"], entry["detail"]) for entry in found if entry["reason"] == check.CHANGED]
+
+
+BENT = [0.7, 3.141592653589793, 1e-12]
+EXACT = [*BENT, 12345678901234567890123, 1, 0.5, "low", {"to": 0.95}]
+
+
+def test_numbers_of_rows_with_other_keys_are_loaded_as_they_stand(tmp_path, own_cache):
+    assert changes(tmp_path, [calling(value) for value in EXACT]) == []
+    assert changes(tmp_path, [calling(0.7, every_key=True)] * 2, "uniform.jsonl") == []
+
+
+def test_without_the_patch_each_bent_number_is_found(tmp_path, without_the_patch):
+    """The values are those that datasets was seen to make by itself."""
+    found = changes(tmp_path, [calling(value) for value in (*BENT, 1, 0.5, "low", {"to": 0.95})])
+    place = "messages.1.tool_calls.0.function.arguments.x"
+    assert found == [
+        (1, f"{place}: 0.7 in the file, 0.7000000000000001 as it is loaded"),
+        (2, f"{place}: 3.141592653589793 in the file, 3.1415926536 as it is loaded"),
+        (3, f"{place}: 1e-12 in the file, 0.0 as it is loaded"),
+        (7, f"{place}.to: 0.95 in the file, 0.9500000000000001 as it is loaded"),
+    ]
+    done = run(tmp_path / "rows.jsonl")
+    assert done.returncode == 1 and "python -m data_prep.normalize messages FILE --out data/NAME" in done.stdout
+    done = run(write(tmp_path / "long.jsonl", [calling(value) for value in EXACT]))  # a number of over 64 bits
+    assert done.returncode == 2 and "a recipe cannot load the rows, though each is sound" in done.stderr
+
+
+@real
+def test_the_shared_file(tmp_path, own_cache):
+    done = run(SHARED / "faults" / "data" / "float_arguments.jsonl")
+    assert done.returncode == 0 and "0 with findings" in done.stdout
+
+
+@real
+def test_the_shared_file_without_the_patch(tmp_path, without_the_patch):
+    done = run(SHARED / "faults" / "data" / "float_arguments.jsonl")
+    assert done.returncode == 1 and "0.7 in the file, 0.7000000000000001 as it is loaded" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ([1, 0.5], {1: "1 in the file, 1.0 as it is loaded"}),
+        ([2**53 + 1, 0.5], {1: "9007199254740993 in the file, 9007199254740992.0 as it is loaded"}),
+        ([12345678901234567890123], {1: "1.2345678901234568e+22 as it is loaded"}),
+        (["2024-01-02", "2024-01-03"], {n: "datetime.datetime(2024, 1, " for n in (1, 2)}),
+        (["2024-01-02", "soon"], {}),
+        (["7", {"to": "a"}], {1: "'7' in the file, 7 as it is loaded"}),
+        (["true", ["a"]], {1: "'true' in the file, True as it is loaded"}),
+        (["a", "b"], {}),
+        ([0.7, 0.1 + 0.2], {}),
+    ],
+    ids=str,
+)
+def test_types_that_the_loader_guesses(tmp_path, own_cache, typed_loader, values, found):
+    """Rows whose messages have the same keys: a column of each key, whatever its rows mean."""
+    details = dict(changes(tmp_path, [calling(value, every_key=True) for value in values]))
+    assert details.keys() == found.keys()
+    for line, words in found.items():
+        assert "arguments.x: " in details[line] and words in details[line]
+
+
+def test_the_recipes_loader_changes_nothing(tmp_path, own_cache):
+    for values in ([1, 0.5], ["2024-01-02", "2024-01-03"], ["7", {"to": "a"}], [12345678901234567890123]):
+        assert not changes(tmp_path, [calling(value, every_key=True) for value in values])
+
+
+def test_dates_in_text(tmp_path, own_cache, typed_loader):
+    dates = [{"messages": [turn("user", "2024-01-02"), turn("assistant", "2024-01-03 10:00:00")]}]
+    ((line, detail),) = changes(tmp_path, dates)
+    assert line == 1 and "messages.0.content: '2024-01-02' in the file, datetime" in detail
+
+
+def test_every_place_is_compared(tmp_path, own_cache, typed_loader):
+    """Blank lines, many chunks: a row is compared with itself. Of 40 rows each third holds a whole number."""
+    rows = [calling(0.5 if number % 3 else number, every_key=True) for number in range(40)]
+    lines = "\n\n".join(json.dumps(row) for row in rows)
+    (tmp_path / "rows.jsonl").write_text(lines)
+    with mock.patch.object(text_files, "HEAD", 500), mock.patch.object(text_files, "BLOCK", 500):
+        found = changes(tmp_path, [])
+    assert [line for line, _ in found] == [2 * number + 1 for number in range(0, 40, 3)]
+    assert all(f": {(line - 1) // 2} in the file" in detail for line, detail in found)
+
+
+def test_our_folders_and_files_are_exact(tmp_path, own_cache, monkeypatch):
+    raw = write(tmp_path / "raw.jsonl", [calling(value, every_key=True) for value in EXACT])
+    assert run("messages", raw, "--out", tmp_path / "own", script=normalize).returncode == 0
+    done = run(tmp_path / "own")
+    assert done.returncode == 0 and f"{len(EXACT)} rows, 0 with findings" in done.stdout
+    loaded = recipe_rows.load_sets(tmp_path / "own")["train"]
+    assert [row["messages"][1]["tool_calls"][0]["function"]["arguments"]["x"] for row in loaded] == EXACT
+    monkeypatch.setattr(recipe_rows, "read_json_exactly", lambda: None)
+    monkeypatch.setattr("data_prep.common.loader_changes.load_sets", bend)
+    assert [line for line, _ in changes(tmp_path, [], "own")] == [1]
+
+
+def bend(path):
+    """A loader that adds a digit to 0.7, as that of pandas does."""
+
+    def bent(value):
+        if isinstance(value, dict):
+            return {key: bent(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [bent(item) for item in value]
+        return 0.7000000000000001 if value == 0.7 else value
+
+    return {split: [bent(row) for row in rows] for split, rows in recipe_rows.load_sets(path).items()}
+
+
+def test_plain_text_is_not_loaded(tmp_path, monkeypatch):
+    """It would take seconds: text is text to the loader, too."""
+    loads = []
+    monkeypatch.setattr(loader_changes, "load_sets", lambda path: loads.append(path) or {"train": []})
+    run(write(tmp_path / "rows.jsonl", [row_of(chat(f"{n}. is true", reasoning_content="7")) for n in range(9)]))
+    run(write(tmp_path / "flags.jsonl", [row_of(chat(), chat_template_kwargs={"enable_thinking": True})]))
+    assert loads == []
+    done = run(write(tmp_path / "call.jsonl", [calling(1)]))
+    assert loads == [tmp_path / "call.jsonl"]
+    assert done.returncode == 2 and "a recipe cannot load the rows" in done.stderr and "fewer rows" in done.stderr
+
+
 # -- forms of input ---------------------------------------------------------------------------------------------------
 def test_every_form_gives_the_same_findings(tmp_path):
     nameless = {"messages": [turn("user", "a"), turn("user", "b"), turn("assistant", "c")]}  # its id is null in Arrow
@@ -441,7 +663,7 @@ def test_every_form_gives_the_same_findings(tmp_path):
         ]
         assert {entry["file"] for entry in findings} == {"train" if name == "rows" else name}
     splits = {"train": [row_of(chat(), source="s")], "validation": [row_of(chat("\nb"), source="s") | {"id": "b"}]}
-    whole = {split: [rows.complete_row(row, "x", 1) for row in rows] for split, rows in splits.items()}
+    whole = {split: [complete_row(row, "x", 1) for row in rows] for split, rows in splits.items()}
     writer.write_rows(tmp_path / "pool", "own", whole)
     done = run(tmp_path / "pool", "--fix", "--out", tmp_path / "fixed")
     assert "validation:1 (b)" in done.stdout and done.returncode == 0
@@ -480,11 +702,11 @@ def test_no_value_crashes_it(row, data):
         inner[data.draw(st.sampled_from([*inner, "tool_calls", "reasoning_content"]))] = data.draw(pieces)
     else:
         row[data.draw(st.sampled_from([*row, "tools", "tags", "chat_template_kwargs", "source"]))] = data.draw(pieces)
-    against = rendering.Renderer((TEMPLATES / "qwen3.jinja").read_text())
-    if not check.faults(row, against):
-        whole = rows.complete_row(row, "x", 1)
-        assert not check.faults(whole, against) and json_text.json_line(whole).encode()
-        assert rows.complete_row(whole, "y", 2) == whole
+    options = check.CheckOptions(rendering.Renderer((TEMPLATES / "qwen3.jinja").read_text()))
+    if not check.find_faults(row, options):
+        whole = complete_row(row, "x", 1)
+        assert not check.find_faults(whole, options) and json_text.json_line(whole).encode()
+        assert complete_row(whole, "y", 2) == whole
 
 
 @pytest.mark.parametrize(
@@ -494,7 +716,7 @@ def test_no_value_crashes_it(row, data):
         (["rows.txt"], ["rows.txt", ".jsonl"]),
         (["folder"], ["folder", "save_to_disk"]),
         (["empty.jsonl"], ["empty.jsonl", "no rows"]),
-        (["cut.json"], ["cut.json", "mend the array"]),
+        (["cut.json"], ["cut.json:1", "not JSON"]),
         (["cut.parquet"], ["cut.parquet", "cannot be read", "Parquet"]),
         (["rows.jsonl", "--fix"], ["--fix and --out"]),
         (["rows.jsonl", "--out", "out"], ["--fix and --out"]),
@@ -507,6 +729,8 @@ def test_no_value_crashes_it(row, data):
         (["rows.jsonl", "--recipe", "none.py"], ["none.py", "recipes/"]),
         (["rows.jsonl", "--recipe", "rows.txt"], ["rows.txt", "DEFAULTS"]),
         (["rows.jsonl", "--mdoel", "x"], ["--mdoel"]),
+        (["rows.jsonl", "--max_length", "9"], ["--max_length", "tokenizer"]),
+        (["rows.jsonl", "--max_length", "9", "--recipe", "far.py"], ["no/such", "HF_ENDPOINT"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith(("rows", "none", "cut", "empty", "folder")) else "",
 )
@@ -519,6 +743,7 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, flags, words):
     Path("cut.json").write_text('[{"messages": ')
     Path("cut.parquet").write_text("PAR1")
     Path("cut.jinja").write_text("{% for %}")
+    Path("far.py").write_text("DEFAULTS = dict(model_name_or_path='no/such')")
     before = sorted(Path(".").rglob("*"))
     done = run(*flags)
     assert done.returncode == 2 and "Traceback" not in done.stderr

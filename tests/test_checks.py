@@ -18,6 +18,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -49,6 +50,9 @@ from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.training_args import OptimizerNames
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
+
+from data_prep.common import rendering
+from data_prep.common.recipe_settings import LENGTH_REMEDY
 
 CPU = torch.device("cpu")
 TEMPLATES = REPO / "chat_templates"
@@ -492,14 +496,15 @@ def python_commands(sentence):
 
 
 @pytest.mark.parametrize(("suffix", "separator"), [(".csv", ","), (".tsv", "\t")])
-def test_a_table_names_the_commands_that_make_rows_of_it(work_folder, suffix, separator):
-    """They are run, and give the rows."""
+def test_a_table_names_the_command_that_makes_rows_of_it(work_folder, suffix, separator):
+    """It is run, and gives the rows."""
     (work_folder / f"x{suffix}").write_text(f"frage{separator}antwort\nwas é{separator}das\n", encoding="utf-8")
     sentence = refusal(paths.check_model_and_dataset_names, script_args(f"x{suffix}"), model_args())
-    assert sentence.startswith(f"--dataset_name x{suffix}: a table, not rows of messages; python -c")
-    convert, normalize = python_commands(sentence)
+    assert sentence.startswith(
+        f"--dataset_name x{suffix}: a table, not rows of messages; python -m data_prep.normalize"
+    )
+    (normalize,) = python_commands(sentence)
     normalize = normalize.replace("prompt=COLUMN", "prompt=frage").replace("answer=COLUMN", "answer=antwort")
-    run_shell(convert, work_folder)
     run_shell(normalize, work_folder)
     row = load_from_disk(str(work_folder / "data" / "x"))["train"][0]
     assert [turn["content"] for turn in row["messages"]] == ["was é", "das"]
@@ -726,8 +731,8 @@ def test_what_a_set_was_compiled_for(compiled_set, demo, training_args, tmp_path
     assert check() is None and check(**COMPILED) is None
     sentence = check(chat_template_path=str(TEMPLATES / "chatml.jinja"))
     assert sentence == (
-        f"{compiled_set}: compiled with another template than this recipe's: compile it anew (python -m data_prep.compile), "
-        "or --allow other_tokenizer"
+        f"{compiled_set}: compiled with another template than this recipe's: compile it anew "
+        "(python -m data_prep.compile), or --allow other_tokenizer"
     )
     assert check(chat_template_path=str(TEMPLATES / "chatml.jinja"), allow=["other_tokenizer"]) is None
     other_stop = next(token for token in tokenizer.get_added_vocab() if token != stop)
@@ -778,7 +783,7 @@ def save_rows(path, row):
         ({"messages": [{"from": "human", "value": "a"}]}, "messages {name} --out data/set"),
         (CHAT | {"prompt": "a"}, "messages {name} --out data/set"),
         ({"text": "a", "instruction": "b", "output": "c"}, "alpaca {name} --out data/set"),
-        ({"text": "a", "conversations": [{"from": "human", "value": "a"}]}, "sharegpt {name} --out data/set"),
+        ({"text": "a", "conversations": [{"from": "human", "value": "a"}]}, "auto {name} --out data/set"),
         ({"text": "a", "conversations": TURNS}, "messages {name} --out data/set"),
         ({"text": "a", "topic": "b"}, "fields {name} --map prompt=COLUMN answer=COLUMN --out data/set"),
     ],
@@ -883,8 +888,9 @@ def test_empty_answers_are_refused(training_args, assistant_only_loss, capsys):
         rows.check_rows, script_args("o/n"), args, Dataset.from_list([answered(answer) for answer, _ in ANSWERS]), None
     )
     assert sentence == (
-        "dataset o/n: 4 of 7 rows of train have an answer without text or tool calls (rows 1, 2, 3, 4 from 0): python "
-        "python -m data_prep.normalize messages o/n --out OUT writes a set without them, --allow empty_answers trains them"
+        "dataset o/n: 4 of 7 rows of train have an answer without text or tool calls (rows 1, 2, 3, 4 from 0): "
+        "python -m data_prep.normalize messages o/n --out OUT writes a set without them, --allow empty_answers trains "
+        "them"
     )
     sound = Dataset.from_list([answered(answer) for answer, says in ANSWERS if says])
     earlier = Dataset.from_list([{"messages": [TURNS[0], {"role": "assistant", "content": ""}, *TURNS]}, CHAT])
@@ -1136,17 +1142,16 @@ def test_personas(persona_trainer, text, row, lost):
         assert refusal(personas.check_personas, trainer, ["lost_personas"]) is None
 
 
-def test_lost_personas_are_counted(persona_trainer):
+def test_lost_personas_are_counted(persona_trainer, monkeypatch):
     """One rendering for each persona."""
     values = [{"messages": [*own, USER, DONE]} for own in ([], [system("A")], [system("B")])]
     trainer = persona_trainer(DROPS_SYSTEM, values * 20)
     sentence = refusal(personas.check_personas, trainer, [])
     assert sentence.startswith("40 of 60 rows lose their persona, the first is row 1 ")
-    rendered = []
-    apply = trainer.processing_class.apply_chat_template
-    trainer.processing_class.apply_chat_template = lambda *args, **named: rendered.append(1) or apply(*args, **named)
+    render = mock.Mock(side_effect=rendering.render_with_personas)
+    monkeypatch.setattr(rendering, "render_with_personas", render)
     personas.find_lost_personas(trainer, trainer.train_rows)
-    assert len(rendered) == 2
+    assert render.call_count == 2
 
 
 # -- counts -----------------------------------------------------------------------------------------------------------
@@ -1262,8 +1267,8 @@ def test_truncated_answers_to_the_token(counts_of, demo):
     values += [row(5) | {"source": "x" * 500}] * 90
     train = Dataset.from_list(values)
     assert counts_of(train, max_length=limit, allow=()) == (
-        "2 of 98 rows truncated by max_length within what is trained: "
-        f"--max_length {base + 43} keeps them whole, --allow cut_answers trains them truncated"
+        f"2 of 98 rows truncated by max_length within what is trained, the longest has {base + 43} tokens: "
+        f"{LENGTH_REMEDY}; --allow cut_answers trains them truncated"
     )
     assert counts_of(train, max_length=limit, allow=["cut_answers"])[2:4] == (2, 98)
     assert counts_of(train, max_length=limit + 3, allow=(), packing=False)[2:6] == (0, 98, 0, 98)

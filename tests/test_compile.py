@@ -11,12 +11,15 @@ import json
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import transformers
 from conftest import EXACT, REPO, SHARED, TINY
 
 from data_prep import compile
 from data_prep.common import recipe_rows, recipe_settings, rendering, tokens
+from data_prep.common.fast_tokens import open_fast_path
 
 RECIPE, TEMPLATES = REPO / "recipes" / "qwen3_full.py", REPO / "chat_templates"
 PROBE = """
@@ -61,7 +64,7 @@ def make(demo, tmp_path, monkeypatch, capsys):
         ]
         given += ["--chat_template_path", TEMPLATES / f"{template}.jinja", *flags]
         monkeypatch.setattr(sys, "argv", ["compile.py", *map(str, given)])
-        compile.prepared.cache_clear()
+        compile.open_renderer.cache_clear()
         capsys.readouterr()
         code = compile.main()
         said = capsys.readouterr()
@@ -194,13 +197,16 @@ def test_packs_and_labels_are_those_of_trl(strategy, demo, tmp_path, make):
     theirs = Dataset.from_dict({
         "input_ids": [ids for ids, _ in docs],
         "labels": [[i if live else -100 for i, live in zip(ids, mask, strict=True)] for ids, mask in docs],
+        "row": [[row] * len(ids) for row, (ids, _) in enumerate(docs)],
     })  # fmt: skip
     theirs, ours = pack_dataset(theirs, 64, strategy), load(out)["train"]
     assert ours["input_ids"][:] == theirs["input_ids"][:] and ours["seq_lengths"][:] == theirs["seq_lengths"][:]
-    for labels, expected, lengths in zip(ours["labels"], theirs["labels"], theirs["seq_lengths"], strict=True):
+    packs = zip(ours["labels"], ours["ids"], theirs["labels"], theirs["row"], theirs["seq_lengths"], strict=True)
+    for labels, names, expected, numbers, lengths in packs:
         start = 0
-        for length in lengths:  # as the collator masks it
-            expected[start] = -100
+        for name, length in zip(names, lengths, strict=True):
+            assert name == f"r{numbers[start]}"
+            expected[start] = -100  # as the collator masks it
             start += length
         assert labels == expected
     report = json.loads((out / "report.json").read_text())
@@ -211,7 +217,11 @@ def test_packs_and_labels_are_those_of_trl(strategy, demo, tmp_path, make):
 
 
 def test_sequential_packs_are_next_fit_in_order(demo, tmp_path, make):
-    rows, limit = chats(1300), 128
+    limit = 128
+    rows = [row for pair in zip(chats(40), chats(1240, longest=4)[::31], strict=True) for row in pair]
+    rows = [*rows, *chats(1240, longest=4)]
+    for number, row in enumerate(rows):
+        row["id"] = f"r{number}"
     flags = ["--packing_strategy", "sequential", "--max_length", limit, "--eval_rows", 0]
     code, out, said = make(save(tmp_path / "x.jsonl", rows), *flags)
     assert code == 0, said
@@ -227,17 +237,18 @@ def test_sequential_packs_are_next_fit_in_order(demo, tmp_path, make):
             packs.append(pack)
             pack = []
         pack.append((row["id"], ids, masked(ids, mask)))
-    packs += [pack] if pack else []
+    assert pack and max(len(one) for one in packs) > 2
+    packs.append(pack)
     ours = load(out)["train"]
     assert ours["ids"][:] == [[name for name, _, _ in one] for one in packs]
     assert ours["input_ids"][:] == [sum((ids for _, ids, _ in one), []) for one in packs]
     assert ours["labels"][:] == [sum((labels for _, _, labels in one), []) for one in packs]
     assert ours["seq_lengths"][:] == [[len(ids) for _, ids, _ in one] for one in packs]
     entries = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
-    assert [entry["id"] for entry in entries] == long and len(long) > 20
+    assert [entry["id"] for entry in entries] == long and len(long) > 10
     assert {entry["reason"] for entry in entries} == {"longer than max_length"}
     report = json.loads((out / "report.json").read_text())
-    assert report["in"] == 1300 == report["out"]["train"] + report["refused"]["longer than max_length"]
+    assert report["in"] == 1320 == report["out"]["train"] + report["refused"]["longer than max_length"]
 
 
 def test_masks_are_those_of_transformers_on_odd_rows(demo, tmp_path, make):
@@ -319,6 +330,30 @@ def test_every_row_is_accounted_for(tmp_path, make):
     assert report["refused"] == {"nothing to train": 1, "template refuses the row": 1}
 
 
+def test_the_plain_path_is_named_and_gives_the_same_set(tmp_path, make, monkeypatch):
+    data = save(tmp_path / "x.jsonl", chats(60))
+    _, fast, said = make(data, "--eval_rows", 0, "--max_length", 64)
+    assert "plain path" not in said
+    monkeypatch.setattr(transformers.utils, "chat_template_utils", SimpleNamespace())
+    _, plain, said = make(data, "--eval_rows", 0, "--max_length", 64)
+    assert "took the plain path, which is slower (AttributeError: " in said and "_compile_jinja_template" in said
+    assert load(fast)["train"].to_dict() == load(plain)["train"].to_dict()
+    assert (fast / "report.json").read_bytes() == (plain / "report.json").read_bytes()
+
+
+def test_what_helps_longer_rows_is_said(tmp_path, make):
+    """By name, and with the number of them; never a longer --max_length."""
+    data = save(tmp_path / "x.jsonl", chats(60, longest=6))
+    for strategy in ("bfd", "sequential"):
+        code, out, said = make(data, "--eval_rows", 0, "--packing_strategy", strategy, "--max_length", 64)
+        report = json.loads((out / "report.json").read_text())
+        longer = report["cut"].get("rows", 0) + report["refused"].get("longer than max_length", 0)
+        assert code == 0 and longer
+        assert f"{longer:,} rows are longer than max_length 64: python -m data_prep.filter" in said
+    code, out, said = make(data, "--eval_rows", 0, "--packing_strategy", "bfd_split", "--max_length", 64)
+    assert code == 0 and "data_prep.filter" not in said
+
+
 def test_bad_input_is_one_sentence(tmp_path, make, demo):
     code, out, said = make(tmp_path / "no.jsonl")
     assert code == 2 and "no such file" in said and said.count("\n") == 1
@@ -360,4 +395,4 @@ def test_the_quick_way_is_the_careful_way(demo, tmp_path):
     careful = [(doc.ids, doc.spans) for doc in tokens.iter_documents(rows, rendering.load_renderer(settings), settings)]
     against = rendering.load_renderer(settings)
     quick = [(d.ids, d.spans) for d in tokens.iter_documents(rows, against, settings, encodings=False)]
-    assert quick == careful and len(against.widths) > 100
+    assert quick == careful and open_fast_path(against).widths is not None

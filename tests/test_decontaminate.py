@@ -4,7 +4,8 @@ its counts, and GSM8K's train set against its test set by an independent search 
 Each of these turns the suite red (tried): 12 words taken for 13; half covered taken for over half; coverage that counts
 overlapping n-grams twice; the 8-grams' or the 13-grams' rule left out; common n-grams kept, counted by occurrence or
 over all files; runs joined over a gap; system messages searched, in rows or in eval rows; reasoning not searched; only
-the first field of an eval row read; hits of a row counted once for all eval files; hits not in order.
+the first field of an eval row read; hits of a row counted once for all eval files; hits not in order; short texts equal
+without their signs, in answers, in fields of any name or in none, by 8 words where 13 are looked for, or however common.
 """
 
 import json
@@ -19,7 +20,7 @@ import pytest
 from conftest import run_script
 
 from data_prep import decontaminate
-from data_prep.common import readers, writer
+from data_prep.common import text_files, writer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -78,7 +79,8 @@ def test_thirteen_words_in_a_row(tmp_path):
     assert (hit["against"], hit["line"], hit["field"], hit["words"]) == ("e.jsonl", 1, "question", 13)
     assert hit["share"] == round(13 / 60, 4)
     assert (hit["text"], hit["row_text"]) == (text(0, 60), rows[0]["messages"][1]["content"])
-    assert report["against"]["e.jsonl"] == {"rows": 1, "texts": 1, "too_short": 0, "rows_hit": 1, "refused": 2}
+    assert report["against"]["e.jsonl"] == {"rows": 1, "texts": 1, "too_short": 0, "equal_short_texts": 0,
+                                           "rows_hit": 1, "refused": 2}  # fmt: skip
     assert {*cleaned(tmp_path, rows, evals, "--ngram_sizes", "8")[0]} == set()
 
 
@@ -134,9 +136,55 @@ def test_which_texts_are_searched(tmp_path):
 
 def test_short_texts_are_counted(tmp_path):
     evals = [{"q": text(0, 7), "a": "no"}, {"q": text(9, 8)}]
-    rejected, report = cleaned(tmp_path, [row("a", text(0, 7), "Ho")], evals)
+    rejected, report = cleaned(tmp_path, [row("a", f"So {text(0, 7)}", "Ho")], evals)
     assert not rejected
-    assert report["against"]["e.jsonl"] == {"rows": 2, "texts": 3, "too_short": 2, "rows_hit": 0, "refused": 0}
+    assert report["against"]["e.jsonl"] == {
+        "rows": 2, "texts": 3, "too_short": 2, "equal_short_texts": 0, "rows_hit": 0, "refused": 0
+    }  # fmt: skip
+
+
+def test_short_texts_that_a_prompt_is_equal_to(tmp_path):
+    evals = [
+        {"question": "What is 3 * 4?", "answer": "12"},
+        {"question": "Capital of France", "answer": "the city of Paris"},
+        {"question": "你好吗？", "answer": "很好"},
+        {"question": "1+1=?"},
+        {"prompt": "Hello"},
+        {"choices": {"text": ["yes", "in the sea"]}},
+    ]
+    rows = [
+        row("equal", "what IS  3 * 4", "Twelve."),
+        row("another sign", "What is 3 + 4?", "7"),
+        row("contains", "What is 3 * 4 in words?", "Twelve."),
+        row("answer", "How many?", "Capital of France"),  # only prompts are compared
+        row("zh", "Hi", "Ho", "你好吗", "很好"),  # a later prompt, too
+        row("signs", "1 + 1 =", "2"),
+        row("other signs", "1 - 1 =", "0"),
+        row("one word of a prompt", "hello!", "Hi."),
+        row("one word of an answer", "12", "A dozen."),
+        row("a word of a choice", "Yes", "Good."),
+        row("a choice of three words", "In the sea.", "Good."),
+    ]
+    rejected, report = cleaned(tmp_path, rows, evals)
+    assert {*rejected} == {"equal", "zh", "signs", "one word of a prompt", "a choice of three words"}
+    assert report["refused"] == {"short eval text": 5}
+    (hit,) = rejected["zh"]["hits"]
+    assert (hit["line"], hit["field"], hit["words"], hit["share"]) == (3, "question", 3, 1.0)
+    assert (hit["text"], hit["row_text"]) == ("你好吗？", "你好吗")
+    assert report["against"]["e.jsonl"] == {
+        "rows": 6, "texts": 10, "too_short": 10, "equal_short_texts": 5, "rows_hit": 5, "refused": 5
+    }  # fmt: skip
+    # with 13-grams alone, twelve words are short, too
+    twelve = [{"question": text(0, 12)}]
+    rows = [row("12", text(0, 12), "Ho"), row("more", f"{text(0, 12)} so", "Ho")]
+    assert {*cleaned(tmp_path, rows, twelve, "--ngram_sizes", "13")[0]} == {"12"}
+
+
+def test_short_texts_that_are_common_are_no_hits(tmp_path):
+    evals = [{"question": f"{text(9 * n, 9)}", "prompt": "True or false?"} for n in range(11)]
+    rows = [row("a", "true or false", "True")]
+    assert not cleaned(tmp_path, rows, evals)[0]
+    assert {*cleaned(tmp_path, rows, evals[1:])[0]} == {"a"}
 
 
 def test_what_is_common_is_no_hit(tmp_path):
@@ -178,7 +226,8 @@ def test_folder_with_hits_to_read(tmp_path):
 
 
 def test_processes_change_no_byte_and_rows_are_accounted_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "BLOCK", 3000)
+    for size in ("HEAD", "BLOCK"):
+        monkeypatch.setattr(text_files, size, 3000)  # bytes: many chunks of a small file
     rng = random.Random(3)
     raw = [json.dumps(row(f"r{n}", text(rng.randrange(300), rng.randrange(3, 40)), "Ho")) for n in range(100)]
     raw[10], raw[20], raw[30] = "{cut", "[]", '{"messages": null}'
@@ -203,6 +252,7 @@ def test_processes_change_no_byte_and_rows_are_accounted_for(tmp_path, monkeypat
         ('{"q": 3}\n', [], "no text"),
         ('{"q": "a text"}\n', ["--match_threshold", "50"], "--match_threshold 50.0: pass a share"),
         ('{"q": "a text"}\n', ["--common", "0"], "--common 0: pass a number"),
+        ('{"q": "a text"}\n', ["--ngram_sizes", "13", "--match_threshold", "0.4"], "--match_threshold: it is of"),
     ],
 )
 def test_bad_input(tmp_path, evals, flags, said):

@@ -18,8 +18,8 @@ import pytest
 from conftest import run_script
 
 from data_prep import dedup
-from data_prep.common import readers, writer
-from data_prep.common.ngrams import words
+from data_prep.common import text_files, writer
+from data_prep.common.ngrams import split_words
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,15 +54,15 @@ CALLS = [{"type": "function", "function": {"name": "f"}}]
 
 
 def test_words():
-    assert words("Don't — 3.5 kg, ＡＢＣ１２!") == ["don", "t", "3", "5", "kg", "abc12"]
-    assert words("用GPT4写诗，好 吗？") == ["用", "gpt4", "写", "诗", "好", "吗"]
-    assert words("かな 한글 ไทย snake_case Ünïcode") == [*"かな한글ไทย", "snake", "case", "ünïcode"]
+    assert split_words("Don't — 3.5 kg, ＡＢＣ１２!") == ["don", "t", "3", "5", "kg", "abc12"]
+    assert split_words("用GPT4写诗，好 吗？") == ["用", "gpt4", "写", "诗", "好", "吗"]
+    assert split_words("かな 한글 ไทย snake_case Ünïcode") == [*"かな한글ไทย", "snake", "case", "ünïcode"]
 
 
 @pytest.mark.parametrize(("threshold", "bands"), [(0.8, (21, 6)), (0.5, (42, 3)), (0.95, (8, 16)), (1.0, (1, 128))])
 def test_bands_catch_99_of_100(threshold, bands):
     """1 - (1 - t^r)^b, worked by hand: 0.8: r=6 catches 99.8%, r=7 98.5%."""
-    assert dedup.banding(threshold) == bands
+    assert dedup.choose_bands(threshold) == bands
 
 
 def test_equal_rows(tmp_path):
@@ -227,7 +227,8 @@ def test_every_row_is_accounted_for(tmp_path):
 
 
 def test_processes_change_no_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "BLOCK", 2000)  # bytes: many blocks of a small file
+    for size in ("HEAD", "BLOCK"):
+        monkeypatch.setattr(text_files, size, 2000)  # bytes: many chunks of a small file
     rng = random.Random(1)
     rows = [row(f"r{n}", f"q{n}", " ".join([*TEXT[n % 9 :], f"{n % 50}"])) for n in range(100)]
     rows += rng.choices(rows, k=20)
@@ -246,6 +247,8 @@ def test_processes_change_no_byte(tmp_path, monkeypatch):
     [
         (["--threshold", "0"], "--threshold 0.0: pass a similarity above 0, at most 1"),
         (["--ngram_size", "0"], "--ngram_size 0: pass a number of words of at least 1"),
+        (["--exact", "--threshold", "0.9"], "--threshold: --exact looks for equal rows only: leave one of the two out"),
+        (["--exact", "--ngram_size", "5"], "--ngram_size: --exact looks for equal rows only: leave one of the two out"),
     ],
 )
 def test_bad_flags(tmp_path, flags, sentence):
@@ -257,6 +260,7 @@ def test_bad_input(tmp_path):
     assert run("-", "--out", tmp_path / "out").returncode == 2
     done = run(write(tmp_path / "empty.jsonl", []), "--out", tmp_path / "out")
     assert done.returncode == 2 and "no rows" in done.stderr and done.stderr.count("\n") == 1
-    done = run(write(tmp_path / "bad.jsonl", ["{cut"]), "--out", tmp_path / "out")
-    assert done.returncode == 1 and "all 1 rows refused (1 not JSON)" in done.stderr
     assert not (tmp_path / "out").exists()
+    done = run(write(tmp_path / "bad.jsonl", ["[1]", "{cut"]), "--out", tmp_path / "out")
+    assert done.returncode == 1 and "all 2 rows refused" in done.stderr and "1 not JSON" in done.stderr
+    assert [entry["line"] for entry in lines(tmp_path / "out" / "rejected.jsonl")] == [1, 2]

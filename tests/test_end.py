@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import EXACT, REPO
-from data_prep.run_folder import plot_log, read_log
 from hooks.end_block import draw_loss, next_commands
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data_prep.common.run_folder import plot_log, read_log
 
 
 def said(text):
@@ -50,7 +51,7 @@ def test_one_picture(tmp_path):
         assert compared.getvalue() == pictures[-1]
     assert pictures[0] == pictures[1] != pictures[2]
     compare = (REPO / "eval" / "compare.py").read_text()
-    assert "from data_prep.run_folder import plot_log, read_log" in compare and "matplotlib" not in compare
+    assert "from data_prep.common.run_folder import plot_log, read_log" in compare and "matplotlib" not in compare
 
 
 def test_a_run_does_not_fail_over_its_picture(tmp_path, monkeypatch):

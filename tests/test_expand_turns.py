@@ -22,12 +22,13 @@ from datasets import load_from_disk
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from template_oracle import FAMILIES
-from template_oracle import InvalidRow as OracleRefused
+from template_oracle import Refused as OracleRefused
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from data_prep import expand_turns, normalize
 from data_prep.common import json_text, readers, rendering, row_keys, writer
+from data_prep.common.errors import InvalidRow
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TEMPLATES = REPO / "chat_templates"
@@ -65,8 +66,8 @@ def unmarked(messages):
 
 def expand(row, template):
     """(rows, refused answers) of one row, in memory."""
-    rows, _, refused = expand_turns.expand(row, rendering.Renderer(source(template)))
-    return rows, refused
+    expansion = expand_turns.expand(row, rendering.Renderer(source(template)))
+    return expansion.rows, expansion.refused
 
 
 def trained(rows, template):
@@ -227,7 +228,7 @@ def test_qwen3_trains_every_answer_once_under_its_prompt(row):
     pairs, no_room = expected(row)
     try:
         rows, refused = expand(row, TEMPLATES / "qwen3.jinja")
-    except normalize.InvalidRow:
+    except InvalidRow:
         assert not pairs
         return
     assert trained(rows, TEMPLATES / "qwen3.jinja") == pairs
@@ -325,12 +326,14 @@ def proven(family, messages, tools, **arguments):
     row = row_of(*messages, tools=tools, bos_token=family.bos, eos_token=family.eos, **arguments)
     pairs, no_room = oracle(family, messages, tools, **arguments)
     try:
-        rows, counts, refused = expand_turns.expand(row, rendering.Renderer(source(template)))
-    except normalize.InvalidRow:
+        expansion = expand_turns.expand(row, rendering.Renderer(source(template)))
+    except InvalidRow:
         assert not pairs
         return None
+    rows = expansion.rows
+    counts = expansion.counts
     wanted = Counter(pairs.values())
-    assert trained(rows, template) == wanted and len(refused) == no_room
+    assert trained(rows, template) == wanted and len(expansion.refused) == no_room
     assert counts["answers_after"] == len(pairs) and counts["answers"] == len(pairs) + no_room
     assert counts["trained_after"] == sum(len(said) for _, said in pairs.values())
     if not no_room:  # only where the template needs it, and told so
@@ -437,7 +440,7 @@ def test_flags_of_the_row_are_kept():
     wanted = Counter(pair for n, pair in enumerate(pairs) if n in (1, 2))  # messages 3 and 5
     assert trained(rows, TEMPLATES / "qwen3.jinja") == wanted
     whole = flagged | {"messages": [t | {"loss_mask": 0} if t["role"] == "assistant" else t for t in turns]}
-    with pytest.raises(normalize.InvalidRow, match="no answer that its flags let train"):
+    with pytest.raises(InvalidRow, match="no answer that its flags let train"):
         expand(whole, TEMPLATES / "qwen3.jinja")
 
 
@@ -591,6 +594,15 @@ def test_cost_in_tokens_is_what_the_trainer_counts(demo, tmp_path, name):
     assert len(rows) > 2 and counted["before"][0] < counted["after"][0]
 
 
+def test_a_token_across_the_edge_counts_as_trained():
+    def tokenizer(text, **_):
+        return {"offset_mapping": [(0, 2), (2, 5), (5, 6), (6, 8)]}
+
+    for span, tokens in (((3, 5), 1), ((2, 5), 1), ((5, 7), 2), ((1, 3), 2)):
+        rendered = rendering.Rendered("abcdefgh", [rendering.Span(*span)])
+        assert expand_turns.measure(rendered, tokenizer) == (4, tokens)
+
+
 def test_nothing_is_dropped_without_a_count(tmp_path):
     """in + added = out + refused rows, answers that no prompt has room for are named, ids are one of a kind."""
     no_room = row_of(user(), answer("Yes.", "r"), user(), answer(), enable_thinking=False)
@@ -628,7 +640,7 @@ def test_nothing_is_dropped_without_a_count(tmp_path):
         assert report["refused"] == dict(sorted(Counter(entry["reason"] for entry in rejected).items()))
         assert [row["id"] for row in rows] == ["a#1", "a#3", "a#1-2", "a#3-2", "n", "l#1", "rows-9"]
         assert trained(rows, TEMPLATES / "qwen3.jinja").total() == 7
-        assert (report.get("columns_left_out") == {"extra": 1}) == folder
+        assert (report.get("keys_not_kept") == {"extra": 1}) == folder
         assert report["hash"] == row_keys.hash_of({"train": row_keys.content_hash(rows)})
 
 
@@ -680,11 +692,18 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, change, words):
     assert sorted(Path(".").rglob("*")) == before
 
 
-def test_no_row_left_writes_nothing(tmp_path):
-    path = write(tmp_path / "rows.jsonl", [row_of(user())])
-    done = run(path, "--chat_template_path", TEMPLATES / "qwen3.jinja", "--out", tmp_path / "out")
-    assert done.returncode == 1 and "1 no assistant turn" in done.stderr and "rows.jsonl:1" in done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.jsonl"]
+@pytest.mark.parametrize("out", ["out", "out.jsonl"])
+def test_no_row_left_lists_the_refused(tmp_path, out):
+    path = write(tmp_path / "rows.jsonl", [row_of(user()), row_of(user(), answer("Yes.", "r"), enable_thinking=False)])
+    done = run(path, "--chat_template_path", TEMPLATES / "qwen3.jinja", "--out", tmp_path / out)
+    assert done.returncode == 1 and "1 no assistant turn" in done.stderr and len(done.stderr.splitlines()) == 1
+    rejected = tmp_path / "out" / "rejected.jsonl" if out == "out" else tmp_path / "out.rejected.jsonl"
+    assert str(rejected) in done.stderr
+    assert [(entry["line"], entry["reason"]) for entry in lines(rejected)] == [
+        (1, "no assistant turn"),
+        (2, "template refuses the row"),
+    ]
+    assert not (tmp_path / "out.jsonl").exists() and not (tmp_path / "out" / "train").exists()
 
 
 # -- real data --------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import pytest
 from conftest import run_script
 
 from data_prep import filter
-from data_prep.common import readers
+from data_prep.common import text_files
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -315,7 +315,8 @@ def test_trl_takes_the_pairs(tmp_path):
 
 
 def test_processes_change_no_byte_and_rows_are_accounted_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "BLOCK", 2000)
+    for size in ("HEAD", "BLOCK"):
+        monkeypatch.setattr(text_files, size, 2000)  # bytes: many chunks of a small file
     raw = [json.dumps(row(f"r{n}", "q", ("ha " * n, "Sorry, I can't do it.", f"answer {n}")[n % 3])) for n in range(99)]
     raw[3], raw[33], raw[43], raw[53] = "{cut", "[]", '{"messages": [{"role": "user", "content": 3}]}', "\x00"
     (tmp_path / "rows.jsonl").write_text("\n".join(raw))
@@ -332,17 +333,29 @@ def test_processes_change_no_byte_and_rows_are_accounted_for(tmp_path, monkeypat
 
 def test_bad_input(tmp_path):
     rows = write(tmp_path / "rows.jsonl", [row("a", "Hi", "I can't help with that.")])
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text("DEFAULTS = dict(model_name_or_path='no/such', max_length=100)\n")
     for flags, said in (
         ([], "no rule is asked for"),
         (["--max_length", "100"], "--max_length: needs a tokenizer"),
         (["--export", "preference"], "--export preference: pass --agreement"),
+        (["--refusals", "--export", "winner"], "--export: read with --agreement only"),
+        (["--refusals", "--reference", "gold"], "--reference: read with --agreement only"),
+        (["--refusals", "--chat_template_path", "x.jinja"], "--chat_template_path: read for lengths in tokens only"),
+        (["--refusals", "--model_name_or_path", "x"], "--model_name_or_path: read for lengths in tokens only"),
+        (["--max_length", "9", "--model_name_or_path", "no/such"], "no/such: no tokenizer could be loaded"),
+        (["--max_length", "9", "--recipe", recipe], "no/such: no tokenizer could be loaded"),
+        (["--recipe", recipe], "its tokenizer cannot be loaded"),
+        (["--repetition", "1"], "--repetition 1.0: pass a share"),
     ):
         done = run(rows, "--out", tmp_path / "out", *flags)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, flags
-    done = run(rows, "--out", tmp_path / "out", "--refusals")
-    assert done.returncode == 1 and "all 1 rows refused (1 refusal)" in done.stderr
     assert run(write(tmp_path / "none.jsonl", []), "--out", tmp_path / "out", "--refusals").returncode == 2
     assert not (tmp_path / "out").exists()
+    done = run(rows, "--out", tmp_path / "out", "--refusals")
+    assert done.returncode == 1 and "all 1 rows refused (1 refusal)" in done.stderr
+    assert [entry["reason"] for entry in lines(tmp_path / "out" / "rejected.jsonl")] == ["refusal"]
+    assert not (tmp_path / "out" / "train").exists()
 
 
 @real
@@ -354,10 +367,10 @@ def test_real_chats_stay(name, most):
     """Sane chats hardly ever repeat themselves; read by hand, these files hold one answer that does."""
     text = (SHARED / "data" / name).read_text(encoding="utf-8")
     raw = json.loads(text) if name.endswith(".json") else map(json.loads, text.splitlines())
-    given = mock.Mock(repetition=0.5)
+    options = mock.Mock(repetition=0.5)
     found = looked = 0
     for one in raw:
         said = [turn["value"] for turn in one["conversations"]] if "conversations" in one else ["q", one["answer"]]
         looked += 1
-        found += bool([*filter.repetition(row("x", *said), given)])
+        found += bool([*filter.check_repetition(row("x", *said), options)])
     assert looked >= 500 and found <= most

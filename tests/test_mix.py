@@ -91,7 +91,11 @@ def test_interleave_shares_order_and_names(tmp_path):
     train, _, report, said = mixed(tmp_path, sources, **NONE)
     assert counts(train) == {"a": 100, "b": 100} and len({one["id"] for one in train}) == 200
     assert all(abs(counts(train[:cut])["a"] - cut / 2) <= 1 for cut in range(201))  # evenly spread, not in two halves
-    assert report["refused"] == {"not drawn": 200} and "used up" not in said
+    assert report["refused"] == {"not drawn": 200} and "used up: raise epochs" not in said
+    cause = (
+        "its weight 0.5 asks for 100 rows until a is used up (raise weight, epochs of a, or write stop: all_exhausted)"
+    )
+    assert f"200 rows of b not drawn: {cause}" in said and report["sources"][1]["not_drawn_cause"] == cause
     # 1 : 3, where b is used up after 300; and a is repeated, where both are to be
     train, *_ = mixed(tmp_path, [sources[0] | {"weight": 1}, sources[1] | {"weight": 3}], out="two", **NONE)
     assert counts(train) == {"a": 100, "b": 300}
@@ -318,7 +322,7 @@ def test_the_same_bytes_with_any_number_of_processes(tmp_path):
 def test_an_interrupted_mix_leaves_nothing(tmp_path):
     make(tmp_path, a=rows_of("a", 300))
     before = {*tmp_path.iterdir()} | {tmp_path / "mix.yaml"}
-    with mock.patch.object(mix, "card", side_effect=KeyboardInterrupt):
+    with mock.patch.object(mix, "make_card", side_effect=KeyboardInterrupt):
         assert "interrupted: nothing was written" in mixed(tmp_path, [{"path": "a"}], code=130)
     assert {*tmp_path.iterdir()} == before
 
@@ -338,9 +342,9 @@ def test_an_interrupted_mix_leaves_nothing(tmp_path):
         ("strategy: subsample\nsources: [{path: a, weight: 2}]", ["subsample", "at most 1"]),
         ("by: tokens\nsources: [{path: a}]", ["--recipe"]),
         ("literal: true\nstrategy: subsample\nsources: [{path: a}]", ["literal"]),
-        ("validation: {rows: 3}\nsources: [{path: a}]", ["validation", "share and min"]),
+        ("validation: {rows: 3}\nsources: [{path: a}]", ["validation", "rows is no option", "share, min"]),
         ("sources: [{path: a, where: {color: red}}]", ["where", "color"]),
-        ("seed: x\nsources: [{path: a}]", ["seed", "int"]),
+        ("seed: x\nsources: [{path: a}]", ["seed", "whole number"]),
     ],
 )
 def test_bad_mixes_get_one_sentence(tmp_path, text, words):
@@ -391,3 +395,148 @@ def test_shipped_mix(tmp_path, name):
     if name == "step35":
         rows = [one["id"] for one in map(json.loads, (tmp_path / "out" / "train.jsonl").read_text().splitlines())]
         assert rows == [one["id"] for one in pools["step35"]]
+
+
+# -- every option of every strategy works or is refused ---------------------------------------------------------------
+OPTIONS = {
+    "size": 40,
+    "stop": "all_exhausted",
+    "shuffle": "python",
+    "dedup": False,
+    "seed": 7,
+    "validation": {"share": 0.3, "min": 0},
+    "pool_validation": "leave",
+    "chat_template_kwargs": {"enable_thinking": True},
+}
+SOURCE_OPTIONS = {
+    "weight": 0.3,
+    "epochs": 1.5,
+    "rows": 20,
+    "shuffle": 3,
+    "where": {"tags": "x"},
+    "split": "other",
+}
+REFUSED = {  # what a strategy has no place for; everything else must change what comes out
+    ("interleave", "literal"): {"size", "shuffle", "dedup", "pool_validation", "epochs"},
+    ("resample", "literal"): {"size", "shuffle", "dedup", "pool_validation", "epochs", "stop"},
+    ("interleave", ""): set(),
+    ("resample", ""): {"stop", "epochs"},
+    ("subsample", ""): {"size", "stop"},
+    ("concatenate", ""): {"stop", "weight"},
+}
+
+
+@pytest.fixture(scope="module")
+def two_sets(tmp_path_factory):
+    """a and b, a with a validation split and another one, and with rows that b repeats."""
+    folder = tmp_path_factory.mktemp("sets")
+    a = rows_of("a", 60)
+    for number, one in enumerate(a):
+        one["tags"] = ["x"] if number % 2 else []
+    same = [row(f"b-same-{number}", f"Question a-{number}?") for number in range(10)]
+    splits = {"train": a, "validation": rows_of("a-held", 12), "other": rows_of("a-other", 30)}
+    writer.write_rows(folder / "a", "own", splits)
+    writer.write_rows(folder / "b", "own", {"train": rows_of("b", 90) + same})
+    return folder
+
+
+def result_of(folder, out, settings, **source):
+    """(exit code, stderr, what came out) of a mix of a and b."""
+    sources = [{"path": "a", "weight": 0.6} | source, {"path": "b", "weight": 0.4}]
+    if settings["strategy"] == "concatenate":
+        sources = [{"path": "a"} | source, {"path": "b"}]
+    text = yaml.safe_dump(settings | {"sources": sources})
+    (out.with_suffix(".yaml")).write_text(text)
+    code, _, err = run(out.with_suffix(".yaml"), "--pools", folder, "--out", out, "--num_proc", 1)
+    if code:
+        return code, err, None
+    lines = [(out / name).read_text() for name in ("train.jsonl", "validation.jsonl") if (out / name).is_file()]
+    return code, err, lines
+
+
+@pytest.mark.parametrize(("strategy", "kind"), REFUSED)
+def test_every_option_works_or_is_refused(two_sets, tmp_path, strategy, kind):
+    base = {"strategy": strategy, "validation": {"share": 0.1, "min": 0}}
+    if kind:
+        base["literal"] = True
+    code, err, before = result_of(two_sets, tmp_path / "base", base)
+    assert code == 0, err
+    refused = set()
+    for scope, options in (("mix", OPTIONS), ("source", SOURCE_OPTIONS)):
+        for name, value in options.items():
+            settings = base | ({name: value} if scope == "mix" else {})
+            source = {name: value} if scope == "source" else {}
+            if kind and name == "pool_validation":
+                settings[name] = "use"
+            if kind and name == "stop":  # the tutorial's script repeats until all are used up
+                settings[name] = "first_exhausted"
+            compared = before
+            if scope == "source" and name == "shuffle":  # says which rows are the first ones
+                source["rows"] = 20
+                compared = result_of(two_sets, tmp_path / "first", base, rows=20)[2]
+            code, err, after = result_of(two_sets, tmp_path / f"{scope}-{name}", settings, **source)
+            if code:
+                assert code == 2 and f"{name} is not read by" in err and err.count("\n") == 1, err
+                refused.add(name)
+            else:
+                assert after != compared, f"{name} of {strategy} {kind} changes nothing"
+    assert refused == REFUSED[strategy, kind]
+
+
+def test_the_shared_mix_of_subsample_with_a_size(tmp_path):
+    make(tmp_path, same_prompts=rows_of("s", 90))
+    said = mixed(tmp_path, [{"path": "same_prompts", "weight": 1.0}], code=2, strategy="subsample", size=30)
+    assert "size is not read by subsample" in said and "change the weights instead" in said
+    said = mixed(tmp_path, [{"path": "same_prompts"}], code=2, out="zero", size=0)
+    assert "size is 0, it must be at least 1" in said
+
+
+@pytest.mark.parametrize(("strategy", "whole", "half"), [("subsample", 40, 20), ("concatenate", 80, 40)])
+def test_a_fraction_of_an_epoch_is_drawn(tmp_path, strategy, whole, half):
+    """80 rows, of which subsample keeps half; 1.5 epochs are a pass and half of another, by whole rows."""
+    make(tmp_path, a=rows_of("a", 80))
+    source = {"path": "a", "epochs": 1.5} | ({"weight": 0.5} if strategy == "subsample" else {})
+    train, _, report, _ = mixed(tmp_path, [source], strategy=strategy, **NONE)
+    passes = Counter(one["id"].partition("@")[2] for one in train)
+    assert passes == {"": whole, "2": half} and report["added"] == half
+
+
+def test_concatenate_by_tokens_ends_at_a_size_in_tokens(tmp_path):
+    """Rows of 7 and of 70 words; the size is of tokens, met as closely as whole rows can."""
+    model = REPO.parent / "shared" / "tokenizers" / "qwen3"
+    if not model.is_dir():
+        pytest.skip("no tokenizer: ../shared is not here")
+    make(tmp_path, a=rows_of("a", 40, answer="word " * 7), b=rows_of("b", 40, answer="word " * 70))
+    flags = ["--recipe", REPO / "recipes" / "qwen3_qlora.py", "--model_name_or_path", model]
+    settings = {"strategy": "concatenate", "by": "tokens", "size": 3000, "shuffle": "none", **NONE}
+    train, _, report, _ = mixed(tmp_path, [{"path": "a"}, {"path": "b"}], flags=flags, **settings)
+    tokens = sum(one["tokens"] for one in report["sources"])
+    assert abs(tokens - 3000) <= 60 and counts(train)["a"] == 40 and 0 < counts(train)["b"] < 40
+
+
+# -- the sources' own validation splits -------------------------------------------------------------------------------
+def test_own_validation_rows_are_used_and_never_trained(tmp_path):
+    """A prompt of theirs in train goes to validation with all of its rows; equal rows are kept on that side."""
+    train = rows_of("a", 200)
+    own = [row("v-0"), row("v-1"), row("v-2", "Question a-5?", "another answer"), row("v-3", "Question a-6?")]
+    writer.write_rows(tmp_path / "a", "own", {"train": train, "validation": own})
+    got, validation, report, said = mixed(tmp_path, [{"path": "a"}], validation={"share": 0.1, "min": 0})
+    asked = [{one["messages"][0]["content"] for one in part} for part in (got, validation)]
+    assert not asked[0] & asked[1] and {"Question v-0?", "Question a-5?", "Question a-6?"} <= asked[1]
+    assert report["in"] == 204 and report["refused"] == {"duplicate in its pool": 1}  # a-6 in train equals v-3
+    assert {"v-0", "v-1", "v-2", "v-3", "a-5"} <= {one["id"] for one in validation}
+    assert 20 <= len(validation) <= 21 and "4 of the rows to validate are the sources' own" in said
+    # left out, and counted
+    got, validation, report, said = mixed(
+        tmp_path, [{"path": "a"}], out="left", validation={"share": 0.1, "min": 0}, pool_validation="leave"
+    )
+    assert report["in"] == 204 and report["refused"] == {"validation split left out": 4}
+    assert "4 rows of the sources' own validation splits left out (pool_validation: use takes them)" in said
+    assert not {"v-0", "v-1"} & {one["id"] for one in got + validation}
+
+
+def test_splits_that_are_not_read_are_named(tmp_path):
+    writer.write_rows(tmp_path / "a", "own", {"train": rows_of("a", 20), "test": rows_of("t", 7)})
+    *_, report, said = mixed(tmp_path, [{"path": "a"}], **NONE)
+    assert "7 rows of a/test are not read (name the split as `split` of a source)" in said
+    assert report["splits_not_read"] == {"a/test": 7} and report["in"] == 20

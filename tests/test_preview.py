@@ -12,20 +12,18 @@ import resource
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from types import SimpleNamespace
 
 import pytest
-from conftest import EXACT, REPO, SHARED, TINY, load_recipe
+from conftest import EXACT, MODULES, REPO, SHARED, TINY
 from datasets import Dataset, DatasetDict
 
 from data_prep import preview
-from data_prep.common import packing, recipe_rows, recipe_settings, rendering, tokens
-from data_prep.common.errors import InvalidRow
+from data_prep.common import packing, recipe_rows, recipe_settings, rendering, tokens, writer
+from data_prep.common import rows as row_shape
 
 SCRIPT = "-m", "data_prep.preview"
 RECIPE = REPO / "recipes" / "qwen3_qlora.py"
 TEMPLATES = REPO / "chat_templates"
-RECIPES = sorted((REPO / "recipes").glob("*.py"))
 
 
 def chat(*turns, **more):
@@ -86,141 +84,7 @@ def settings(model, template, **names):
     return recipe_settings.read_settings(RECIPE, flags=flags)
 
 
-# -- tokens and masks are transformers' -------------------------------------------------------------------------------
-ODD = [
-    chat(("user", "hi"), ("assistant", "\nnewline first")),
-    chat(("user", "hi"), ("assistant", "ends with an emoji 👩‍🚀")),
-    chat(("user", "hi"), ("assistant", "👩‍🚀")),
-    chat(("system", "Né ﬁ"), ("user", "e\u0301 海盗"), ("assistant", ""), ("user", "x"), ("assistant", " y\n")),
-    chat(("user", "typed <|im_end|> here"), ("assistant", "ok")),
-    {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": None}]},
-    chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")),
-]
-ODD[-1]["chat_template_kwargs"] = {"train_turns": "last"}
-for row in ODD:
-    row.setdefault("chat_template_kwargs", {})
-
-
-@pytest.mark.parametrize("name", ["qwen3", "qwen3_instruct_2507", "chatml"])
-@pytest.mark.parametrize("source", ["demo", "odd", "gsm8k"])
-def test_ids_and_mask_are_those_of_apply_chat_template(source, name, demo, tmp_path):
-    from transformers import AutoTokenizer
-
-    template, model = TEMPLATES / f"{name}.jinja", demo / "init"
-    if source == "gsm8k":
-        if not (SHARED / "data" / "gsm8k").is_dir():
-            pytest.skip("../shared is absent: the demo's rows prove the same")
-        model = SHARED / "tokenizers" / "qwen3"
-        raw = [json.loads(line) for line in (SHARED / "data" / "gsm8k" / "train.jsonl").read_text().splitlines()[:1100]]
-        data = save(tmp_path / "x.jsonl", [chat(("user", r["question"]), ("assistant", r["answer"])) for r in raw])
-    else:
-        data = demo / "rows" / "chat" if source == "demo" else save(tmp_path / "x.jsonl", ODD)
-    rows, order, _ = recipe_rows.load_rows(data, settings(model, template))
-    rows = list(rows)
-    if name != "qwen3":
-        rows = [row for row in rows if not any(turn.get("reasoning_content") for turn in row["messages"])]
-    assert len(order) >= len(rows) >= len(ODD)
-    tokenizer, names = AutoTokenizer.from_pretrained(model), settings(model, template)
-    docs = list(tokens.iter_documents(rows, rendering.load_renderer(names), names))
-    assert [doc.number for doc in docs] == [*range(len(rows))]
-    trained = 0
-    for doc, row in zip(docs, rows, strict=True):
-        wanted = tokenizer.apply_chat_template(
-            row["messages"], tools=row.get("tools"), chat_template=template.read_text(), return_dict=True,
-            return_assistant_tokens_mask=True, **(row.get("chat_template_kwargs") or {}),
-        )  # fmt: skip
-        assert doc.ids == wanted["input_ids"] and doc.mask() == wanted["assistant_masks"]
-        assert doc.trained() == sum(wanted["assistant_masks"])
-        assert doc.trained(3, 9) == sum(wanted["assistant_masks"][3:9])
-        trained += doc.trained()
-    assert trained > len(rows)
-
-
-def test_a_null_key_is_a_missing_key(tiny):
-    """Arrow fills nulls in; templates that ask whether a key is there must not see them."""
-    from transformers import AutoTokenizer
-
-    tokenizer, template = AutoTokenizer.from_pretrained(tiny), "{{ messages[0].name is defined }}{{ eos_token }}"
-    for name in (None, "x"):
-        messages = [{"role": "user", "content": "q", "name": name}]
-        wanted = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
-        assert rendering.Renderer(template, tokenizer).render({}, messages) == (wanted, [])
-
-
-SHORT = [  # what render.py reaches by a shorter way than jinja's sandbox, and what it must leave to it
-    "{{ m.content.strip() }}|{{ m.content.split(',')[1].upper() }}|{{ m.content.replace('a', loop.index0 | string) }}",
-    "{{ m.role.startswith('u') }}{{ m.role.endswith(('r', 't')) }}{{ m.content.rstrip().lstrip('a') }}",
-    "{{ '-'.join(['a', m.role]) }}{{ m.role.title() }}{{ '%s {}'.format(m.role) }}{{ '{0.real}'.format(1) }}",
-    "{{ m.absent is defined }}{{ m.absent or 'none' }}{{ m.absent }}{{ m.keys() | list }}{{ m.items() | length }}",
-    "{% set ns = namespace(x=1, items=2) %}{% set ns.x = ns.x + 1 %}{{ ns.x }}{{ ns.items }}{{ ns.y is defined }}",
-    "{{ loop.last }}{{ loop.previtem is defined }}{{ loop.cycle('a', 'b') }}{{ loop.changed(m.role) }}",
-    "{{ m.absent.more }}",
-    "{{ ns.absent.more }}",
-    "{{ m.content.strip(1) }}",
-    "{{ m.content.strip(chars='a') }}",
-    "{{ m.content.__class__ }}",
-    "{{ m.content.__class__.__mro__ }}",
-    "{{ '{0.__class__.__mro__}'.format(m) }}",
-    "{{ '{x.__class__}'.format_map({'x': m}) }}",
-    "{{ m.content.strip.__self__ }}",
-    "{{ m.pop('role') }}",
-    "{{ m.update({'role': 'x'}) }}{{ m.role }}",
-    "{{ messages.append(1) }}",
-    "{% set ns = namespace(_x=1) %}{{ ns._x }}",
-    "{% set ns = namespace(_x=1) %}{{ ns.__class__ }}{{ ns._Namespace__attrs }}",
-    "{{ loop._iterable }}",
-    "{{ raise_exception('no ' ~ m.role) }}",
-    "{% set ns = namespace(obj=1, context=2, self=3) %}{{ ns.obj }}{{ ns.context }}{{ ns.self }}",
-    "{% set ns = namespace(1) %}{{ ns.x }}",
-    "{% set ns = namespace({'a': 1}, b=2) %}{% set ns.a = ns.b %}{{ ns.a }}{{ ns }}{{ namespace }}",
-    "{% set ns = namespace({'_a': 1}) %}{{ ns._a }}",
-    "{% set ns = namespace() %}{% set ns._a = 1 %}{{ ns._a }}",
-    "{% set ns = namespace() %}{{ ns.a.b }}",
-    "{% autoescape true %}{% generation %}{{ '<' }}{% endgeneration %}{% endautoescape %}{{ '<' }}",
-    "{{ m.role }}{% generation %}{{ m.content }}{% endgeneration %}.",
-    "{% generation %}{{ m.role }}{% generation %}{{ m.content.upper() }}{% endgeneration %}{% endgeneration %}",
-    "{% generation %}{{ raise_exception('no ' ~ m.role) }}{% endgeneration %}",
-    "{% macro said(m) %}{{ m.role }}{{ caller() }}{% endmacro %}{% call said(m) %}!{% endcall %}",
-]
-
-
-@pytest.mark.parametrize("body", SHORT)
-def test_the_short_way_renders_as_transformers_does(body):
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    template = "{% for m in messages %}" + body + "{% endfor %}"
-    messages = [{"role": "user", "content": " a,b "}, {"role": "assistant", "content": "aca,d", "extra": None}]
-    without = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
-    marked = "{% generation %}" in body
-    try:
-        texts, spans = render_jinja_template([without], chat_template=template, return_assistant_tokens_mask=marked)
-    except Exception as error:
-        with pytest.raises(InvalidRow) as refused:
-            rendering.Renderer(template).render({}, messages)
-        assert refused.value.detail == rendering.describe_error(error)
-    else:
-        assert rendering.Renderer(template).render({}, messages) == (texts[0], spans[0] if marked else [])
-
-
 # -- packs and steps are TRL's ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
-@pytest.mark.parametrize("num_proc", [None, 2])
-def test_packs_are_those_of_pack_dataset(strategy, num_proc):
-    from datasets import Dataset
-    from trl import pack_dataset
-
-    draw = random.Random(7)
-    for count, longest, limit in ((2300, 90, 64), (1001, 300, 256), (7, 5, 3), (1, 9, 4)):
-        lengths = [draw.choice((draw.randint(1, longest), draw.randint(1, 9), 0)) for _ in range(count)]
-        lengths[0] = longest
-        ids = [[row * 1000 + place for place in range(length)] for row, length in enumerate(lengths)]
-        kwargs = {"num_proc": num_proc} if num_proc and count > 1000 else {}
-        wanted = pack_dataset(Dataset.from_dict({"input_ids": ids}), limit, strategy, kwargs)["input_ids"]
-        packs = packing.pack_lengths(lengths, limit, strategy, **kwargs)
-        ours = [[token for row, start, end in one for token in ids[row][start:end]] for one in packs]
-        assert ours == list(wanted)
-
-
 STOPPED = """
 import json
 import sys
@@ -304,30 +168,6 @@ def test_account_equals_the_trainer(case, demo, tmp_path, run_recipe, hook, look
     assert ("held out" in out) == (case == "held_out")
 
 
-def test_rows_are_held_out_as_the_recipe_draws_them():
-    """With prompts of their own, with prompts of many rows, and where the recipe would stop."""
-    draw_in_recipe = load_recipe("qwen3_full")["split_by_prompt"]
-    draw = random.Random(0)
-    for prompts, eval_rows in ((1000, 20), (30, 20), (3, 5), (3, 59), (1, 5), (30, 60)):
-        numbers = [draw.randrange(prompts) for _ in range(60)]
-        said = ["what is {}?", " what  is {}? /no_think", "what is\n{}? /think"]
-        rows = []
-        for number, prompt in enumerate(numbers):
-            question = draw.choice(said).format(prompt)
-            rows.append(chat(("user", question), ("assistant", f"a {number}"), number=number))
-        rows = Dataset.from_list(rows)
-        for seed in (42, 7):
-            ours = recipe_rows.split_by_prompt(rows, eval_rows, seed)
-            script_args = SimpleNamespace(dataset_name="rows.jsonl", eval_rows=eval_rows)
-            try:
-                theirs = draw_in_recipe(rows, script_args, seed)
-            except ValueError:
-                assert sorted(ours[0]) == [*range(60)] and ours[1] == []
-                assert prompts in (1, 3) or eval_rows == 60
-            else:
-                assert [side["number"][:] for side in theirs] == [*ours] and ours[1]
-
-
 def test_account_of_a_compiled_set_equals_the_trainer(demo, tmp_path, run_recipe, hook, look):
     """With the config that a run needs and without it: the rows are what they are."""
     draw = random.Random(1)
@@ -369,37 +209,6 @@ def test_a_compiled_set_knows_its_length_and_messages_want_a_mask(demo, tmp_path
     assert code == 2 and "name no mask: pass --assistant_only_loss true" in err and not out
     _, _, _, report = look(FINE, *config, "--assistant_only_loss", "true")
     assert 0 < report["totals"]["trained"] < report["totals"]["tokens"]
-
-
-def test_the_values_of_a_silent_recipe_are_trls(monkeypatch):
-    from trl import SFTConfig
-
-    args = [SFTConfig(use_cpu=True, bf16=False)]
-    for recipe in (RECIPE.stem, "nanochat_midtrain", "nanochat_sft"):  # these have names of their own
-        script = load_recipe(recipe)
-        args.insert(0, script.get("NanochatArguments", script["RecipeArguments"])(dataset_name="x"))
-    for name, value in recipe_settings.READ.items():
-        if name not in ("model_name_or_path", "model_revision", "chat_template_path"):
-            assert {getattr(one, name) for one in args if hasattr(one, name)} == {value}, name
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_defaults_are_those_of_the_recipe_without_its_imports(path):
-    assert len(RECIPES) >= 2 and recipe_settings.read_defaults(path) == load_recipe(path)["DEFAULTS"]
-    code = f"import sys; from data_prep.common import recipe_settings; recipe_settings.read_defaults({str(path)!r})\n"
-    code += "assert not {'torch', 'trl', 'transformers', 'datasets'} & {*sys.modules}"
-    subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
-
-
-def test_defaults_that_need_more_than_the_standard_library(tmp_path):
-    (tmp_path / "mine.py").write_text("import numpy as np\nSIZE = int(np.int64(7))\nDEFAULTS = dict(max_length=SIZE)\n")
-    assert recipe_settings.read_defaults(tmp_path / "mine.py") == {"max_length": 7}
-
-
-def test_defaults_yaml_flags(tmp_path):
-    (tmp_path / "run.yaml").write_text("max_length: 300\nseed: 1\nlearning_rate: 3.0e-4\nnum_train_epochs: 3\n")
-    found = recipe_settings.read_settings(RECIPE, tmp_path / "run.yaml", {"seed": 2, "max_length": None})
-    assert (found.max_length, found.seed, found.num_train_epochs, found.eval_rows) == (300, 2, 3, 200)
 
 
 # -- figures by hand --------------------------------------------------------------------------------------------------
@@ -537,6 +346,77 @@ def test_a_token_across_the_edge_is_seen(look, demo, tmp_path):
     assert not any(row["straddle"] or row["newline"] for row in report["rows"][1:])
 
 
+def test_answers_cut_names_what_helps(look):
+    """And no length: it may be one that no card holds."""
+    out = look(LATE, "--max_length", 60)[1]
+    line = next(line for line in out.splitlines() if line.startswith("FAILED, answers cut"))
+    for command in ("stats", "filter --max_length", "expand_turns"):
+        assert f"python -m data_prep.{command} " in line
+    assert not re.search(r"--max_length \d", line) and "(row 8)" in line
+
+
+def test_the_other_packings_cut_nothing(look):
+    """bfd truncates the long row to 60 tokens, as if it were not packed; bfd_split and wrapped pack all its tokens."""
+    for strategy, cut in (("bfd", 1), ("bfd_split", 0), ("wrapped", 0)):
+        code, _, _, report = look(LATE, "--max_length", 60, "--packing_strategy", strategy)
+        totals = report["totals"]
+        assert (code, totals["cut"], totals["truncated"]) == (cut, cut, cut)
+        assert totals["kept_tokens"] == totals["tokens"] - cut * (report["rows"][8]["tokens"] - 60)
+
+
+def test_the_end_of_a_text_is_no_control_token_in_it(look):
+    flags = ["--assistant_only_loss", "false"]
+    assert look([{"text": "one"}, {"text": "two<|im_end|>"}], *flags)[0] == 0
+    code, out, _, _ = look([{"text": "one"}, {"text": "tw<|im_end|>o"}], *flags)
+    assert code == 1 and "FAILED, control tokens in text: 1 row with <|im_end|>" in out and "(row 1)" in out
+
+
+def test_ids_that_load_as_dates(look):
+    rows = [chat(("user", "q"), ("assistant", "a"), id=f"2024-07-0{day}") for day in (1, 2)]
+    code, out, _, report = look(rows)
+    assert code == 0 and "2024-07-01" in out and "2024-07-02" in report["rows"][1]["id"]
+
+
+# -- what loading changes ---------------------------------------------------------------------------------------------
+def call(arguments, **kwargs):
+    function = {"name": "f", "arguments": arguments}
+    turns = [{"role": "user", "content": "q"}]
+    turns.append({"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]})
+    turns += [{"role": "tool", "content": "ok"}, {"role": "assistant", "content": "a"}]
+    return {"messages": turns, "chat_template_kwargs": kwargs}
+
+
+@pytest.mark.parametrize(("values", "changed"), [(["2024-07-01", "2024-07-02"], [0, 1]), ([0.5, 1], [1])])
+def test_a_value_that_loading_changes(look, typed_loader, tmp_path, values, changed):
+    """`datasets` takes a date in every row for a timestamp, and 1 beside 0.5 for 1.0; a folder keeps both."""
+    rows = [chat(("user", "q"), ("assistant", "a"), chat_template_kwargs={"at": value}) for value in values]
+    path = save(tmp_path / "rows.jsonl", rows)
+    loaded = Dataset.from_json(str(path), cache_dir=tmp_path / "cache")
+    loaded = [row["at"] for row in loaded["chat_template_kwargs"]]
+    assert [n for n in (0, 1) if repr(loaded[n]) != repr(values[n])] == changed
+    code, out, _, report = look(path, "--rows", 0)
+    assert code == 1 and [(name, numbers) for name, _, numbers in report["findings"]] == [("value changed", changed)]
+    first = changed[0]
+    assert f"chat_template_kwargs.at: {values[first]!r} in the file, {loaded[first]!r} as it is loaded" in out
+    assert "python -m data_prep.check" in out and "python -m data_prep.normalize messages" in out
+    rows = [row_shape.complete_row(row, "rows", number) for number, row in enumerate(rows)]
+    writer.write_rows(tmp_path / "set", "test", {"train": rows})
+    assert look(tmp_path / "set", "--rows", 0)[0] == 0
+
+
+def test_numbers_of_calls_are_shown_as_they_stand(look, tmp_path):
+    """In a file and in a folder, whose other split has other numbers at the same places."""
+    rows = [call({"n": number}) | {"id": str(number)} for number in (0.7, 1e-12, 0.95, 3, 12345678901234567)]
+    rows = [row_shape.complete_row(row, "rows", 1) for row in rows]
+    others = [call({"n": number}) | {"id": f"other {number}"} for number in (0.1, 7, 0.2)]
+    others = [row_shape.complete_row(row, "rows", 1) for row in others]
+    writer.write_rows(tmp_path / "set", "test", {"test": others, "train": rows})
+    for data in (save(tmp_path / "rows.jsonl", rows), tmp_path / "set"):
+        code, out, _, report = look(data, "--rows", 9, template=TEMPLATES / "qwen3.jinja")
+        assert code == 0 and report["findings"] == []
+        assert re.findall(r'"arguments": {"n": (.*?)}', out) == ["0.7", "1e-12", "0.95", "3", "12345678901234567"]
+
+
 # -- exit 2 -----------------------------------------------------------------------------------------------------------
 def test_exit_2(look, tiny, tmp_path):
     files = {
@@ -611,7 +491,7 @@ def test_broken_data_says_one_sentence_in_a_process(tiny, tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"messages": []}\n{"messages": [\n')
     for data in ("broken.jsonl", "none.jsonl"):
         command = [sys.executable, *SCRIPT, data, "--recipe", RECIPE, "--model_name_or_path", tiny]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=tmp_path, env=MODULES, capture_output=True, text=True)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
 
 
@@ -625,6 +505,7 @@ NASTY = [
     chat(("system", "<script>alert('1')</script> & \"q\" <b>"), ("user", "https://example.com/x.js \x00\x1b"),
          ("assistant", "one  two\n\tthree 👩‍🚀 \u202e"), id="</h3><script>"),
     *FINE, chat(("user", "x" * 300), ("assistant", "y")), chat(("user", "<|im_end|>"), ("assistant", "\nz")),
+    chat(("user", "w" * 300), ("assistant", "y")),
 ]  # fmt: skip
 
 
@@ -652,6 +533,9 @@ def test_the_page(look, tmp_path):
     assert trained.startswith("one  two") and trained.endswith("<|im_end|>")
     ids = [number for token in tokens for number in token.get("title").split(" · ")[0].split("+")]
     assert len(ids) == report["rows"][0]["tokens"]
+    assert [len(row.findall("div/hr")) for row in rows] == [0, 0, 1, 0]
+    parts = [part.tag for part in rows[2].find("div")]
+    assert parts.index("hr") == 200  # ahead of the first token that is cut
     cut = ["cut" in token.get("class").split() for token in rows[2].findall("div/b")]
     assert cut == [False] * 200 + [True] * (len(cut) - 200) and len(cut) == report["rows"][9]["tokens"]
     assert {"answers cut", "control tokens in text", "leading newline"} <= {b.text for b in tree.findall(".//p/b")}
@@ -684,7 +568,7 @@ def test_ten_thousand_rows_in_fifteen_seconds(demo, tmp_path):
     data = save(tmp_path / "x.jsonl", rows)
     command = [sys.executable, *SCRIPT, data, "--recipe", RECIPE, "--model_name_or_path", model]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([*command, "--html", tmp_path / "p.html"], check=True, capture_output=True)
+    subprocess.run([*command, "--html", tmp_path / "p.html"], cwd=REPO, check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 15
 

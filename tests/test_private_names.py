@@ -1,4 +1,4 @@
-"""Which private names of other packages the hooks use: each stands in one table, and is still there.
+"""Which private names of other packages we use: each stands in a table, and is still there.
 
 After an upgrade the first test says in a sentence which of them are gone; the second finds uses that are in no table.
 """
@@ -12,6 +12,8 @@ import transformers
 import trl
 from conftest import REPO
 from hooks.private_names import PRIVATE_NAMES
+
+from data_prep.common import fast_tokens
 
 HOOKS = sorted((REPO / "recipes").rglob("*.py"))
 
@@ -37,6 +39,13 @@ def test_every_private_name_is_still_there(path):
     except AttributeError:
         versions = f"transformers {transformers.__version__}, TRL {trl.__version__}"
         pytest.fail(f"{path} is gone in {versions}; it was {PRIVATE_NAMES[path]}", pytrace=False)
+
+
+def test_the_fast_path_finds_what_it_needs():
+    """Where a name is gone, tokens and mask take the plain path, which is right and slower."""
+    missing = fast_tokens.missing_name()
+    if missing is not None:
+        pytest.fail(f"tokens and mask are slow with transformers {transformers.__version__}: {missing}", pytrace=False)
 
 
 def test_overridden_methods_are_called_as_before():

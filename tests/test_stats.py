@@ -52,7 +52,7 @@ def look(tiny, tmp_path, monkeypatch, capsys):
         given = [data, "--recipe", RECIPE, "--json", report, "--num_proc", 1, "--eval_rows", 0]
         given += ["--model_name_or_path", tiny, "--chat_template_path", TEMPLATE, *flags]
         monkeypatch.setattr(sys, "argv", ["stats.py", *map(str, given)])
-        compile.prepared.cache_clear()
+        compile.open_renderer.cache_clear()
         capsys.readouterr()
         code = stats.main()
         said = capsys.readouterr()
@@ -84,6 +84,13 @@ def test_figures_are_those_worked_out_by_hand(look):
     assert by_limit[16384]["filled"] == round(sum(lengths) / 16384, 4)
 
 
+def test_a_row_of_max_length_loses_nothing(look):
+    fits = 512 - AROUND - 1
+    _, _, _, report = look([fits, fits + 1])
+    (at_512,) = [one for one in report["max_lengths"] if one["max_length"] == 512]
+    assert (at_512["rows_cut"], at_512["tokens_cut"], at_512["packs"]) == (1, 1, 2)
+
+
 def test_packs_are_as_many_and_as_full_as_trls(look):
     from datasets import Dataset
     from trl.data_utils import pack_dataset
@@ -113,6 +120,23 @@ def test_the_recommended_length_is_the_smallest_that_fits(look, lengths, flags, 
     assert code == 0 and report["recommended_max_length"] == wanted
     assert report["reason"] in out and report["reason"].startswith(f"max_length {wanted:,}: ")
     assert ("too short" in report["reason"]) == (lengths == [200000])
+
+
+def test_what_helps_where_the_recipe_is_too_short(look):
+    """Never a --max_length that its card does not hold."""
+    code, out, _, report = look([300] * 200 + [31000], "--max_length", 512, "--keep", 1, "--max_cut", 0)
+    assert code == 0 and report["recommended_max_length"] == 32768
+    assert "qwen3_full.py trains at max_length 512: python -m data_prep.filter --max_length" in out
+    assert "python -m data_prep.expand_turns" in out and "--max_length 3" not in out
+    assert "data_prep.filter" not in look([300] * 200 + [700], "--max_length", 1024)[1]
+
+
+def test_a_template_of_another_family_is_named(look):
+    code, _, err, report = look([5], "--chat_template_path", TEMPLATE.with_name("gemma3.jinja"))
+    assert code == 0 and report["rows"] == 1
+    assert "gemma3.jinja writes <start_of_turn>" in err and "it belongs to another family, pass --chat_template" in err
+    code, _, err, _ = look([5], "--chat_template_path", TEMPLATE.with_name("deepseek_v3.jinja"))
+    assert code == 1 and "deepseek_v3.jinja writes bos_token, which the tokenizer of" in err and "Undefined" not in err
 
 
 def test_the_same_figures_on_any_number_of_processes(look, tmp_path):
@@ -156,7 +180,9 @@ def test_the_histogram_shows_every_row(tmp_path):
 
     from matplotlib.axes import Axes
 
-    found = Counter({("length", 23): 4, ("length", 470): 6, ("response", 5): 7, ("response", 60): 3})
+    found = stats.Lengths()
+    found.rows["length"] = Counter({23: 4, 470: 6})
+    found.rows["response"] = Counter({5: 7, 60: 3})
     seen, hist = [], Axes.hist
 
     def counted(self, *args, **kwargs):

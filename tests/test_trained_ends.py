@@ -16,10 +16,12 @@ from conftest import REPO
 from datasets import Dataset
 from hooks.checks import stop_token, trained_ends
 from hooks.messages import UsageError
-from template_oracle import FAMILIES, InvalidRow
+from template_oracle import FAMILIES, Refused
 from test_chat_templates import SHARED, expected, samples, small_tokenizer, template, tokenizer_of
 from test_checks import refusal
 from trl import SFTConfig, pack_dataset
+
+from data_prep.common import rendering
 
 TEMPLATES = REPO / "chat_templates"
 BY_NAME = {family.name: family for family in FAMILIES}
@@ -100,7 +102,7 @@ def test_every_family_on_its_own_tokenizer(name, kind):
     for messages, tools, arguments in samples(BY_NAME[name]):
         try:
             answers = expected(BY_NAME[name], messages, tools, **arguments)[2]
-        except InvalidRow:
+        except Refused:
             continue
         rows.append(bare(messages, arguments))
         prepared.append(prepare(tokenizer, template(name), messages, tools, arguments))
@@ -126,9 +128,9 @@ def test_every_family_on_its_own_tokenizer(name, kind):
 @pytest.mark.parametrize("name", BY_NAME)
 def test_no_family_lacks_its_own_control_tokens(name, kind):
     tokenizer = tokenizer_or_skip(name, kind)
-    assert trained_ends.find_control_tokens(template(name))
-    assert trained_ends.find_foreign_tokens(tokenizer.get_vocab(), template(name)) == []
-    assert trained_ends.find_fitting_template(tokenizer) is not None
+    assert rendering.find_template_tokens(template(name))
+    assert rendering.find_foreign_tokens(tokenizer.get_vocab(), template(name)) == []
+    assert rendering.find_fitting_template(tokenizer) is not None
 
 
 @pytest.mark.parametrize(

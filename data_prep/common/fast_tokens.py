@@ -1,97 +1,139 @@
-"""The fast path to tokens and mask."""
+"""THE FAST PATH of tokens.py: the same ids and mask as apply_chat_template gives, at two to four times its speed.
+
+Everything here may be deleted: tokens.py then takes its plain path, and so it does by itself where `missing_name` finds
+that a name is gone. tests/test_tokens.py holds both paths equal. Three things take less time here:
+  templates  jinja's sandbox asks Python for an attribute and then six questions about the answer. Keys of dicts, loop
+             variables and namespaces need none of them: `speed_up` answers for these, in the template that transformers
+             keeps compiled (jinja's and transformers' private names)
+  tokens     the tokenizers library encodes whole batches, without where the tokens stand in the text
+  mask       a byte-level token stands for as many bytes as it has letters, so that sums tell where it stands
+"""
 
 import json
-from functools import cache
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
 
-PLAIN_ONLY = {"messages", "tools", "documents", "add_generation_prompt", "conversations", "chat_template",
-              "return_assistant_tokens_mask", "continue_final_message"}  # fmt: skip
+import numpy as np
+
+from .rendering import Renderer, Span
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PRIVATE_NAMES = {  # where it is defined: what for
+    "transformers.utils.chat_template_utils._compile_jinja_template": "called: the compiled template, which it keeps",
+    "jinja2.utils.Namespace._Namespace__attrs": "read: the values of a namespace",
+}
+UNFIT = -(1 << 40)  # bytes of a token that stands for no bytes of its own: no sum with one of these fits
 
 
-# of strings, which hold nothing that the sandbox would refuse; not format, which it replaces
-STRING_METHODS = {"endswith", "lower", "lstrip", "replace", "rstrip", "split", "startswith", "strip", "upper"}
+def missing_name() -> str | None:
+    """Return why the fast path cannot be taken, or None: a name that it needs is gone."""
+    try:
+        from transformers.utils import chat_template_utils
+
+        environment = chat_template_utils._compile_jinja_template("").environment
+        object.__getattribute__(environment.globals["namespace"](), "_Namespace__attrs")
+    except (ImportError, AttributeError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
-@cache
-def quick_program(template):
-    """The template as transformers compiles it, with a shorter way to attributes and to methods of strings: jinja's
-    sandbox asks Python first and then six questions about the answer, of which dicts, strings, namespaces and loop
-    variables need none. Also to namespaces and {% generation %} blocks, which go through four calls each."""
+@lru_cache(maxsize=4)
+def open_fast_path(renderer: Renderer) -> "FastPath | None":
+    """Return the fast path of a renderer, None where a name that it needs is gone."""
+    if missing_name() is not None:
+        return None
+    return FastPath(renderer)
+
+
+# -- templates --------------------------------------------------------------------------------------------------------
+def speed_up(template: str) -> None:
+    """Give transformers' compiled template a shorter way to keys of dicts, loop variables and namespaces."""
     from jinja2.runtime import LoopContext
-    from transformers.utils.chat_template_utils import _compile_jinja_template
+    from transformers.utils import chat_template_utils
 
-    program = _compile_jinja_template.__wrapped__(template)  # one of its own: the cached one is transformers'
-    environment, names_of_dict, missing = program.environment, {*dir(dict)}, object()
-    kind_of, method, theirs = type(environment), type("".strip), environment.globals["namespace"]
-    generation = next(iter(environment.extensions.values()))._generation_support
-    undefined = cache(lambda name: environment.undefined(obj={}, name=name))  # it tells the kind of the object only
-    told, attrs = object.__getattribute__, "_Namespace__attrs"
+    environment = chat_template_utils._compile_jinja_template(template).environment
+    namespace = environment.globals["namespace"]
+    slow_getattr = type(environment).getattr
+    dict_methods = set(dir(dict))
+    loop_names = {name for name in dir(LoopContext) if not name.startswith("_")}
 
-    class Ours(theirs):
-        """transformers' namespace, which refuses names with an underscore."""
-
-        def __init__(self, /, *args, **names):
-            if args or any([name[:1] == "_" for name in names]):
-                theirs.__init__(self, *args, **names)
-            else:
-                object.__setattr__(self, attrs, names)
-
-        def __setitem__(self, name, value):
-            if name[0] == "_":
-                theirs.__setitem__(self, name, value)
-            told(self, attrs)[name] = value
-
-    def quick(obj, name):
-        kind, value = type(obj), missing
+    def fast_getattr(value: object, name: str) -> object:
+        kind = type(value)
         if kind is dict:
-            if name not in names_of_dict:
-                value = obj.get(name, missing)
-                return undefined(name) if value is missing else value
+            if name in value and name not in dict_methods:
+                return value[name]
         elif kind is LoopContext:
-            if name[0] != "_":
-                value = getattr(obj, name, missing)
-        elif kind is Ours:
-            value = told(obj, attrs).get(name, missing)
-        elif kind is str and name in STRING_METHODS:
-            return getattr(obj, name)
-        return kind_of.getattr(environment, obj, name) if value is missing else value
+            if name in loop_names:
+                return getattr(value, name)
+        elif kind is namespace:
+            names = object.__getattribute__(value, "_Namespace__attrs")
+            if name in names:
+                return names[name]
+        return slow_getattr(environment, value, name)
 
-    def call(context, obj, /, *args, _block_vars=None, _loop_vars=None, **kwargs):
-        if obj is Ours or type(obj) is method and type(obj.__self__) is str:
-            return obj(*args, **kwargs)
-        if generation == obj:
-            return obj(context.eval_ctx, kwargs["caller"]._func)  # the block is a macro without arguments
-        return kind_of.call(environment, context, obj, *args, _block_vars=_block_vars, _loop_vars=_loop_vars, **kwargs)
-
-    for name in ("__module__", "__name__", "__qualname__"):  # which errors tell
-        setattr(Ours, name, getattr(theirs, name))
-    environment.globals["namespace"] = Ours
-    program.globals = {**program.globals}  # every rendering copies it, and it was a chain of dicts
-    environment.getattr, environment.call = quick, call
-    return program
+    environment.getattr = fast_getattr
 
 
-def widths_of(tokenizer):
-    """The bytes of text that each id stands for, in a byte-level tokenizer; an empty array for any other, and where the
-    tokenizer trims blanks off the places that it tells."""
-    import numpy as np
+# -- tokens and mask --------------------------------------------------------------------------------------------------
+class FastPath:
+    """Encodes texts, and finds the tokens of characters, for one renderer."""
+
+    def __init__(self, renderer: Renderer) -> None:
+        if renderer.template is not None:
+            speed_up(renderer.template)
+        self.tokenizer = renderer.tokenizer
+        self.widths = token_widths(self.tokenizer)
+
+    def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        """Return the ids of texts, as the tokenizer's own call gives them."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = self.tokenizer.split_special_tokens
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
+
+    def find_tokens(self, text: str, ids: list[int], chars: list[Span]) -> Callable[[int], int | None] | None:
+        """Return Encoding.char_to_token for the edges of these spans; None where the bytes that the tokens stand for
+        do not add up to the text's."""
+        if self.widths is None or not ids:
+            return None
+        ends = self.widths.take(ids).cumsum()
+        edges = {char for start, end in chars for char in (start, end - 1) if 0 <= char < len(text)}
+        edges = sorted(edges)
+        if text.isascii():
+            places = edges
+            size = len(text)
+        else:
+            steps = [len(text[start:end].encode()) for start, end in pairwise([0, *edges, len(text)])]
+            *places, size = accumulate(steps)
+        if ends[-1] != size:
+            return None
+        return dict(zip(edges, ends.searchsorted(places, "right").tolist(), strict=True)).get
+
+
+def token_widths(tokenizer: "PreTrainedTokenizerBase") -> np.ndarray | None:
+    """Return the bytes of text that each id stands for, (vocabulary,) int64, in a byte-level tokenizer.
+
+    None for any other, and where the tokenizer trims blanks off the places that it gives.
+    """
     from tokenizers.pre_tokenizers import ByteLevel
 
     backend = tokenizer.backend_tokenizer
-    settings = json.loads(backend.to_str())
-    steps = [settings["pre_tokenizer"], settings["post_processor"]]
-    while nested := [step for step in steps if step and {"pretokenizers", "processors"} & {*step}]:
-        steps = [step for step in steps if step not in nested]
-        steps += [inner for step in nested for inner in step.get("pretokenizers", step.get("processors"))]
-    trimmed = settings["post_processor"] and '"trim_offsets": true' in json.dumps(settings["post_processor"])
-    whole = settings["normalizer"] is None or settings["normalizer"]["type"] == "NFC"
-    if trimmed or not whole or settings["model"]["type"] != "BPE":
-        return np.zeros(0, np.int64)
-    if not any(step and step["type"] == "ByteLevel" for step in steps):
-        return np.zeros(0, np.int64)
-    letters, added = {*ByteLevel.alphabet()}, backend.get_added_tokens_decoder()
-    widths = np.full(backend.get_vocab_size() + len(added), -(1 << 40), np.int64)  # a sum with one of these never fits
+    definition = json.loads(backend.to_str())
+    trims = '"trim_offsets": true' in json.dumps(definition["post_processor"])
+    keeps_bytes = definition["normalizer"] is None or definition["normalizer"]["type"] == "NFC"
+    is_byte_level = '"type": "ByteLevel"' in json.dumps([definition["pre_tokenizer"], definition["post_processor"]])
+    if trims or not keeps_bytes or not is_byte_level or definition["model"]["type"] != "BPE":
+        return None
+    letters = set(ByteLevel.alphabet())
+    added = backend.get_added_tokens_decoder()
+    widths = np.full(backend.get_vocab_size() + len(added), UNFIT, np.int64)
     for token, number in backend.get_vocab(with_added_tokens=False).items():
-        if {*token} <= letters:
+        if set(token) <= letters:
             widths[number] = len(token)
     for number, token in added.items():
         widths[number] = len(token.content.encode())

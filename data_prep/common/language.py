@@ -11,32 +11,41 @@ SCRIPTS = {
     "ja": re.compile("[\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff]+"),
     "ko": re.compile("[\uac00-\ud7a3]+"),
 }
+UNKNOWN = "und"  # ISO 639: undetermined
+CODES = ("no letter", *SCRIPTS, UNKNOWN)
+LETTER = re.compile("[A-Za-z]")
 
 
-def conversation_text(turns):
-    """What user, assistant and tools say, by which a row's language is told."""
+def conversation_text(turns: list[dict]) -> str:
+    """Return what user, assistant and tools say, from which a row's language is detected."""
     return "".join([turn.get("content") or "" for turn in turns if turn["role"] != "system"])
 
 
 @cache
-def scripts():
-    """(65536,): the place in SCRIPTS, from 1, of every character below U+10000; 5 for other letters, else 0."""
-    chars = "".join(map(chr, range(1 << 16)))
-    found = np.array([len(SCRIPTS) + 1 if char.isalpha() else 0 for char in chars], np.uint8)
-    for number, pattern in enumerate(SCRIPTS.values(), 1):
-        for run in pattern.finditer(chars):
-            found[run.start() : run.end()] = number
-    return found
+def script_codes() -> np.ndarray:
+    """Return for every character below U+10000 the place of its script in CODES, uint8 (65536,)."""
+    characters = "".join(map(chr, range(1 << 16)))
+    codes = np.zeros(len(characters), np.uint8)
+    for place, character in enumerate(characters):
+        if character.isalpha():
+            codes[place] = CODES.index(UNKNOWN)
+    for code, pattern in enumerate(SCRIPTS.values(), 1):
+        for run in pattern.finditer(characters):
+            codes[run.start() : run.end()] = code
+    return codes
 
 
-def detect_language(value):
-    """zh, ja or ko by script, en for text in Latin letters (a guess: no language is told apart there), else und."""
-    if value.isascii():
-        return "en" if re.search(r"[A-Za-z]", value) else "und"
-    codes = np.frombuffer(value.encode("utf-32-le", "surrogatepass"), "<u4")
-    counts = np.bincount(scripts()[np.minimum(codes, 0xFFFF)], minlength=len(SCRIPTS) + 2).tolist()
-    letters = dict(zip([*SCRIPTS, "und"], counts[1:], strict=True))
-    letters["und"] += sum(chr(code).isalpha() for code in codes[codes > 0xFFFF].tolist())
-    if letters["ja"] > letters["zh"] / 10:
+def detect_language(text: str) -> str:
+    """Return zh, ja or ko by script, en for Latin letters (a guess: no language is told apart there), else und."""
+    if text.isascii():
+        return "en" if LETTER.search(text) else UNKNOWN
+    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+    codes = script_codes()[np.minimum(points, 0xFFFF)]
+    letters = dict(zip(CODES, np.bincount(codes, minlength=len(CODES)).tolist(), strict=True))
+    del letters["no letter"]
+    letters[UNKNOWN] += sum([chr(point).isalpha() for point in points[points > 0xFFFF].tolist()])
+    if letters["ja"] > letters["zh"] / 10:  # Japanese writes Chinese characters, too
         letters["ja"] += letters.pop("zh")
-    return max(letters, key=letters.get) if any(letters.values()) else "und"
+    if not any(letters.values()):
+        return UNKNOWN
+    return max(letters, key=letters.get)

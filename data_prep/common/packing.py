@@ -1,83 +1,105 @@
-"""Packs, as TRL's pack_dataset makes them."""
+"""Packs, by TRL's own pack_dataset. Importing TRL takes seconds, so nothing is imported before something is packed."""
 
-import bisect
 import math
-from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from .recipe_settings import Settings
 
 MAP_BATCH = 1000  # datasets' default batch of map(): TRL packs within it, never across
 
 
-def pack_lengths(lengths, max_length, strategy="bfd", num_proc=None, one_stream=False):
-    """The packs that TRL's pack_dataset makes of rows of these lengths (in tokens): a list of packs, each a list of
-    pieces (row, start, end), [start, end) the tokens of the row.
+class Piece(NamedTuple):
+    """The tokens [start, end) of a row, in a pack."""
 
-    TRL packs within the batches of 1,000 rows that datasets' map hands it, each process its own stretch of rows, so the
-    packs of a set are those of its batches, one after the other. one_stream: all rows are one batch."""
-    shares = 1 if one_stream else min(num_proc or 1, len(lengths)) or 1
-    size, rest = divmod(len(lengths), shares)
-    batch_size = (one_stream and len(lengths)) or MAP_BATCH
-    packs, start = [], 0
-    for share in range(shares):
-        stop = start + size + (share < rest)
-        for first in range(start, stop, batch_size):
-            batch = range(first, min(first + batch_size, stop))
-            packs += (wrapped if strategy == "wrapped" else best_fit)(lengths, batch, max_length, strategy)
-        start = stop
+    row: int
+    start: int
+    end: int
+
+
+def stretches(rows: int, num_proc: int | None) -> list[range]:
+    """Return the stretch of rows that each process of datasets' map() gets, as Dataset.shard(contiguous=True) cuts."""
+    shares = min(num_proc or 1, rows) or 1
+    size, rest = divmod(rows, shares)
+    starts = [share * size + min(share, rest) for share in range(shares + 1)]
+    return [range(start, end) for start, end in zip(starts[:-1], starts[1:], strict=True)]
+
+
+def batches(rows: int, num_proc: int | None = None) -> Iterator[range]:
+    """Yield the rows that TRL packs together, one batch of map() after the other."""
+    for stretch in stretches(rows, num_proc):
+        for start in range(0, len(stretch), MAP_BATCH):
+            yield stretch[start : start + MAP_BATCH]
+
+
+def pack_columns(columns: dict[str, pa.ListArray], max_length: int, strategy: str) -> pa.Table:
+    """Return the packs that TRL makes of one batch. columns: lists of one value a token, a row each.
+
+    The table has the same columns, a pack a row, and seq_lengths where the strategy keeps documents apart.
+    """
+    from datasets import Dataset, disable_progress_bars
+    from trl.data_utils import pack_dataset
+
+    disable_progress_bars()
+    rows = Dataset(pa.table(columns))
+    packs = pack_dataset(rows, max_length, strategy, {"batch_size": None})
+    return packs.data.table.combine_chunks()
+
+
+def pack_lengths(
+    lengths: Sequence[int],
+    max_length: int,
+    strategy: str = "bfd",
+    num_proc: int | None = None,
+    one_stream: bool = False,
+) -> list[list[Piece]]:
+    """Return the packs that TRL makes of rows of these lengths, in tokens.
+
+    TRL packs within the batches of 1,000 rows that map() hands it, each process its own stretch of rows: the packs of a
+    set are those of its batches, one after the other. one_stream: all rows are one batch.
+    """
+    packs = []
+    for batch in [range(len(lengths))] if one_stream else batches(len(lengths), num_proc):
+        sizes = np.array([lengths[row] for row in batch], np.int64)
+        if not sizes.sum():
+            continue
+        ends = np.cumsum(sizes)
+        rows = np.repeat(np.arange(batch.start, batch.stop), sizes)
+        positions = np.arange(ends[-1]) - np.repeat(ends - sizes, sizes)
+        columns = {"row": nest(sizes, pa.array(rows)), "position": nest(sizes, pa.array(positions))}
+        packed = pack_columns(columns, max_length, strategy)
+        packs += [read_pieces(*pack) for pack in zip(*(packed[name].to_numpy() for name in columns), strict=True)]
     return packs
 
 
-def best_fit(lengths, batch, max_length, strategy):
-    """Best fit decreasing: the longest piece first, into the fullest pack that still has room for it, and of equally
-    full ones into the one that has been so for longest; else into a new pack. Longer rows are cut (bfd) or split."""
-    import pyarrow as pa
-
-    pieces = []
-    for row in batch:
-        ends = [min(lengths[row], max_length)] if strategy == "bfd" else [*range(max_length, lengths[row], max_length)]
-        ends += [lengths[row]] if strategy != "bfd" else []
-        starts = [0, *ends[:-1]]
-        pieces += [(row, start, end) for start, end in zip(starts, ends, strict=True) if end > start]
-    sizes = pa.array([end - start for _, start, end in pieces], pa.int32())
-    # by Arrow, as TRL sorts: pieces of one length must come in the same order too
-    ordered = pa.StructArray.from_arrays([sizes, pa.array(range(len(pieces)))], ["0", "1"]).sort("descending", by="0")
-    packs, rooms, by_room = [], [], defaultdict(deque)  # rooms: the sorted rooms that packs with space have
-    for size, index in zip(ordered.field(0).to_pylist(), ordered.field(1).to_pylist(), strict=True):
-        place = bisect.bisect_left(rooms, size)
-        if place < len(rooms):
-            room = rooms[place]
-            chosen = by_room[room].popleft()
-            if not by_room[room]:
-                rooms.pop(place)
-        else:
-            room, chosen = max_length, []
-            packs.append(chosen)
-        chosen.append(pieces[index])
-        if room > size:
-            if not by_room[room - size]:
-                bisect.insort(rooms, room - size)
-            by_room[room - size].append(chosen)
-    return packs
+def read_pieces(rows: np.ndarray, positions: np.ndarray) -> list[Piece]:
+    """Return the pieces of a pack, of the row and the position that each of its tokens has."""
+    starts = np.flatnonzero(np.diff(rows, prepend=-1))  # two pieces of a row never share a pack: the first one fills it
+    sizes = np.diff(starts, append=len(rows))
+    return [
+        Piece(row, start, start + size)
+        for row, start, size in zip(rows[starts].tolist(), positions[starts].tolist(), sizes.tolist(), strict=True)
+    ]
 
 
-def wrapped(lengths, batch, max_length, strategy):
-    """One stream of the batch's tokens, cut every max_length tokens."""
-    packs, room = [], 0
-    for row in batch:
-        start = 0
-        while start < lengths[row]:
-            if not room:
-                packs.append([])
-                room = max_length
-            end = min(lengths[row], start + room)
-            packs[-1].append((row, start, end))
-            room, start = room - (end - start), end
-    return packs
+def nest(sizes: Sequence[int] | np.ndarray, values: pa.Array) -> pa.ListArray:
+    """Return values as lists of these sizes."""
+    offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), values)
 
 
-def count_steps(units, settings):
-    """(optimizer steps of an epoch, of the run) over `units` packs or rows, on any number of processes, as the Trainer
-    of transformers counts them: a last batch and a last accumulation that are not full are steps too."""
-    passes = math.ceil(units / settings.per_device_train_batch_size)
+def count_steps(units: int, settings: Settings) -> tuple[int, int]:
+    """Return (optimizer steps of an epoch, of the run) over `units` packs or rows, on any number of processes.
+
+    As the Trainer of transformers counts them: a last micro-batch and a last accumulation that are not full are steps
+    too.
+    """
+    micro_batches = math.ceil(units / settings.per_device_train_batch_size)
     accumulation = settings.global_batch_size // settings.per_device_train_batch_size
-    epoch = max(1, math.ceil(passes / accumulation))
-    return epoch, settings.max_steps if settings.max_steps > 0 else math.ceil(settings.num_train_epochs * epoch)
+    epoch = max(1, math.ceil(micro_batches / accumulation))
+    if settings.max_steps > 0:
+        return epoch, settings.max_steps
+    return epoch, math.ceil(settings.num_train_epochs * epoch)

@@ -1,112 +1,80 @@
-"""Spread work over processes, results in order."""
+"""Spread work over processes, results in the order of the work."""
 
 import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 import threading
-import time
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
+from typing import TypeVar
 
-import pyarrow as pa
 from tqdm import tqdm
 
 from .errors import UsageError
 
-WORTH = 0.3  # seconds of work after which the start of other processes pays
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+FEW = 8  # chunks that are worked on here: processes would take longer to start
 
 
-def cores():
-    """The processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def count_cores() -> int:
+    """Return the number of processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
-def starter():
-    """How processes are started: forked from one that has imported what takes long and runs no threads. A fork of this
-    one would copy locks that Arrow's threads hold."""
-    # Windows has none, and its socket lies in the folder for temporary files, whose path may be too long for one
-    if "forkserver" not in multiprocessing.get_all_start_methods() or len(tempfile.gettempdir()) > 60:
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["numpy", "orjson", "pyarrow.compute", "tqdm", "xxhash", "yaml"])
-    return context
-
-
-def begin_work():
-    """What a new process does first."""
-    # Ctrl-C reaches it too: cut while it hands a result over, it would leave the script waiting for the rest
+def start_worker() -> None:
+    """Leave Ctrl-C to the command, and end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    without_pandas()
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def end_with_parent():
-    """Where the script is killed, nothing would tell its processes: they would wait for work for ever."""
+def end_with_parent() -> None:
+    """End this process when the command is killed: it would wait for work for ever."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
-def without_pandas():
-    """Keep pyarrow from importing pandas, which it does at its first conversion and which takes 0.3 s a process: no
-    step reads or makes pandas' objects. What a step imports later may import it."""
+def parallel_map(
+    function: Callable[[Item], Result], items: Iterable[Item], num_proc: int | None = None, name: str = "rows"
+) -> Iterator[Result]:
+    """Yield function(item) for every item, in order, over num_proc processes (None: as many as there are processors).
 
-    class Absent:
-        def find_spec(self, name, path=None, target=None):
-            if name == "pandas":
-                raise ImportError(name)
+    function must be importable, as a partial of one at the top of its file is. Raises UsageError where a process dies.
+    """
+    items = iter(items)
+    first = list(islice(items, FEW))
+    items = chain(first, items)
+    num_proc = num_proc or count_cores()
+    with tqdm(desc=name, unit=" chunks", disable=not sys.stderr.isatty()) as progress:
+        if num_proc == 1 or len(first) < FEW:
+            results = map(function, items)
+        else:
+            results = map_over_processes(function, items, num_proc)
+        for result in results:
+            yield result
+            progress.update()
 
-    absent = Absent()
-    sys.meta_path.insert(0, absent)
-    try:
-        pa.array([0])
-    finally:
-        sys.meta_path.remove(absent)
 
-
-def parallel_map(work, blocks, num_proc=None, name="rows"):
-    """Yield work(block) for every block, in order, on num_proc processes. Not given: on all processors, which start
-    once a second of work has shown that there is more of it, and until they have started the work goes on here. Raises
-    UsageError where a process dies."""
-    blocks, begin = iter(blocks), time.monotonic()
-    bar = tqdm(desc=name, unit=" blocks", disable=not sys.stderr.isatty())
-
-    def here(until=lambda: False):
-        for block in blocks:
-            yield work(block)
-            bar.update()
-            if until():
-                return
-
-    with bar:
-        if num_proc == 1:
-            yield from here()
-        if not num_proc:
-            yield from here(lambda: time.monotonic() - begin > WORTH)
-        ahead = [*islice(blocks, 2)]
-        many = num_proc or cores()
-        if many == 1 or len(ahead) < 2:
-            blocks = chain(ahead, blocks)
-            yield from here()
-            return
-        blocks = chain(ahead, blocks)
-        with ProcessPoolExecutor(many, starter(), begin_work) as pool:
-            try:
-                if not num_proc:
-                    started = [pool.submit(os.getpid) for _ in range(many)]
-                    yield from here(lambda: all(one.done() for one in started))
-                waiting = deque()
-                while True:
-                    while len(waiting) < 2 * many and (block := next(blocks, None)) is not None:
-                        waiting.append(pool.submit(work, block))
-                    if not waiting:
-                        return
-                    yield waiting.popleft().result()
-                    bar.update()
-            except BrokenProcessPool:
-                raise UsageError("a process died, most likely out of memory: pass a smaller --num_proc") from None
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+def map_over_processes(function: Callable[[Item], Result], items: Iterator[Item], num_proc: int) -> Iterator[Result]:
+    # spawned: a fork would copy the locks that Arrow's threads hold
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_proc, context, start_worker) as executor:
+        pending = deque()
+        try:
+            for item in items:
+                pending.append(executor.submit(function, item))
+                if len(pending) == 2 * num_proc:  # no more: memory does not grow with the input
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool:
+            raise UsageError("a process died, most likely out of memory: pass a smaller --num_proc") from None
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)

@@ -1,270 +1,319 @@
-"""Read rows of files, folders and standard input, in chunks."""
+"""Read rows of files, dataset folders, standard input and the hub, a chunk at a time.
 
-import codecs
+Files: JSON lines, a JSON array, one JSON object that wraps rows or holds columns, CSV, TSV, parquet; all but parquet
+also as .gz and .zst.
+"""
+
 import glob
 import hashlib
 import json
 import os
 import re
-import sys
-from itertools import chain
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
 from .chunks import ROWS, Chunk
 from .errors import UsageError
-from .hub import download_files, hub_chunks
+from .hub import download_files, read_hub
+from .json_stream import read_array, read_documents
+from .tables import read_table
+from .text_files import decode_pieces, read_pieces
 
-BLOCK = 256 << 10  # bytes of text that one call of `work` gets: what it makes of them stays in a core's cache
+KINDS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv")
+SUFFIXES = (*KINDS, *[kind + packed for kind in KINDS for packed in (".gz", ".zst")], ".parquet")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?")  # owner/name:config@split
+STDIN = Path("-")
+LONG_LINE = 64 << 20  # bytes: a longer one is taken for a file without line ends
 
 
-HEAD = 1 << 20  # bytes that tell what a file holds
+# -- which files ------------------------------------------------------------------------------------------------------
+def find_inputs(patterns: Iterable[str | Path]) -> list[Path | str]:
+    """Return the paths of files, folders, globs and - (stdin), in the order given, a folder's in the order of names.
 
-
-SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
-
-
-def find_inputs(patterns):
-    """Paths of files, folders, globs and - (stdin), in the order given, a folder's in the order of their names. A
-    save_to_disk folder is one path. A name like owner/name that is no file is a hub id and comes back as it is;
-    hf://datasets/owner/name/path is downloaded. Raises UsageError."""
+    A save_to_disk folder is one path. A hub id (owner/name:config@split) comes back as a string;
+    hf://datasets/owner/name/path is downloaded. Raises UsageError.
+    """
     paths = []
-    for pattern in map(str, patterns):
-        path = Path(pattern)
-        if pattern.startswith("hf://"):
-            path = download_files(pattern)
-        if pattern == "-" or path.is_file() or is_dataset_folder(path):
-            found = [path]
-        elif path.is_dir():
-            found = sorted((p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES)), key=natural_order)
-        else:
-            found = sorted(map(Path, glob.glob(pattern, recursive=True)), key=natural_order)
-            found = [p for p in found if p.is_file() or is_dataset_folder(p)]
-            if not found and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?", pattern):
-                found = [pattern]  # owner/name:config@split
-        if [path] == found and path.is_file() and not path.name.endswith(SUFFIXES):
-            raise UsageError(f"{pattern}: unknown kind of file: pass .jsonl, .json or .parquet (.gz, .zst)")
-        if not found and path.is_dir():
-            raise UsageError(f"{pattern}: a folder without rows: pass one of save_to_disk, of .jsonl or .parquet files")
-        if not found:
-            raise UsageError(
-                f"{pattern}: no such file: pass .jsonl, .json, .parquet (.gz, .zst), a folder of them, a quoted glob, "
-                "- for stdin, or a hub id owner/name"
-            )
-        paths += [path for path in found if path not in paths]
+    for pattern in patterns:
+        for path in find_input(str(pattern)):
+            if path not in paths:
+                paths.append(path)
     return paths
 
 
-def natural_order(path):
-    """Sorts chunk_2 before chunk_10."""
+def find_input(pattern: str) -> list[Path | str]:
+    path = Path(pattern)
+    if pattern.startswith("hf://"):
+        path = download_files(pattern)
+    if path == STDIN or is_dataset_folder(path):
+        return [path]
+    if path.is_file():
+        if not path.name.endswith(SUFFIXES):
+            raise UsageError(
+                f"{pattern}: unknown kind of file: pass .jsonl, .json, .csv, .tsv (.gz, .zst) or .parquet; save a "
+                "sheet as .csv first"
+            )
+        return [path]
+    if path.is_dir():
+        found = [file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES)]
+        if not found:
+            raise UsageError(
+                f"{pattern}: a folder without rows: pass one of save_to_disk, or one of .jsonl, .csv or .parquet files"
+            )
+        return sorted(found, key=natural_order)
+    found = [
+        file for file in map(Path, glob.glob(pattern, recursive=True)) if file.is_file() or is_dataset_folder(file)
+    ]
+    if found:
+        return sorted(found, key=natural_order)
+    if is_hub_id(pattern):
+        return [pattern]
+    raise UsageError(
+        f"{pattern}: no such file: pass .jsonl, .json, .csv, .tsv (.gz, .zst), .parquet, a folder of them, a quoted "
+        "glob, - for stdin, or a hub id owner/name"
+    )
+
+
+def is_hub_id(pattern: str) -> bool:
+    """Return whether a name that is no file may be a hub id: a file that is missing, or lies beside others, is none."""
+    if not HUB_ID.fullmatch(pattern) or pattern.endswith(SUFFIXES):
+        return False
+    return not Path(pattern).parent.is_dir()
+
+
+def natural_order(path: Path) -> list[tuple[int, str]]:
+    """Return a sort key that puts chunk_2 before chunk_10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
-def is_dataset_folder(path):
-    """Whether the path is a folder that save_to_disk, or a step of this room, wrote."""
+def is_dataset_folder(path: Path) -> bool:
+    """Return whether save_to_disk, or a command of data_prep, wrote the folder."""
     return (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file()
 
 
-def relative_names(paths):
-    """{path: name without the machine's folders}: the same input gives the same bytes wherever it lies."""
-    local = [path for path in paths if isinstance(path, Path) and str(path) != "-"]
-    # links are not followed: the hub's cache has the files' names only as links
-    top = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in local]) if local else ""
-    names = {path: os.path.relpath(path, top) for path in local}
-    return {path: names.get(path, "stdin" if str(path) == "-" else str(path)) for path in paths}
+def relative_names(paths: Iterable[Path | str]) -> dict[Path | str, str]:
+    """Return {path: name without the machine's folders}: the same input gives the same bytes wherever it lies."""
+    local = [path for path in paths if isinstance(path, Path) and path != STDIN]
+    top = ""
+    if local:
+        # links are not followed: the hub's cache has the files' names only as links
+        top = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in local])
+    names = {}
+    for path in paths:
+        if path == STDIN:
+            names[path] = "stdin"
+        elif isinstance(path, Path):
+            names[path] = os.path.relpath(path, top)
+        else:
+            names[path] = path
+    return names
 
 
-def read_chunks(paths, inputs=None):
-    """Yield the Blocks of files, save_to_disk folders, stdin and hub ids, in order. inputs: a dict that is filled with
-    {name: sha256 of the file}. Raises UsageError."""
-    paths = [paths] if isinstance(paths, (str, Path)) else paths
-    inputs = {} if inputs is None else inputs
+# -- their rows -------------------------------------------------------------------------------------------------------
+def read_chunks(
+    paths: Path | str | Iterable[Path | str], input_hashes: dict[str, str] | None = None
+) -> Iterator[Chunk]:
+    """Yield the chunks of files, save_to_disk folders, stdin and hub ids, in order. Raises UsageError.
+
+    input_hashes: filled with {name: sha256 of the file}.
+    """
+    if isinstance(paths, (str, Path)):
+        paths = [paths]
+    if input_hashes is None:
+        input_hashes = {}
     names = relative_names(paths)
     for path in paths:
-        name = names[path]
         if isinstance(path, str):
-            yield from hub_chunks(path, inputs)
+            yield from read_hub(path, input_hashes)
         elif path.is_dir():
-            yield from folder_chunks(path, inputs)
+            yield from read_folder(path, input_hashes)
         elif path.suffix == ".parquet":
-            yield from parquet_chunks(path, name, inputs)
+            yield from read_parquet(path, names[path], input_hashes)
         else:
-            yield from text_chunks(path, name, inputs)
+            yield from read_text(path, names[path], input_hashes)
 
 
-def read_rows(path):
-    """Yield (line, row) of a file or folder; row is a InvalidRow where a line is not JSON. Raises UsageError."""
-    for block in read_chunks(path):
-        yield from block.rows()
+def read_rows(path: Path | str) -> Iterator[tuple[int, object]]:
+    """Yield (line, row) of a file or folder; row is an InvalidRow where a line is not JSON. Raises UsageError."""
+    for chunk in read_chunks(path):
+        yield from chunk.rows()
 
 
-def text_chunks(path, name, inputs):
-    digest, first, rest = hashlib.sha256(), 1, []
+def read_text(path: Path, name: str, input_hashes: dict[str, str]) -> Iterator[Chunk]:
+    """Yield the chunks of a file of text, whose kind its first lines show."""
+    digest = hashlib.sha256()
     try:
-        pieces = text_pieces(path, digest)
-        head = next(pieces, b"")
-        pieces = chain([head], pieces)
-        for piece in array_lines(pieces, path) if is_array(head) else pieces:
-            cut = piece.rfind(b"\n") + 1
-            if not cut:
-                rest.append(piece)
-                continue
-            data = b"".join([*rest, piece[:cut]])
-            rest = [piece[cut:]] if piece[cut:] else []
-            yield Chunk(name, "train", first, data)
-            first += data.count(b"\n")
-        if rest:
-            yield Chunk(name, "train", first, b"".join(rest))
-    except (OSError, EOFError, pa.ArrowInvalid, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read ({' '.join(str(error).split())}): get or make it anew") from None
-    inputs[name] = digest.hexdigest()
+        pieces = read_pieces(path, digest)
+        head = read_head(pieces)
+        pieces = prepend(head, pieces)
+        if path.name.removesuffix(".gz").removesuffix(".zst").endswith((".csv", ".tsv")):
+            yield from chunk_values(read_table(decode_pieces(pieces), path), name)
+        elif is_array(head):
+            yield from chunk_values(read_array(decode_pieces(pieces, "surrogateescape"), path), name)
+        elif is_document(head):
+            yield from chunk_values(read_documents(decode_pieces(pieces, "surrogateescape"), path), name)
+        else:
+            yield from chunk_lines(pieces, name)
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{path}: not {error.encoding} (byte 0x{error.object[error.start]:02x}): save it as UTF-8, as with "
+            "iconv -f ENCODING -t UTF-8"
+        ) from None
+    except (OSError, EOFError, pa.ArrowInvalid) as error:
+        raise unreadable(path, error) from None
+    input_hashes[name] = digest.hexdigest()
 
 
-BOMS = {  # the longer ones first: UTF-32's begins with UTF-16's
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
+def unreadable(path: Path | str, error: Exception) -> UsageError:
+    message = " ".join(str(error).split())
+    return UsageError(f"{path}: cannot be read ({message}): download or make it again")
 
 
-def text_pieces(path, digest):
-    """Pieces of a file in UTF-8 without a byte order mark; UTF-16 and UTF-32 are told by theirs. What is no text
-    reaches the row that holds it."""
-    with open_text(path) as file:
-        piece = file.read(HEAD)
-        kind = next((kind for bom, kind in BOMS.items() if piece.startswith(bom)), None)
-        decoder = codecs.getincrementaldecoder(kind)("surrogatepass") if kind not in (None, "utf-8-sig") else None
-        for number, data in enumerate(chain([piece], iter(lambda: file.read(BLOCK), b""))):
-            digest.update(data)
-            if decoder:
-                data = decoder.decode(data).encode("utf-8", "surrogatepass")
-            elif not number:
-                data = data.removeprefix(codecs.BOM_UTF8)
-            if data:
-                yield data
-        if decoder:
-            decoder.decode(b"", final=True)  # raises where the last character is cut
+def prepend(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
+    if first:
+        yield first
+    yield from rest
 
 
-def open_text(path):
-    if str(path) == "-":
-        return pa.PythonFile(sys.stdin.buffer, "r") if not hasattr(sys.stdin.buffer, "fileno") else sys.stdin.buffer
-    return pa.input_stream(str(path), compression={".gz": "gzip", ".zst": "zstd"}.get(path.suffix))
-
-
-def is_array(head):
-    """Whether a text begins one JSON array. Where its first line is a whole list and more follow, they are rows."""
-    if head.lstrip()[:1] != b"[":
-        return False
-    line, _, more = head.lstrip().partition(b"\n")
-    return not (line.rstrip().endswith(b"]") and more.lstrip()[:1] in (b"[", b"{"))
-
-
-STEPS = np.zeros(256, np.int8)  # what a byte outside a string adds to the depth of nesting
-
-
-STEPS[[*b"[{"]], STEPS[[*b"]}"]] = 1, -1
-
-
-def array_lines(pieces, path):
-    """The elements of one JSON array as lines, so that it streams: line breaks between values become blanks, those
-    within strings, which JSON forbids, another character that it forbids. Raises UsageError where the array does not
-    end."""
-    rest, tried, line, opened, closed = b"", 0, 1, False, False
-    for piece in chain(pieces, [b""]):  # the empty one: what is left is looked at
-        rest += piece
-        if not opened:
-            rest, opened = rest.lstrip()[1:], True  # without its [
-        if not closed and (not piece or len(rest) >= 2 * tried):  # in one long element: look when it has doubled
-            data, end, closed = elements(rest)
-            line += rest.count(b"\n", 0, end)
-            rest = rest[end + closed :]
-            tried = 0 if data else len(rest)
-            if data:
-                yield data
-        if closed and rest.strip():
+def read_head(pieces: Iterator[bytes]) -> bytes:
+    """Return the first pieces of a text, with its first line whole and something of the next."""
+    head = b""
+    for piece in pieces:
+        head += piece
+        _, _, rest = head.lstrip().partition(b"\n")
+        if rest.strip() or len(head) > LONG_LINE:
             break
-    if rest.strip() or not closed:
-        said = "text behind the array" if closed else "the array does not end"
-        line += rest.count(b"\n", 0, len(rest.rstrip()))
-        raise UsageError(f"{path}:{line}: not JSON ({said}): mend the array or pass JSON lines")
+    return head
 
 
-def elements(data):
-    """(whole elements of an array as lines, where they end, whether the array ends there) of text that begins between
-    two of them."""
-    plain = data.replace(b"\\\\", b"..").replace(b'\\"', b"..")  # of the same length
-    chars = np.frombuffer(plain, np.uint8)
-    inside = np.logical_xor.accumulate(chars == ord('"'))
-    steps = STEPS[chars]
-    steps[inside] = 0
-    brackets = np.flatnonzero(steps)
-    depth = np.cumsum(steps[brackets], dtype=np.int32)
-    ends = brackets[depth < 0]
-    stop = ends[0] if len(ends) else len(data)
-    commas = np.flatnonzero((chars[:stop] == ord(",")) & ~inside[:stop])
-    commas = commas[np.append(depth, 0)[np.searchsorted(brackets, commas) - 1] == 0]
-    end = int(stop if len(ends) else commas[-1] + 1 if len(commas) else 0)
-    out = np.frombuffer(data, np.uint8)[:end].copy()
-    breaks = out == ord("\n")
-    out[breaks] = np.where(inside[:end][breaks], 11, ord(" "))
-    out[commas] = ord("\n")
-    return out.tobytes(), end, bool(len(ends))
+def is_array(head: bytes) -> bool:
+    """Return whether a text begins one JSON array, and not a list a line."""
+    head = head.lstrip()
+    if not head.startswith(b"["):
+        return False
+    line, _, rest = head.partition(b"\n")
+    return not (line.rstrip().endswith(b"]") and rest.lstrip()[:1] in (b"[", b"{"))
 
 
-def parquet_chunks(path, name, inputs):
+def is_document(head: bytes) -> bool:
+    """Return whether a text holds JSON objects that are no lines: one object alone, or pretty-printed ones."""
+    head = head.strip()
+    if not head.startswith(b"{"):
+        return False
+    first, *others = head.split(b"\n")
+    if is_json(first):
+        return not others
+    # a broken first line is a row of its own where others that begin like it are whole
+    return not any(is_json(line) for line in others[:100] if line.startswith(b"{"))
+
+
+def is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def chunk_lines(pieces: Iterator[bytes], name: str) -> Iterator[Chunk]:
+    """Yield chunks of whole lines, some of each piece."""
+    first_line = 1
+    rest = []
+    for piece in pieces:
+        end = piece.rfind(b"\n") + 1
+        if not end:
+            rest.append(piece)
+            continue
+        data = b"".join([*rest, piece[:end]])
+        rest = [piece[end:]] if piece[end:] else []
+        yield Chunk(name, "train", first_line, data)
+        first_line += data.count(b"\n")
+    if rest:
+        yield Chunk(name, "train", first_line, b"".join(rest))
+
+
+def chunk_values(values: Iterator[object], name: str) -> Iterator[Chunk]:
+    """Yield chunks of ROWS values."""
+    first_line = 1
+    held = []
+    for value in values:
+        held.append(value)
+        if len(held) == ROWS:
+            yield Chunk(name, "train", first_line, held)
+            first_line += len(held)
+            held = []
+    if held:
+        yield Chunk(name, "train", first_line, held)
+
+
+def chunk_table(table: pa.Table, name: str, split: str) -> Iterator[Chunk]:
+    """Yield chunks of ROWS rows of an Arrow table, which may lie in a mapped file."""
+    for start in range(0, len(table), ROWS):
+        batches = table.slice(start, ROWS).combine_chunks().to_batches()
+        yield Chunk(name, split, start + 1, batches[0])
+
+
+def read_parquet(path: Path, name: str, input_hashes: dict[str, str]) -> Iterator[Chunk]:
     import pyarrow.parquet as pq
 
     try:
-        first = 1
+        first_line = 1
         for batch in pq.ParquetFile(path).iter_batches(ROWS):
-            yield Chunk(name, "train", first, batch)
-            first += len(batch)
+            yield Chunk(name, "train", first_line, batch)
+            first_line += len(batch)
         with open(path, "rb") as file:
-            inputs[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            input_hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, pa.ArrowInvalid) as error:
-        raise UsageError(f"{path}: cannot be read ({' '.join(str(error).split())}): get or make it anew") from None
+        raise unreadable(path, error) from None
 
 
-def list_splits(path):
-    """{split: [Arrow files]} of a save_to_disk folder, one set being the split train. Raises UsageError."""
-    try:
-        splits = {"train": path}
-        if (path / "dataset_dict.json").is_file():
-            splits = {s: path / s for s in json.loads((path / "dataset_dict.json").read_text())["splits"]}
-        return {
-            split: [folder / one["filename"] for one in json.loads((folder / "state.json").read_text())["_data_files"]]
-            for split, folder in splits.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        said = f"{type(error).__name__}: {error}"
-        raise UsageError(f"{path}: cannot be read ({said}): make it anew (normalize.py, save_to_disk)") from None
+# -- dataset folders --------------------------------------------------------------------------------------------------
+@dataclass
+class Split:
+    """One split of a dataset folder."""
 
+    table: pa.Table  # memory-mapped
+    files: list[str]  # the Arrow files that it lies in
 
-def folder_chunks(path, inputs):
-    for split, files in list_splits(path).items():
+    def hash(self) -> str:
+        """Return the sha256 of the hashes of the files."""
         digest = hashlib.sha256()
-        yield from arrow_chunks(files, split, split, digest)
-        inputs[split] = digest.hexdigest()
+        for path in self.files:
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
 
 
-def arrow_chunks(files, name, split, digest):
-    """Blocks of Arrow files, which go into digest. Raises UsageError."""
-    first = 1
-    for file in files:
-        try:
-            with pa.memory_map(str(file)) as source:
-                for number, batch in enumerate(pa.ipc.open_stream(source)):
-                    for start in range(0, len(batch), ROWS):
-                        part = batch.slice(start, ROWS)
-                        yield Chunk(name, split, first, part, (str(file), number, start))
-                        first += len(part)
-            with open(file, "rb") as source:
-                digest.update(hashlib.file_digest(source, "sha256").digest())
-        except (OSError, pa.ArrowInvalid) as error:
-            said = " ".join(str(error).split())
-            raise UsageError(f"{file}: cannot be read ({said}): make it anew (python -m data_prep.normalize)") from None
+def open_splits(path: Path) -> dict[str, Split]:
+    """Return {name: Split} of a save_to_disk folder; a set without splits is train. Raises UsageError."""
+    from datasets import load_from_disk
+
+    try:
+        loaded = load_from_disk(str(path))
+    except Exception as error:  # what datasets, fsspec and Arrow raise: all mean the same here
+        message = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UsageError(f"{path}: cannot be read ({message}): make it again (python -m data_prep.normalize)") from None
+    if not isinstance(loaded, dict):
+        loaded = {"train": loaded}
+    splits = {}
+    for name, rows in loaded.items():
+        splits[str(name)] = Split(rows.data.table, [entry["filename"] for entry in rows.cache_files])
+    return splits
+
+
+def open_split(path: Path, name: str) -> Split:
+    """Return one split of a save_to_disk folder. Raises UsageError."""
+    splits = open_splits(path)
+    if name not in splits:
+        raise UsageError(f"{path}: no split {name}, only {', '.join(splits)}: name one of them")
+    return splits[name]
+
+
+def read_folder(path: Path, input_hashes: dict[str, str]) -> Iterator[Chunk]:
+    """Yield the chunks of a save_to_disk folder, its splits in their order. Raises UsageError."""
+    for name, split in open_splits(path).items():
+        yield from chunk_table(split.table, name, name)
+        input_hashes[name] = split.hash()

@@ -1,21 +1,132 @@
-"""Render rows with a chat template, as apply_chat_template does for TRL."""
+"""Render rows with a chat template, as TRL does, and what a template means: personas, markers, stop and pad tokens.
 
+recipes/hooks imports these rules. A recipe repeats the ones it needs, so that a copy stands alone: tests/test_tokens.py
+holds both equal.
+"""
+
+import hashlib
+import json
 import re
 import sys
-from contextlib import nullcontext
-from itertools import accumulate, pairwise
+from collections.abc import Container, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
-from unicodedata import is_normalized
+from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import InvalidRow, UsageError
-from .fast_tokens import PLAIN_ONLY, quick_program, widths_of
+from .recipe_settings import Settings
 from .rows import CONTROL, MARKS, get_tools, get_turns, iter_strings
 
-PERSONAS = ("custom_instructions", "system_prompt", "model_identity")  # template arguments that say who speaks
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEMPLATES = Path(__file__).resolve().parents[2] / "chat_templates"
+TEMPLATE_SUFFIXES = (".jinja", ".j2")  # TRL takes anything else for a tokenizer whose template it copies
+COMMENTS = re.compile(r"{#.*?#}", re.DOTALL)
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
+SHOWN_TOKENS = 4
+PROBE = ({"role": "user", "content": "firstquestion"}, {"role": "assistant", "content": "firstanswer"})
+
+# -- tokens that templates write --------------------------------------------------------------------------------------
+CONTROL_TOKENS = re.compile(  # as templates write them
+    r"<\|[^\s|<>]+\|>|<\|\w+>|<\w+\|>|<｜[^｜\s]+｜>|<(?:start|end)_of_turn>|</?s>|<[be]os>|\[/?[A-Z]{2}[A-Z_]*\]"
+)
+INNER_STOPS = ("<|python_end|>",)  # nanochat: generation stops there for python's output, and the answer goes on
+FAMILY_STOPS = (  # of turns and of calls, as chat_templates/ write them and as each family's models stop
+    *INNER_STOPS,
+    "<|im_end|>",  # ChatML: Qwen, SmolLM3, Phi-4, LFM2, Nemotron 3, Step 3.5
+    "<|endoftext|>",  # Qwen, GLM, gpt-oss
+    *("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),  # Llama 3
+    *("<|return|>", "<|call|>", "<|end|>"),  # gpt-oss; the last one Phi-3 too
+    "<end_of_turn>",  # Gemma 2 and 3
+    *("<turn|>", "<|tool_response>"),  # Gemma 4
+    *("<|user|>", "<|observation|>"),  # GLM-4
+    "<|END_OF_TURN_TOKEN|>",  # Command
+    "<｜end▁of▁sentence｜>",  # DeepSeek
+    "</s>",  # Mistral
+    "<|assistant_end|>",  # nanochat
+)
 
 
-def load_tokenizer(settings):
-    """The recipe's tokenizer, as SFTTrainer sets it up. Raises UsageError."""
+def find_ids(tokenizer: "PreTrainedTokenizerBase", names: Iterable[str | None]) -> set[int]:
+    """Return the ids of the names that are one token in this tokenizer."""
+    vocabulary = tokenizer.get_vocab()
+    return {vocabulary[name] for name in names if name in vocabulary}
+
+
+def find_stop_ids(tokenizer: "PreTrainedTokenizerBase", eos_token: str | None, of_config: object) -> set[int]:
+    """Return the ids that end a turn or a call: of the recipe, the tokenizer, the generation config and the families.
+
+    of_config: eos_token_id of a generation config: an id, a list of them, or None.
+    """
+    stops = find_ids(tokenizer, (eos_token, *FAMILY_STOPS))
+    stops.add(tokenizer.eos_token_id)
+    stops.update(of_config if isinstance(of_config, list) else [of_config])
+    return stops - {None}
+
+
+def choose_pad_token(tokenizer: "PreTrainedTokenizerBase", eos_token: str | None) -> str | None:
+    """Return the first added token that is no stop token, one with "pad" in its name before others."""
+    stop_tokens = (eos_token, tokenizer.eos_token)
+    candidates = [token for token in tokenizer.get_added_vocab() if token not in stop_tokens]
+    for token in candidates:
+        if "pad" in token:
+            return token
+    if not candidates:
+        return None
+    return candidates[0]
+
+
+def find_template_tokens(template: str) -> list[str]:
+    """Return the control tokens that a template writes, in its order."""
+    return list(dict.fromkeys(CONTROL_TOKENS.findall(COMMENTS.sub("", template))))
+
+
+def find_foreign_tokens(vocabulary: Container[str], template: str) -> list[str]:
+    """Return the control tokens of a template that are not in the vocabulary, also those that few rows need."""
+    return [token for token in find_template_tokens(template) if token not in vocabulary]
+
+
+def find_fitting_template(tokenizer: "PreTrainedTokenizerBase") -> Path | None:
+    """Return a template of chat_templates/ whose control tokens are all the tokenizer's; one with its stop first."""
+    vocabulary = tokenizer.get_vocab()
+    fitting = []
+    for path in sorted(TEMPLATES.glob("*.jinja")):
+        text = path.read_text(encoding="utf-8")
+        tokens = find_template_tokens(text)
+        if not tokens or find_foreign_tokens(vocabulary, text):
+            continue
+        if tokenizer.eos_token in tokens:
+            return path
+        fitting.append(path)
+    return fitting[0] if fitting else None
+
+
+# -- the two forms of a template --------------------------------------------------------------------------------------
+def has_markers(template: str | None) -> bool:
+    """Return whether a template says by {% generation %} what the assistant wrote."""
+    return GENERATION.search(template or "") is not None
+
+
+def serving_template(template: str) -> str:
+    """Turn generation markers into empty comments, which render nothing and which every engine takes."""
+    return re.sub(r"{%(\W?)\s*(?:end)?generation\s*(\W?)%}", r"{#\1 \2#}", template)
+
+
+def check_syntax(template: str, place: str) -> None:
+    """Raise UsageError where a template does not compile. place: what the sentence begins with, before the line."""
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        render_jinja_template([], chat_template=template)  # compiles it and renders nothing
+    except TemplateSyntaxError as error:
+        raise UsageError(f"{place}{error.lineno}: not a template ({error.message}): mend it") from None
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+def load_tokenizer(settings: Settings) -> "PreTrainedTokenizerBase":
+    """Return the recipe's tokenizer, as SFTTrainer sets it up. Raises UsageError."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()  # rows may be longer than the model's context
@@ -31,8 +142,9 @@ def load_tokenizer(settings):
             "pass a local folder as --model_name_or_path or set HF_ENDPOINT to a mirror"
         ) from None
     if not tokenizer.is_fast:
-        raise UsageError(f"{name}: its tokenizer does not tell where tokens stand in the text: pass a model with a "
-                       "tokenizer.json")  # fmt: skip
+        raise UsageError(
+            f"{name}: its tokenizer does not tell where tokens stand in the text: pass a model with a tokenizer.json"
+        )
     if settings.eos_token is not None:
         if settings.eos_token not in tokenizer.get_vocab():
             raise UsageError(f"eos_token {settings.eos_token}: {name} has no such token, pass one of its own")
@@ -40,135 +152,40 @@ def load_tokenizer(settings):
     return tokenizer
 
 
-def load_template(settings, tokenizer=None):
-    """The text of the chat template: that of the recipe's file, else of the tokenizer; None where there is neither.
-    Raises UsageError."""
+def hash_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return the sha256 of what the tokenizer's file says, but for padding and truncation, which a use of it sets."""
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    definition |= {"padding": None, "truncation": None}
+    return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
+
+
+def load_template(settings: Settings, tokenizer: "PreTrainedTokenizerBase | None" = None) -> str | None:
+    """Return the text of the chat template: of the recipe's file, else of the tokenizer; None where there is neither.
+
+    Raises UsageError.
+    """
     path = settings.chat_template_path
-    template, where = getattr(tokenizer, "chat_template", None), f"the template of {settings.model_name_or_path}"
-    if path is not None:
-        where = path
-        if not Path(path).is_file() or not path.endswith((".jinja", ".j2")):
+    if path is None:
+        template = getattr(tokenizer, "chat_template", None)
+        place = f"the template of {settings.model_name_or_path}"
+    else:
+        if not Path(path).is_file() or not path.endswith(TEMPLATE_SUFFIXES):
             raise UsageError(f"{path}: no such template: pass a .jinja file of chat_templates/ as --chat_template_path")
         template = Path(path).read_text(encoding="utf-8")
+        place = path
     if template is None:
         return None
     if not isinstance(template, str):
-        raise UsageError(f"{where}: several templates by name: pass one .jinja file as --chat_template_path")
-    from jinja2 import TemplateSyntaxError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    try:
-        render_jinja_template([], chat_template=template)  # compiles it and renders nothing
-    except TemplateSyntaxError as error:
-        raise UsageError(f"{where}:{error.lineno}: not a template ({error.message}): mend it") from None
+        raise UsageError(f"{place}: several templates by name: pass one .jinja file as --chat_template_path")
+    check_syntax(template, f"{place}:")
     return template
 
 
-class Renderer:
-    """What rows are rendered with, either of it None where there is none: template, tokenizer. marked: whether the
-    template has {% generation %} markers; control: pattern of the tokens that must not stand in text, which are those
-    of the tokenizer or, without one, those of the known families."""
+def load_renderer(settings: Settings, lenient: bool = False, quiet: bool = False) -> "Renderer":
+    """Return the Renderer of a recipe's settings. Raises UsageError.
 
-    def __init__(self, template=None, tokenizer=None):
-        self.template, self.tokenizer, self.control = template, tokenizer, CONTROL
-        self.lang, self.max_length = (), None  # what check.py is asked to hold rows against
-        self.marked = bool(re.search(r"\{%-?\s*generation\s*-?%\}", template or ""))
-        self.names, self.program, self.widths, self.prepared = {"bos_token": "", "eos_token": ""}, None, None, None
-        if tokenizer is not None:
-            self.names = tokenizer.special_tokens_map
-            # as transformers' sanitize_control_tokens sees it (special tokens, and the added ones that the template
-            # writes), and what every row of this house is checked for; not the HTML tags and newlines that Gemma adds
-            added, told = tokenizer.added_tokens_decoder.values(), template or ""
-            tokens = {t.content for t in added if t.special or t.content in told or CONTROL.fullmatch(t.content)}
-            tokens = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
-            self.control = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
-        # one of these stands in every control token: finding it is ten times as fast as the pattern
-        self.firsts = MARKS if tokenizer is None else sorted({token[0] for token in tokens})
-
-    def control_in(self, value):
-        """The first control token in any string of a JSON value, or None."""
-        if isinstance(value, str):
-            hit = any(first in value for first in self.firsts) and self.control.search(value)
-            return hit[0] if hit else None
-        return next(filter(None, map(self.control_in, iter_strings(value))), None)
-
-    def render(self, row, messages, prompt=False):
-        """(text, trained [start, end) spans of its characters) of messages with the row's tools and template arguments,
-        as apply_chat_template renders them for TRL. Raises InvalidRow with the template's words."""
-        from transformers.utils.chat_template_utils import _alias_reasoning_fields, render_jinja_template
-
-        try:
-            # what is null in a message is dropped, and what the row says wins over the special tokens
-            messages = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
-            names, tools = {**self.names, **(row.get("chat_template_kwargs") or {})}, get_tools(row)
-            if PLAIN_ONLY & {*names} or not all(isinstance(tool, dict) for tool in tools or ()):
-                texts, spans = render_jinja_template(
-                    [messages],
-                    tools=tools,
-                    chat_template=self.template,
-                    add_generation_prompt=prompt,
-                    return_assistant_tokens_mask=self.marked and not prompt,
-                    **names,
-                )
-                return texts[0], spans[0] if spans else []
-            # a row is JSON, which render_jinja_template copies part by part to be sure that it is; the rest is the same
-            self.program = self.program or quick_program(self.template)
-            pieces, spans = [], []
-            track = self.program.environment.activate_tracker(pieces, spans)
-            with track if self.marked and not prompt else nullcontext():
-                shown = {"messages": _alias_reasoning_fields(messages), "tools": tools, "documents": None}
-                for piece in self.program.generate(**shown, add_generation_prompt=prompt, **names):
-                    pieces.append(piece)
-            return "".join(pieces), spans
-        except Exception as error:  # a template is a program: it may fail in any way
-            raise InvalidRow("template refuses the row", describe_error(error)) from None
-
-    def encode(self, texts, chat):
-        """The ids of texts, as the tokenizer's own call gives them, without where they stand in the text."""
-        backend = self.tokenizer.backend_tokenizer
-        if backend is not self.prepared:
-            backend.no_padding()
-            backend.no_truncation()
-            self.prepared = backend
-        backend.encode_special_tokens = self.tokenizer.split_special_tokens
-        normalizer = backend.normalizer
-        composed = type(normalizer).__name__ == "NFC" and all(is_normalized("NFC", text) for text in texts)
-        if composed:
-            backend.normalizer = None  # it would change nothing, in a twentieth of the time
-        try:
-            return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=not chat)]
-        finally:
-            if composed:
-                backend.normalizer = normalizer
-
-    def char_to_token(self, text, ids, chars):
-        """Encoding.char_to_token of a text's ids, for the edges of these spans, from the bytes that each token stands
-        for; None where these do not add up to the text's."""
-        self.widths = widths_of(self.tokenizer) if self.widths is None else self.widths
-        ends = self.widths.take(ids).cumsum() if len(self.widths) and ids else [-1]
-        edges = sorted({char for start, end in chars for char in (start, end - 1) if 0 <= char < len(text)})
-        if text.isascii():
-            places, size = edges, len(text)
-        else:
-            steps = [len(text[a:b].encode()) for a, b in pairwise([0, *edges, len(text)])]
-            *places, size = accumulate(steps)
-        if ends[-1] != size:
-            return None
-        return dict(zip(edges, ends.searchsorted(places, "right").tolist(), strict=True)).get
-
-
-def describe_error(error):
-    """What a template, or a row that is no chat, failed on."""
-    said = " ".join(str(getattr(error, "detail", error)).split()) or type(error).__name__
-    if isinstance(error, KeyError):
-        return f"it lacks {said}"
-    known = isinstance(error, ValueError) and not isinstance(error, UnicodeError)
-    return said if known or "Template" in type(error).__name__ else f"{type(error).__name__}: {said}"
-
-
-def load_renderer(settings, lenient=False, told=True):
-    """Against of a recipe's settings. lenient: without a tokenizer where none is at hand, which is told. Raises
-    UsageError."""
+    lenient: without a tokenizer where none can be loaded, which is printed unless quiet.
+    """
     tokenizer = None
     if settings.model_name_or_path or not lenient:
         try:
@@ -176,43 +193,235 @@ def load_renderer(settings, lenient=False, told=True):
         except UsageError as error:
             if not lenient:
                 raise
-            if told:
+            if not quiet:
                 print(f"known control tokens are looked for, not the tokenizer's own: {error}", file=sys.stderr)
-    return Renderer(load_template(settings, tokenizer), tokenizer)
+    template_name = settings.chat_template_path or f"the template of {settings.model_name_or_path}"
+    return Renderer(load_template(settings, tokenizer), tokenizer, template_name, settings.model_name_or_path)
 
 
-def find_control_tokens(row, against):
-    """Yield (place, token): the first control token that stands in the text of each message and tool."""
+# -- rendering --------------------------------------------------------------------------------------------------------
+class Span(NamedTuple):
+    """[start, end) of tokens, or of characters."""
+
+    start: int
+    end: int
+
+
+class Rendered(NamedTuple):
+    """The text of a conversation, and the characters of it that the template marks as the assistant's."""
+
+    text: str
+    spans: list[Span]
+
+
+class Renderer:
+    """A chat template and the tokenizer whose special tokens it writes; either may be None."""
+
+    def __init__(
+        self,
+        template: str | None = None,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        template_name: str = "the template",
+        model_name: str | None = None,
+    ) -> None:
+        self.template = template
+        self.tokenizer = tokenizer
+        self.template_name = template_name
+        self.model_name = model_name
+        self.marked = has_markers(template)
+        self.special_tokens = {"bos_token": "", "eos_token": ""}
+        self.control = CONTROL  # what must not stand in text: the tokenizer's own, or those of the known families
+        # one of these stands in every control token: finding it is ten times as fast as the pattern
+        self.marks = MARKS
+        if tokenizer is not None:
+            self.special_tokens = tokenizer.special_tokens_map
+            tokens = find_own_control_tokens(tokenizer, template or "")
+            self.control = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+            self.marks = tuple(sorted({token[0] for token in tokens}))
+
+    def control_in(self, value: object) -> str | None:
+        """Return the first control token in any string of a JSON value, or None."""
+        for text in iter_strings(value):
+            if any(mark in text for mark in self.marks):
+                match = self.control.search(text)
+                if match:
+                    return match[0]
+        return None
+
+    def render(self, row: dict, messages: list[dict], prompt: bool = False) -> Rendered:
+        """Render messages with the row's tools and template arguments, as apply_chat_template does for TRL.
+
+        prompt: up to where the model is to answer. Raises InvalidRow with the template's words.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, spans = render_jinja_template(
+                [drop_nulls(messages)],
+                tools=get_tools(row),
+                chat_template=self.template,
+                add_generation_prompt=prompt,
+                return_assistant_tokens_mask=self.marked and not prompt,
+                # what the row says wins over the special tokens
+                **{**self.special_tokens, **(row.get("chat_template_kwargs") or {})},
+            )
+        except Exception as error:  # a template is a program: it may fail in any way
+            raise InvalidRow("template refuses the row", self.describe_refusal(error)) from None
+        return Rendered(texts[0], [Span(*span) for span in spans[0]] if spans else [])
+
+    def describe_refusal(self, error: Exception) -> str:
+        """Return what a template failed on; that it is another family's, where it fails on what the tokenizer lacks."""
+        if type(error).__name__ == "UndefinedError" and self.mismatch is not None:
+            return self.mismatch
+        return describe_error(error)
+
+    @cached_property
+    def mismatch(self) -> str | None:
+        """Why the template does not belong to the tokenizer, or None: a plain chat needs tokens that it lacks.
+
+        Tokens that few rows need, as those of tools, may be missing: a template serves more than one model.
+        """
+        from jinja2 import UndefinedError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        if self.template is None or self.tokenizer is None:
+            return None
+        tokenizer_name = "the tokenizer"
+        if self.model_name:
+            tokenizer_name = f"the tokenizer of {self.model_name}"
+        try:
+            texts, _ = render_jinja_template([list(PROBE)], chat_template=self.template, **self.special_tokens)
+        except UndefinedError as error:
+            match = re.search(r"'(\w+_token)' is undefined", str(error))
+            if match is None:
+                return None
+            return f"{self.template_name} writes {match[1]}, which {tokenizer_name} does not have: {self.remedy()}"
+        except Exception:  # a template that demands more than a plain chat
+            return None
+        vocabulary = self.tokenizer.get_vocab()
+        foreign = [token for token in dict.fromkeys(CONTROL_TOKENS.findall(texts[0])) if token not in vocabulary]
+        if not foreign:
+            return None
+        return (
+            f"{self.template_name} writes {', '.join(foreign[:SHOWN_TOKENS])}, which {tokenizer_name} does not have as "
+            f"one token: {self.remedy()}"
+        )
+
+    def remedy(self) -> str:
+        """Return what to do about a template of another family."""
+        text = "it belongs to another family, pass a template whose tokens it has as --chat_template_path"
+        fitting = find_fitting_template(self.tokenizer)
+        if fitting is not None:
+            text = f"it belongs to another family, pass --chat_template_path chat_templates/{fitting.name}"
+        return text
+
+
+def find_own_control_tokens(tokenizer: "PreTrainedTokenizerBase", template: str) -> list[str]:
+    """Return the tokens that must not stand in text, the longest first.
+
+    The tokenizer's special ones, the added ones that the template writes (as transformers' sanitize_control_tokens has
+    it), and those that every row is checked for; not the HTML tags and newlines that Gemma adds.
+    """
+    tokens = set()
+    for token in tokenizer.added_tokens_decoder.values():
+        is_control = token.special or token.content in template or CONTROL.fullmatch(token.content)
+        if is_control and token.content.strip():
+            tokens.add(token.content)
+    return sorted(tokens, key=len, reverse=True)
+
+
+def drop_nulls(messages: list[dict]) -> list[dict]:
+    """Return messages without the keys that are null, as apply_chat_template drops them."""
+    return [{key: value for key, value in turn.items() if value is not None} for turn in messages]
+
+
+def describe_error(error: Exception) -> str:
+    """Return what a template, or a row that is no chat, failed on."""
+    text = " ".join(str(getattr(error, "detail", error)).split()) or type(error).__name__
+    if isinstance(error, KeyError):
+        return f"it lacks {text}"
+    has_words = isinstance(error, ValueError) and not isinstance(error, UnicodeError)
+    if has_words or "Template" in type(error).__name__:
+        return text
+    return f"{type(error).__name__}: {text}"
+
+
+# -- control tokens in text -------------------------------------------------------------------------------------------
+class ControlToken(NamedTuple):
+    """A control token in the text of a row. place: message 0, tool 1 …"""
+
+    place: str
+    token: str
+
+
+def find_control_tokens(row: dict, renderer: Renderer) -> Iterator[ControlToken]:
+    """Yield the first control token that stands in the text of each message and tool."""
     for name, parts in (("message", get_turns(row)), ("tool", get_tools(row) or [])):
         for number, part in enumerate(parts):
-            for key, value in part.items():
-                if key != "role" and (hit := against.control_in(value)):
-                    yield f"{name} {number}", hit
-                    break
+            texts = [value for key, value in part.items() if key != "role"]
+            token = renderer.control_in(texts)
+            if token is not None:
+                yield ControlToken(f"{name} {number}", token)
 
 
-def find_lost_personas(row, against):
-    """Yield (place, text) of each persona (system message, or argument of the template) that the rendered text leaves
-    out, as SmolLM3's own did for custom_instructions=None. Each is rendered with a mark behind it: its text alone might
-    stand in the default persona, or in what the user says, and the row would pass though the template drops it."""
-    turns, kwargs = get_turns(row), row.get("chat_template_kwargs") or {}
-    given = {name: kwargs.get(name) for name in PERSONAS}
-    given |= {f"message {n}": t.get("content") for n, t in enumerate(turns) if t.get("role") in ("system", "developer")}
-    given = {place: text for place, text in given.items() if isinstance(text, str) and text.strip()}
-    if not given:
+# -- personas ---------------------------------------------------------------------------------------------------------
+PERSONA_ARGUMENTS = ("custom_instructions", "system_prompt", "model_identity")  # of templates: who speaks
+PERSONA_ROLES = ("system", "developer")
+SWITCHES = re.compile(r"/(?:no_think|think|system_override)\b")  # templates take them out of a persona
+
+
+class Persona(NamedTuple):
+    """A text that says who speaks. place: message 0, or the name of a template's argument."""
+
+    place: str
+    text: str
+
+
+def find_personas(row: dict) -> list[Persona]:
+    """Return the texts of a row that say who speaks, blank ones not: arguments of the template, then messages."""
+    template_kwargs = row.get("chat_template_kwargs") or {}
+    texts = {name: template_kwargs.get(name) for name in PERSONA_ARGUMENTS}
+    for number, turn in enumerate(get_turns(row)):
+        if turn.get("role") in PERSONA_ROLES:
+            texts[f"message {number}"] = turn.get("content")
+    return [Persona(place, text) for place, text in texts.items() if isinstance(text, str) and text.strip()]
+
+
+def find_lost_personas(row: dict, renderer: Renderer) -> Iterator[Persona]:
+    """Yield each persona that the rendered text leaves out, as SmolLM3's own did for custom_instructions=None.
+
+    Each is rendered with a mark behind it: its text alone might stand in the default persona, or in what the user says,
+    and the row would pass though the template drops it. Where the template does not take the marks, the row is looked
+    at as it stands; where it does not render at all, nothing is yielded.
+    """
+    personas = find_personas(row)
+    if not personas:
         return
-    marked = {place: f"{text} persona{number}mark" for number, (place, text) in enumerate(given.items())}
-    turns = [{**turn, "content": marked.get(f"message {n}", turn.get("content"))} for n, turn in enumerate(turns)]
-    names = {place: text for place, text in marked.items() if place in kwargs}
-    try:
-        text, _ = against.render({**row, "chat_template_kwargs": kwargs | names}, turns)
-    except InvalidRow:
-        return  # told where the row itself is rendered
-    for place, expected in marked.items():
-        if normalize_persona(expected) not in normalize_persona(text):
-            yield place, given[place]
+    marked = [Persona(place, f"{text} persona{number}mark") for number, (place, text) in enumerate(personas)]
+    for shown in (marked, personas):
+        try:
+            text = render_with_personas(row, renderer, shown)
+        except InvalidRow:
+            continue
+        for persona, expected in zip(personas, shown, strict=True):
+            if normalize_persona(expected.text) not in text:
+                yield persona
+        return
 
 
-def normalize_persona(text):
-    """Text without the switches that a template takes out of a persona and without a difference of blanks."""
-    return " ".join(re.sub(r"/(?:no_think|think|system_override)\b", " ", text).split())
+def render_with_personas(row: dict, renderer: Renderer, personas: list[Persona]) -> str:
+    """Return the normalized text of a row with these personas in their places. Raises InvalidRow."""
+    texts = dict(personas)
+    template_kwargs = dict(row.get("chat_template_kwargs") or {})
+    for name in PERSONA_ARGUMENTS:
+        if name in texts:
+            template_kwargs[name] = texts[name]
+    turns = []
+    for number, turn in enumerate(get_turns(row)):
+        turns.append({**turn, "content": texts.get(f"message {number}", turn.get("content"))})
+    return normalize_persona(renderer.render({**row, "chat_template_kwargs": template_kwargs}, turns).text)
+
+
+def normalize_persona(text: str) -> str:
+    """Return text without the switches that a template takes out of a persona and without a difference of blanks."""
+    return " ".join(SWITCHES.sub(" ", text).split())

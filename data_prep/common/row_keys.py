@@ -4,47 +4,60 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections.abc import Iterable
 
 import xxhash
 
 from .json_text import dump_json
+from .rows import Row
 
 SWITCH = re.compile(r"\s*/(?:no_think|think)\b")
+NOT_COMPARED = ("role", "tool_call_id", "name")  # of a message: role is compared apart, the others train no other token
 
 
-def normalize_text(value):
-    """Text as duplicates are told by: Unicode NFC, every run of blanks one blank."""
-    return " ".join((value if value.isascii() else unicodedata.normalize("NFC", value)).split())
+def normalize_text(text: str) -> str:
+    """Return text as duplicates are recognised by: Unicode NFC, every run of blanks one blank."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+    return " ".join(text.split())
 
 
-def row_key(row):
-    """16 bytes that two rows share where they would train the same: turns but for blanks, tools, template arguments."""
-    said = [{"role": turn["role"]} | {name: normalize_text(value) if isinstance(value, str) else value
-                                      for name, value in turn.items() if name not in ("role", "tool_call_id", "name")}
-            for turn in row["messages"]]  # fmt: skip
-    return xxhash.xxh3_128_digest(dump_json([said, row.get("tools"), row["chat_template_kwargs"]]))
+def row_key(row: Row) -> bytes:
+    """Return 16 bytes that rows share where they train the same: turns but for blanks, tools, template arguments."""
+    turns = []
+    for turn in row["messages"]:
+        compared = {"role": turn["role"]}
+        for name, value in turn.items():
+            if name not in NOT_COMPARED:
+                compared[name] = normalize_text(value) if isinstance(value, str) else value
+        turns.append(compared)
+    return xxhash.xxh3_128_digest(dump_json([turns, row.get("tools"), row["chat_template_kwargs"]]))
 
 
-def prompt_key(row):
-    """64 bits that rows share where their prompts do, whatever the answers: turns that are not the assistant's, without
+def prompt_key(row: Row) -> int:
+    """Return 64 bits that rows share where they ask the same, whatever the answers: turns but the assistant's, without
     the switches /think and /no_think."""
-    said = [{"role": turn["role"], "content": SWITCH.sub("", normalize_text(turn["content"]))}
-            for turn in row["messages"] if turn["role"] != "assistant"]  # fmt: skip
-    # a system message that was a switch only says nothing
-    return xxhash.xxh3_64_intdigest(dump_json([turn for turn in said if turn["content"]]))
+    turns = []
+    for turn in row["messages"]:
+        if turn["role"] == "assistant":
+            continue
+        content = SWITCH.sub("", normalize_text(turn["content"]))
+        if content:  # a system message that was a switch alone asks nothing
+            turns.append({"role": turn["role"], "content": content})
+    return xxhash.xxh3_64_intdigest(dump_json(turns))
 
 
-def row_digest(row):
-    """sha256 of a row without its id: its content, whatever it is called and wherever it lies."""
+def row_digest(row: Row) -> bytes:
+    """Return the sha256 of a row without its id: its content, whatever it is called and wherever it lies."""
     content = {key: value for key, value in row.items() if key != "id" and value is not None}
-    return hashlib.sha256(dump_json(content)).digest()
+    return hashlib.sha256(dump_json(content, default=str)).digest()
 
 
-def content_hash(rows):
-    """sha256 of the rows' digests, in their order. It does not depend on paths, versions, time or shards."""
+def content_hash(rows: Iterable[Row]) -> str:
+    """Return the sha256 of the rows' digests, in order: it depends on no path, version, time or number of files."""
     return hashlib.sha256(b"".join(row_digest(row) for row in rows)).hexdigest()
 
 
-def hash_of(hashes):
-    """The `hash` of report.json, from {split: content_hash}."""
+def hash_of(hashes: dict[str, str]) -> str:
+    """Return the `hash` of report.json, from {split: content_hash}."""
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()

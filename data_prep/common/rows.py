@@ -1,48 +1,97 @@
-"""One row, the shape that every step reads and writes, and what makes a row unusable."""
+"""One row, the shape that every step reads and writes, and what makes a row unusable.
+
+    {"id": str, "messages": [...], "tools"?: [...], "chat_template_kwargs": {...}, "source": str, "tags": [str],
+     "lang": str}
+
+Messages have the shapes of transformers' chat API, so that any row also works outside this project.
+"""
 
 import json
 import re
+from collections.abc import Iterator
+from typing import NotRequired, TypedDict
 
 from .errors import InvalidRow
-from .json_text import dump_json, refuse_half_pairs
+from .json_text import check_numbers, dump_json
 from .language import conversation_text, detect_language
 from .parsing import parse_json, parse_tool_call, parse_tools, require_objects
 
-COLUMNS = ("id", "messages", "tools", "chat_template_kwargs", "source", "tags", "lang")  # what a folder keeps
+COLUMNS = ("id", "messages", "tools", "chat_template_kwargs", "source", "tags", "lang")  # what a dataset folder keeps
 
 
-def iter_strings(value):
-    """Every string in a JSON value, keys too."""
+class FunctionCall(TypedDict):
+    name: str
+    arguments: dict[str, object]
+
+
+class ToolCall(TypedDict):
+    id: NotRequired[str]
+    type: str
+    function: FunctionCall
+
+
+class Message(TypedDict):
+    role: str  # system, user, assistant or tool
+    content: str
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCall]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
+    loss_mask: NotRequired[int]  # 0 or 1, read by templates under train_turns: flagged
+
+
+class Row(TypedDict):
+    id: str
+    messages: list[Message]
+    tools: NotRequired[list[dict]]
+    chat_template_kwargs: dict[str, object]
+    source: str
+    tags: list[str]
+    lang: str
+
+
+def iter_strings(value: object) -> Iterator[str]:
+    """Yield every string in a JSON value, keys too."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, (list, dict)):
+    elif isinstance(value, list):
         for item in value:
             yield from iter_strings(item)
-            if isinstance(value, dict):
-                yield from iter_strings(value[item])
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from iter_strings(item)
 
 
+# -- control tokens in text -------------------------------------------------------------------------------------------
 CONTROL = re.compile(  # what some tokenizer turns into a control token when it stands in text
     r"<\|[\w ]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</?(?:think|tool_call|tool_response)>|<(?:start|end)_of_turn>"
 )
+MARKS = (
+    "<|",
+    "<｜",
+    "think>",
+    "tool_call>",
+    "tool_response>",
+    "_of_turn>",
+)  # one stands in each of those; fast to find
 
 
-MARKS = ("<|", "<｜", "think>", "tool_call>", "tool_response>", "_of_turn>")  # each of those holds one; fast to find
-
-
-def find_control_token(value):
-    """The first control token in a string or any JSON value, or None."""
+def find_control_token(value: object) -> str | None:
+    """Return the first control token in a string or any JSON value, or None."""
     if isinstance(value, str):
-        hit = CONTROL.search(value) if "<" in value and any(mark in value for mark in MARKS) else None
-        return hit and hit[0]
-    return next(filter(None, map(find_control_token, iter_strings(value))), None)
+        if "<" not in value or not any([mark in value for mark in MARKS]):
+            return None
+        match = CONTROL.search(value)
+        return match[0] if match else None
+    for text in iter_strings(value):
+        token = find_control_token(text)
+        if token:
+            return token
+    return None
 
 
-def is_empty_turn(turn):
-    """Whether a message holds neither text, where blanks are none, nor tool calls. A tool may answer nothing."""
-    return turn["role"] != "tool" and not turn.get("tool_calls") and not (turn.get("content") or "").strip()
-
-
+# -- a conversation ---------------------------------------------------------------------------------------------------
 FOLLOWS = {  # what a message of a role may stand behind
     "system": ("start",),
     "user": ("start", "system", "assistant"),
@@ -51,11 +100,18 @@ FOLLOWS = {  # what a message of a role may stand behind
 }
 
 
-def check_messages(turns):
-    """Refuse a conversation that a template would render wrongly or a trainer could not learn from."""
-    if not any(turn["role"] == "assistant" for turn in turns):
+def is_empty_turn(turn: Message) -> bool:
+    """Return whether a message holds neither text, where blanks are none, nor tool calls. A tool may answer nothing."""
+    if turn["role"] == "tool" or turn.get("tool_calls"):
+        return False
+    return not (turn.get("content") or "").strip()
+
+
+def check_messages(turns: list[Message]) -> None:
+    """Raise InvalidRow for a conversation that a template renders wrongly or a trainer cannot learn from."""
+    if not any([turn["role"] == "assistant" for turn in turns]):
         raise InvalidRow("no assistant turn")
-    after = "start"
+    previous = "start"
     for number, turn in enumerate(turns):
         role = turn["role"]
         if not isinstance(role, str) or role not in FOLLOWS:
@@ -65,99 +121,111 @@ def check_messages(turns):
             raise InvalidRow("empty text", f"message {number} of the {role}")
         if calls and role != "assistant":
             raise InvalidRow("roles that do not alternate", f"message {number}: tool calls of the {role}")
-        if after not in FOLLOWS[role]:
-            raise InvalidRow("roles that do not alternate", f"message {number}: {role} after {after}")
-        after = "call" if calls else role
+        if previous not in FOLLOWS[role]:
+            raise InvalidRow("roles that do not alternate", f"message {number}: {role} after {previous}")
+        previous = "call" if calls else role
     if turns[-1]["role"] != "assistant":
         raise InvalidRow("last message is not the assistant's")
 
 
-def read_columns(row):
-    """(tools, chat_template_kwargs, tags) of a row, empty where it has none; raises InvalidRow."""
-    tools, kwargs, tags = parse_tools(row.get("tools")), row.get("chat_template_kwargs") or {}, row.get("tags") or []
-    if not isinstance(kwargs, dict):
-        raise InvalidRow("field of another type", "chat_template_kwargs must be an object")
-    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
-        raise InvalidRow("field of another type", "tags must be a list of strings")
-    return tools, kwargs, tags
+def get_turns(row: dict) -> list[Message]:
+    """Return the messages of a row, or of its prompt and completion; [] where it has none."""
+    turns = row.get("messages")
+    if not turns:
+        turns = []
+        for name in ("prompt", "completion"):
+            if isinstance(row.get(name), list):
+                turns = turns + row[name]
+    return [turn for turn in turns if isinstance(turn, dict)]
 
 
-def get_turns(row):
-    """The messages of a row, of a prompt and completion too, or [] where it has none."""
-    found = row.get("messages")
-    for name in () if found else ("prompt", "completion"):
-        found = (found or []) + (row[name] if isinstance(row.get(name), list) else [])
-    return [turn for turn in found or [] if isinstance(turn, dict)]
-
-
-def get_tools(row):
-    """The tools of a row as the trainer reads them, from JSON text too."""
+def get_tools(row: dict) -> list[dict] | None:
+    """Return the tools of a row as the trainer reads them, from JSON text too."""
     tools = row.get("tools")
     return json.loads(tools) if isinstance(tools, str) else tools
 
 
-def check_shape(row):
-    """Refuse what no check and no template could read; the row itself where it is one."""
+# -- a whole row ------------------------------------------------------------------------------------------------------
+def read_columns(row: dict) -> tuple[list[dict], dict, list[str]]:
+    """Return (tools, chat_template_kwargs, tags) of a row, each empty where it has none. Raises InvalidRow."""
+    tools = parse_tools(row.get("tools"))
+    kwargs = row.get("chat_template_kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise InvalidRow("field of another type", "chat_template_kwargs must be an object")
+    tags = row.get("tags") or []
+    if not isinstance(tags, list) or not all([isinstance(tag, str) for tag in tags]):
+        raise InvalidRow("field of another type", "tags must be a list of strings")
+    return tools, kwargs, tags
+
+
+def check_shape(row: object) -> dict:
+    """Return a row of messages; raise InvalidRow for what no check and no template can read."""
     if isinstance(row, InvalidRow):
         raise row
     if not isinstance(row, dict):
         raise InvalidRow("row that is not an object", type(row).__name__)
     if not row.get("messages"):
-        raise InvalidRow("row without messages", f"it has {', '.join(map(str, row)) or 'nothing'}: see normalize.py")
+        columns = ", ".join(map(str, row)) or "nothing"
+        raise InvalidRow("row without messages", f"it has {columns}: see python -m data_prep.normalize auto")
     for number, turn in enumerate(require_objects(row["messages"], "messages")):
-        if not isinstance(turn.get("role"), str):
-            raise InvalidRow("unknown role", f"message {number}: {turn.get('role')!r}")
-        for name in ("content", "reasoning_content"):
-            if not isinstance(turn.get(name), (str, type(None))):
-                what = f"{name} is {type(turn[name]).__name__}"
-                raise InvalidRow("text that is not a string", f"message {number}: {what}, see normalize.py")
-        if turn.get("tool_calls"):
-            for call in require_objects(turn["tool_calls"], f"tool_calls of message {number}"):
-                parse_tool_call(call)
+        check_turn_shape(number, turn)
     read_columns(row)
     parse_json(row.get("tools"), "tools that are not JSON")  # empty text: the trainer stops at it
-    refuse_half_pairs(row)
+    check_encodable({name: row[name] for name in COLUMNS if name in row})  # other columns may be of any type
     return row
 
 
-def complete_row(row, name, line):
-    """The house's row: what is missing is filled in, what is there stays as it is and where it is."""
-    row = {key: value for key, value in row.items() if value is not None}
-    # what is empty may be of any type
-    row |= {key: kind() for key, kind in (("tags", list), ("chat_template_kwargs", dict)) if not row.get(key, True)}
-    if not row.get("tools", True):
-        row["tools"] = []
-    filled = {"id": f"{name}-{line}", "chat_template_kwargs": {}, "source": name, "tags": []}
-    if "lang" not in row:
-        filled["lang"] = detect_language(conversation_text(row["messages"]))
-    row |= {key: value for key, value in filled.items() if key not in row}
-    row |= {"tools": get_tools(row)} if isinstance(row.get("tools"), str) else {}
-    return row | {key: str(row[key]) for key in ("id", "source", "lang")}
+def check_turn_shape(number: int, turn: dict) -> None:
+    """Raise InvalidRow where a message is of another shape than Message."""
+    if not isinstance(turn.get("role"), str):
+        raise InvalidRow("unknown role", f"message {number}: {turn.get('role')!r}")
+    for name in ("content", "reasoning_content"):
+        text = turn.get(name)
+        if text is not None and not isinstance(text, str):
+            detail = f"message {number}: {name} is {type(text).__name__}, see python -m data_prep.normalize"
+            raise InvalidRow("text that is not a string", detail)
+    if turn.get("tool_calls"):
+        for call in require_objects(turn["tool_calls"], f"tool_calls of message {number}"):
+            parse_tool_call(call)
 
 
-def kept_by_arrow(row):
-    """Whether datasets gives the row back equal: it reads its JSON columns by a parser that holds 64-bit integers and
-    the digits of most floats."""
-    parts = [value for turn in row["messages"] for value in turn.values() if not isinstance(value, str)]
-    parts += filter(None, (row.get("tools"), row["chat_template_kwargs"]))
-    if not any(map(numbered, parts)):
-        return True  # text alone is always kept
-    from datasets.utils.json import ujson_loads
+def check_row_numbers(row: dict) -> None:
+    """Raise InvalidRow where NaN or Infinity stands in what is rendered of a row."""
+    for turn in row["messages"]:
+        if "tool_calls" in turn:
+            check_numbers(turn["tool_calls"])
+    check_numbers(row.get("tools"))
+    check_numbers(row.get("chat_template_kwargs"))
 
+
+def check_encodable(row: dict) -> None:
+    """Raise InvalidRow for a row that no file can hold."""
+    check_row_numbers(row)
     try:
-        return all(ujson_loads(dump_json(part)) == part for part in parts)
-    except (OverflowError, ValueError):
-        return False
+        dump_json(row)
+    except RecursionError:
+        raise InvalidRow("row nested too deep") from None
+    except TypeError as error:
+        raise InvalidRow("value that is not JSON", str(error)) from None
 
 
-def numbered(value):
-    """Whether a number that a parser may change stands in a JSON value: one with a point, or of over 64 bits."""
-    if isinstance(value, (dict, list)):
-        return any(map(numbered, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, float) or isinstance(value, int) and not -(2**63) <= value < 2**63
+def complete_row(row: dict, name: str, line: int) -> Row:
+    """Return a row of messages with what it lacks filled in; what it has stays as it is and where it is.
 
-
-def refuse_unkept(row, out=None):
-    """Refuse a row that a dataset folder would not give back equal; a .jsonl file keeps any."""
-    if (out is None or out.suffix != ".jsonl") and not kept_by_arrow(row):
-        raise InvalidRow("number that Arrow cannot keep", "over ten decimals or 64 bits; write it as a string")
+    name, line: of its file, by which a row without an id and a source is called.
+    """
+    row = {key: value for key, value in row.items() if value is not None}
+    for key, empty in (("tags", []), ("chat_template_kwargs", {}), ("tools", [])):
+        if key in row and not row[key]:  # what is empty may be of any type
+            row[key] = empty
+    if isinstance(row.get("tools"), str):
+        row["tools"] = get_tools(row)
+    row.setdefault("id", f"{name}-{line}")
+    row.setdefault("chat_template_kwargs", {})
+    row.setdefault("source", name)
+    row.setdefault("tags", [])
+    if "lang" not in row:
+        row["lang"] = detect_language(conversation_text(row["messages"]))
+    for key in ("id", "source", "lang"):
+        row[key] = str(row[key])
+    return row

@@ -1,188 +1,331 @@
-"""Tokens and mask of rows, as TRL's SFTTrainer makes them."""
+"""Tokens and mask of rows, as TRL's SFTTrainer makes them.
+
+The plain path is `apply_chat_template` with the assistant mask, as TRL 1.16 calls it. fast_tokens.py gives the same
+sooner and is taken where it can be.
+"""
 
 import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from .errors import UsageError
+from .fast_tokens import open_fast_path
 from .packing import MAP_BATCH
-from .rendering import describe_error
+from .recipe_settings import Settings
+from .rendering import Rendered, Renderer, Span, describe_error
+from .rows import get_tools
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+
+MASKED = -100  # a label that is not trained
+
+
+class NumberedRow(NamedTuple):
+    number: int  # from 0
+    row: dict
+
+
+class FailedRow(NamedTuple):
+    """A row that cannot be rendered, and why."""
+
+    number: int
+    row: dict
+    reason: str
 
 
 @dataclass(slots=True)
 class Document:
-    """One row as the trainer gets it, before anything is cut."""
+    """One row as the trainer gets it, before anything is truncated."""
 
     number: int  # from 0
     row: dict
-    ids: list
-    spans: list  # trained tokens as [start, end), in order, apart from each other
+    ids: list[int]
+    spans: list[Span]  # trained tokens, in order, apart from each other
     text: str | None = None  # what was rendered; None in a compiled row
-    chars: list = field(default_factory=list)  # trained characters of the text, one span a {% generation %} block
-    encoding: object = None  # tokenizers.Encoding, which knows where the tokens stand in the text, where asked for
+    chars: list[Span] = field(default_factory=list)  # trained characters of the text, a {% generation %} block each
+    encoding: "Encoding | None" = None  # knows where the tokens stand in the text, where asked for
 
-    def mask(self):
-        """0 or 1 a token, as transformers gives assistant_masks."""
+    def mask(self) -> list[int]:
+        """Return 0 or 1 a token, as transformers gives assistant_masks."""
         mask = [0] * len(self.ids)
         for start, end in self.spans:
             mask[start:end] = [1] * (end - start)
         return mask
 
-    def trained(self, start=0, end=math.inf):
-        """Trained tokens within [start, end)."""
+    def labels(self) -> np.ndarray:
+        """Return the ids that are trained, -100 where nothing is: (tokens,) int32."""
+        return np.where(np.array(self.mask(), bool), np.array(self.ids, np.int32), np.int32(MASKED))
+
+    def trained(self, start: int = 0, end: float = math.inf) -> int:
+        """Return the number of trained tokens within [start, end)."""
         return count_within(self.spans, start, end)
 
 
-def count_within(spans, start, end):
-    """Tokens of the spans within [start, end)."""
-    return sum(max(0, min(b, end) - max(a, start)) for a, b in spans)
+# -- spans ------------------------------------------------------------------------------------------------------------
+def count_within(spans: Iterable[Span], start: float, end: float) -> int:
+    """Return the tokens of the spans within [start, end)."""
+    return sum(max(0, min(span_end, end) - max(span_start, start)) for span_start, span_end in spans)
 
 
-def mask_to_spans(mask):
-    """[start, end) of every run of true values."""
-    spans = []
-    for index, value in enumerate(mask):
-        if value and spans and spans[-1][1] == index:
-            spans[-1][1] = index + 1
-        elif value:
-            spans.append([index, index + 1])
-    return spans
+def mask_to_spans(mask: list[bool] | list[int] | np.ndarray) -> list[Span]:
+    """Return every run of true values."""
+    padded = np.concatenate([[0], np.asarray(mask, bool).astype(np.int8), [0]])
+    edges = np.flatnonzero(np.diff(padded)).tolist()
+    return [Span(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True)]
 
 
-def token_spans(char_to_token, chars, length):
-    """Token spans of character spans, by transformers' own rules (apply_chat_template with
-    return_assistant_tokens_mask), its quirks included: a token across an edge is trained whole, a span that starts
-    nowhere ends the search, and one that ends nowhere, or at token 0, trains all that follows."""
+def token_spans(char_to_token: Callable[[int], int | None], chars: list[Span], length: int) -> list[Span]:
+    """Return the token spans of character spans, by transformers' own rules, their quirks included.
+
+    As apply_chat_template has it for return_assistant_tokens_mask: a token across an edge is trained whole, a span that
+    starts nowhere ends the search, and one that ends nowhere, or at token 0, trains all that follows. length: of the
+    row in tokens.
+    """
     spans = []
     for start_char, end_char in chars:
-        start, end = char_to_token(start_char), char_to_token(end_char - 1)
+        start = char_to_token(start_char)
         if start is None:
             break
-        end = end + 1 if end else length
-        if spans and start <= spans[-1][1]:
-            spans[-1][1] = max(end, spans[-1][1])
+        last = char_to_token(end_char - 1)
+        end = last + 1 if last else length
+        if spans and start <= spans[-1].end:
+            spans[-1] = Span(spans[-1].start, max(end, spans[-1].end))
         elif end > start:
-            spans.append([start, end])
+            spans.append(Span(start, end))
     return spans
 
 
-def conversational(value):
-    """Whether TRL takes the value for messages."""
+def common_prefix(ids: list[int], other_ids: list[int]) -> int:
+    """Return the number of leading tokens that both have."""
+    for index, (one, other) in enumerate(zip(ids, other_ids, strict=False)):
+        if one != other:
+            return index
+    return min(len(ids), len(other_ids))
+
+
+# -- what kind of rows ------------------------------------------------------------------------------------------------
+def is_conversation(value: object) -> bool:
+    """Return whether TRL takes the value for messages."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
 
 
-def check_chat(first, against, settings):
-    """Whether the rows are chats, by the first of them. Raises UsageError where they, or the template, do not fit."""
-    chat = conversational(first.get("messages", first.get("prompt")))
+def check_chat(first: dict, renderer: Renderer, settings: Settings) -> bool:
+    """Return whether the rows are chats, by the first of them. Raises UsageError where the template does not fit."""
+    chat = is_conversation(first.get("messages", first.get("prompt")))
     if settings.assistant_only_loss and "input_ids" not in first:
         if not chat:
-            raise UsageError(f"{settings.data}the rows are no chats, and assistant_only_loss needs chats: pass rows of "
-                           "messages, or --assistant_only_loss false")  # fmt: skip
-        if not against.marked:
-            where = settings.chat_template_path or f"the template of {settings.model_name_or_path}"
-            raise UsageError(f"{where}: has no {{% generation %}} markers, so nothing would be trained: pass one of "
-                           "chat_templates/ as --chat_template_path")  # fmt: skip
-    if chat and against.template is None:
+            raise UsageError(
+                f"{settings.data}the rows are no chats, and assistant_only_loss needs chats: pass rows of messages, or "
+                "--assistant_only_loss false"
+            )
+        if not renderer.marked:
+            raise UsageError(
+                f"{renderer.template_name}: has no {{% generation %}} markers, so nothing would be trained: pass one "
+                "of chat_templates/ as --chat_template_path"
+            )
+    if chat and renderer.template is None:
         raise UsageError(f"{settings.model_name_or_path}: has no chat template: pass one as --chat_template_path")
     return chat
 
 
-def iter_documents(rows, against, settings, progress=None, encodings=True):
-    """Yield a Document a row, in order; progress(count) is told of rows done; encodings=False: without encoding, which
-    is faster. Rows that cannot be rendered end it with a UsageError that counts them."""
+def row_name(number: int, row: dict) -> str:
+    """Return what messages call a row: its position, and its id where it has one."""
+    if row.get("id") in (None, ""):
+        return f"row {number}"
+    return f"row {number} (id {row['id']})"
+
+
+# -- documents --------------------------------------------------------------------------------------------------------
+def iter_documents(
+    rows: Iterable[dict],
+    renderer: Renderer,
+    settings: Settings,
+    progress: Callable[[int], object] | None = None,
+    encodings: bool = True,
+) -> Iterator[Document]:
+    """Yield a Document a row, in order. Raises UsageError at the end where rows cannot be rendered, with their number.
+
+    progress: is called with the number of rows done. encodings: whether the Documents have their encoding, which takes
+    more time.
+    """
     first = next(iter(rows), None)
     if first is None:
         return
-    chat = check_chat(first, against, settings)
-    failed, numbered = [], enumerate(rows)
-    while batch := list(islice(numbered, MAP_BATCH)):
+    chat = check_chat(first, renderer, settings)
+    failed = []
+    numbered = (NumberedRow(number, row) for number, row in enumerate(rows))
+    while True:
+        batch = list(islice(numbered, MAP_BATCH))
+        if not batch:
+            break
         if "input_ids" in first:
-            docs = [read_compiled(number, row, settings) for number, row in batch]
+            yield from [read_compiled(number, row, settings) for number, row in batch]
         else:
-            docs = tokenize_rows(batch, against, settings, chat, failed, encodings)
-        yield from docs
+            yield from tokenize_rows(batch, renderer, settings, chat, failed, encodings)
         if progress:
             progress(len(batch))
     if failed:
         number, row, reason = failed[0]
-        where = settings.data + row_name(number, row) + (f" and {len(failed) - 1:,} more" if failed[1:] else "")
-        raise UsageError(f"{where} cannot be rendered: {reason}")
+        more = f" and {len(failed) - 1:,} more" if len(failed) > 1 else ""
+        raise UsageError(f"{settings.data}{row_name(number, row)}{more} cannot be rendered: {reason}")
 
 
-def row_name(number, row):
-    return f"row {number}" + (f" (id {row['id']})" if row.get("id") not in (None, "") else "")
+def read_compiled(number: int, row: dict, settings: Settings) -> Document:
+    """Return the Document of a row that has its ids, trained where TRL builds labels: by labels, else masks, else all.
 
-
-def read_compiled(number, row, settings):
-    """Document of a row that has its ids: trained is what TRL builds labels of, from labels, else masks, else all.
-    Raises UsageError."""
-    ids, here = row["input_ids"], settings.data + row_name(number, row)
+    Raises UsageError.
+    """
+    ids = row["input_ids"]
+    place = settings.data + row_name(number, row)
     if not isinstance(ids, list):
-        raise UsageError(f"{here}: input_ids is no list: compile the set anew")
-    names = ["completion_mask"] * bool(settings.completion_only_loss) + ["assistant_masks"]
-    masks = [row[name] for name in names if name in row]
+        raise UsageError(f"{place}: input_ids is no list: compile the set anew")
+    masks = [row["assistant_masks"]] if "assistant_masks" in row else []
+    if settings.completion_only_loss and "completion_mask" in row:
+        masks.append(row["completion_mask"])
     if "labels" in row:
-        masks = [[label != -100 for label in row["labels"]]]
-    if any(len(mask) != len(ids) for mask in masks):
-        raise UsageError(f"{here}: as many labels as input_ids are needed: compile the set anew")
-    return Document(
-        number, row, ids, mask_to_spans(map(all, zip(*masks, strict=True))) if masks else mask_to_spans([1] * len(ids))
-    )
+        masks = [[label != MASKED for label in row["labels"]]]
+    trained = np.ones(len(ids), bool)
+    for mask in masks:
+        if len(mask) != len(ids):
+            raise UsageError(f"{place}: as many labels as input_ids are needed: compile the set anew")
+        trained &= np.asarray(mask, bool)
+    return Document(number, row, ids, mask_to_spans(trained))
 
 
-def tokenize_rows(batch, against, settings, chat, failed, encodings=True):
-    """Documents of a batch of (number, row), tokenised in one call; rows that fail are added to failed."""
-    tokenizer, paired = against.tokenizer, "prompt" in batch[0][1]
-    completion_only = settings.completion_only_loss
-    if completion_only is None:
-        completion_only = paired and "completion" in batch[0][1]
-    done, texts, prompts = [], [], []
+@dataclass(slots=True)
+class RenderedRow:
+    """A row as text. A prompt, where the row is a pair, is rendered by itself too: the completion follows it."""
+
+    number: int
+    row: dict
+    text: str
+    chars: list[Span]  # trained characters
+    prompt: str | None = None
+
+
+def tokenize_rows(
+    batch: Iterable[NumberedRow],
+    renderer: Renderer,
+    settings: Settings,
+    chat: bool,
+    failed: list[FailedRow],
+    encodings: bool = True,
+) -> list[Document]:
+    """Return the Documents of a batch; rows that cannot be rendered are added to `failed`.
+
+    chat: whether the rows are chats (check_chat). encodings: whether the Documents have their encoding.
+    """
+    rendered = []
     for number, row in batch:
         try:
-            if row.get("chat_template_kwargs", {}) is None:
-                raise ValueError("chat_template_kwargs is null, and TRL stops at that: write {} in every row")
-            if chat:
-                turns = row["prompt"] + row["completion"] if paired else row["messages"]
-                if not turns:
-                    raise ValueError("it has no messages: leave it out")
-                text, chars = against.render(row, turns)
-                prompt = against.render(row, row["prompt"], prompt=True)[0] if paired else ""
-            else:
-                key = "completion" if paired else settings.dataset_text_field
-                ending = "" if row[key].endswith(tokenizer.eos_token or "") else tokenizer.eos_token
-                text, chars, prompt = (row["prompt"] if paired else "") + row[key] + ending, [], row.get("prompt", "")
-            text.encode()  # half a surrogate pair is no text
+            rendered.append(render_row(number, row, renderer, settings, chat))
         except Exception as error:
-            failed.append((number, row, describe_error(error)))
-            continue
-        done.append((number, row, text, chars if settings.assistant_only_loss else []))
-        texts.append(text)
-        prompts.append(prompt)
-    if not texts:
+            failed.append(FailedRow(number, row, describe_error(error)))
+    if not rendered:
         return []
-    plain = {"add_special_tokens": not chat, "return_attention_mask": False}
-    found, whole, starts = [None] * len(texts), None, [0] * len(texts)
+    fast_path = open_fast_path(renderer)
     if encodings:
-        encoded = tokenizer(texts, **plain)
-        whole, found = encoded["input_ids"], encoded.encodings
+        documents = encode(rendered, renderer, chat)
+    elif fast_path is None:
+        documents = [tokenize_plainly(one, renderer, settings, chat) for one in rendered]
     else:
-        whole = against.encode(texts, chat)
-    if paired:  # the completion starts where the prompt's tokens and the whole's diverge
-        starts = list(map(common_prefix, tokenizer(prompts, **plain)["input_ids"], whole))
-    out = []
-    for (number, row, text, chars), ids, encoding, start in zip(done, whole, found, starts, strict=True):
-        spans = [[0, len(ids)]]
-        if settings.assistant_only_loss:
-            place = encoding.char_to_token if encoding else against.char_to_token(text, ids, chars)
-            spans = token_spans(place or tokenizer(text, **plain).encodings[0].char_to_token, chars, len(ids))
-        if completion_only:
-            spans = [[max(a, start), b] for a, b in spans if b > start]
-        spans = [span for span in spans if span[1] > span[0]]
-        out.append(Document(number, row, ids, spans, text, chars, encoding))
-    return out
+        documents = []
+        ids_of_rows = fast_path.encode([one.text for one in rendered], add_special_tokens=not chat)
+        for one, ids in zip(rendered, ids_of_rows, strict=True):
+            find_token = fast_path.find_tokens(one.text, ids, one.chars)
+            if find_token is None and one.chars:
+                documents += encode([one], renderer, chat)
+            else:
+                spans = token_spans(find_token, one.chars, len(ids))
+                documents.append(Document(one.number, one.row, ids, spans, one.text, one.chars))
+    for document, one in zip(documents, rendered, strict=True):
+        if not settings.assistant_only_loss:
+            document.spans = [Span(0, len(document.ids))]
+        if one.prompt is not None:
+            keep_completion(document, one, renderer, settings, chat)
+        document.spans = [span for span in document.spans if span.end > span.start]
+    return documents
 
 
-def common_prefix(ids, other_ids):
-    """Number of leading tokens that both have."""
-    pairs = enumerate(zip(ids, other_ids, strict=False))
-    return next((index for index, (a, b) in pairs if a != b), min(len(ids), len(other_ids)))
+def render_row(number: int, row: dict, renderer: Renderer, settings: Settings, chat: bool) -> RenderedRow:
+    """Return a row as text. Raises InvalidRow, and what a row of another shape makes Python raise."""
+    if row.get("chat_template_kwargs", {}) is None:
+        raise ValueError("chat_template_kwargs is null, and TRL stops at that: write {} in every row")
+    prompt = None
+    if chat:
+        turns = read_turns(row)
+        if not turns:
+            raise ValueError("it has no messages: leave it out")
+        rendered = renderer.render(row, turns)
+        if "prompt" in row:
+            prompt = renderer.render(row, row["prompt"], prompt=True).text
+    else:
+        text = row["completion" if "prompt" in row else settings.dataset_text_field]
+        if not text.endswith(renderer.tokenizer.eos_token or ""):
+            text += renderer.tokenizer.eos_token
+        if "prompt" in row:
+            prompt = row["prompt"]
+            text = prompt + text
+        rendered = Rendered(text, [])
+    rendered.text.encode()  # half a surrogate pair is no text
+    chars = rendered.spans if settings.assistant_only_loss else []
+    return RenderedRow(number, row, rendered.text, chars, prompt)
+
+
+def read_turns(row: dict) -> list[dict]:
+    """Return the messages of a row as TRL takes them, of a pair both parts."""
+    if "prompt" in row:
+        return row["prompt"] + row["completion"]
+    return row["messages"]
+
+
+def keep_completion(
+    document: Document, rendered: RenderedRow, renderer: Renderer, settings: Settings, chat: bool
+) -> None:
+    """Leave of a document's spans what stands in the completion, where that alone is trained.
+
+    It starts where the prompt's tokens and the whole's diverge.
+    """
+    completion_only = settings.completion_only_loss
+    if completion_only is None:
+        completion_only = "completion" in document.row
+    if not completion_only:
+        return
+    prompt_ids = renderer.tokenizer(rendered.prompt, add_special_tokens=not chat)["input_ids"]
+    start = common_prefix(prompt_ids, document.ids)
+    document.spans = [Span(max(start, span.start), span.end) for span in document.spans if span.end > start]
+
+
+def encode(rendered: list[RenderedRow], renderer: Renderer, chat: bool) -> list[Document]:
+    """Return Documents with their encodings: where each token stands in the text."""
+    texts = [one.text for one in rendered]
+    encoded = renderer.tokenizer(texts, add_special_tokens=not chat, return_attention_mask=False)
+    documents = []
+    for one, ids, encoding in zip(rendered, encoded["input_ids"], encoded.encodings, strict=True):
+        spans = token_spans(encoding.char_to_token, one.chars, len(ids))
+        documents.append(Document(one.number, one.row, ids, spans, one.text, one.chars, encoding))
+    return documents
+
+
+def tokenize_plainly(rendered: RenderedRow, renderer: Renderer, settings: Settings, chat: bool) -> Document:
+    """Return the Document of a row as TRL tokenizes it: THE PLAIN PATH."""
+    row = rendered.row
+    if not chat:
+        ids = renderer.tokenizer(rendered.text, return_attention_mask=False)["input_ids"]
+        return Document(rendered.number, row, ids, [], rendered.text)
+    processed = renderer.tokenizer.apply_chat_template(
+        read_turns(row),
+        chat_template=renderer.template,
+        tools=get_tools(row),
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=settings.assistant_only_loss,
+        **row.get("chat_template_kwargs", {}),
+    )
+    spans = mask_to_spans(processed.get("assistant_masks", []))
+    return Document(rendered.number, row, processed["input_ids"], spans, rendered.text, rendered.chars)

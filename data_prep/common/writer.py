@@ -1,139 +1,163 @@
-"""Write dataset folders and files of rows, with their report."""
+"""Write dataset folders and files of rows, with the report that accounts for every row.
 
-import hashlib
+with DatasetWriter(args.out, "filter.py", args.seed) as writer:
+    for result in parallel_map(process_chunk, read_chunks(paths, writer.input_hashes), args.num_proc):
+        writer.add(result)
+    report = writer.close()
+
+in + added = out + refused    rows, in every report.json; a step whose counts do not add up is stopped
+"""
+
 import json
 import os
 import platform
-import random
 import shutil
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from hashlib import sha256
 from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from .arrow_rows import FEATURES, KEPT, SCHEMA, body_of, counts_of, record_batch, row_bodies, tail_of, told_lines
+from .arrow_rows import SCHEMA, batch_to_rows, rows_to_batch
 from .chunks import ROWS
 from .errors import UsageError
-from .json_text import dump_json, dump_json_lenient, load_json
-from .row_keys import hash_of, row_digest
+from .json_text import dump_json, dump_json_lenient
+from .row_keys import hash_of, prompt_key, row_digest
+from .rows import COLUMNS, Row
+from .splitting import choose_validation
 
-BATCH = 4 << 20  # bytes of Arrow data that are written at once
+
+# -- what a step makes of a chunk -------------------------------------------------------------------------------------
+class Kind(NamedTuple):
+    """What card.md counts rows by."""
+
+    source: str
+    lang: str
+    mode: str  # think where a message shows reasoning, else no_think
 
 
-SHARD = 256 << 20  # bytes of Arrow data in a file of a folder
+@dataclass
+class EncodedRows:
+    """Rows as they go to disk: one of batch and lines."""
+
+    ids: list[str]
+    digests: bytes  # row_digest of each
+    kinds: Counter[Kind]
+    batch: pa.RecordBatch | None = None  # in SCHEMA, for a folder
+    lines: list[bytes] = field(default_factory=list)  # JSON, for a .jsonl file
+    keys_not_kept: Counter[str] = field(default_factory=Counter)  # columns that a folder does not keep
 
 
 @dataclass
 class ChunkResult:
-    """What a step made of one Block: packed rows by split, and where the others went."""
+    """What a step made of one chunk: rows by split, and where the others went."""
 
-    encoded: dict = field(default_factory=dict)  # {split: Packed}
-    rejected: list = field(default_factory=list)  # entries of rejected.jsonl
-    rows_in: int = 0  # rows in
+    encoded: dict[str, EncodedRows] = field(default_factory=dict)
+    rejected: list[dict] = field(default_factory=list)  # entries of rejected.jsonl
+    rows_in: int = 0
     rows_added: int = 0  # rows out that were not in: an expanded row counts for each beyond the first
     counts: Counter = field(default_factory=Counter)  # what else the step counts
     payload: object = None  # what else the step hands back
 
 
-@dataclass
-class EncodedRows:
-    """Rows as they go to disk: a RecordBatch, or bytes of JSON lines."""
+def encode_rows(rows: list[Row], jsonl: bool = False) -> EncodedRows:
+    """Encode complete rows for a folder, or as JSON lines, which keep every key (dates and the like as text).
 
-    data: object
-    ids: list
-    digests: bytes  # sha256 of every row without its id, 32 bytes a row
-    counts: Counter  # rows by (source, lang, mode)
-    left_out: Counter  # columns that a folder does not keep
-
-
-def encode_rows(rows, lines=False):
-    """Packed rows. lines: as JSON lines, which keep every column."""
-    if not lines:
-        left_out = Counter(name for row in rows if not row.keys() <= KEPT for name in row.keys() - KEPT)
-        return bundled([encoded(row) for row in rows], left_out=left_out)
-    data, digests = (b"".join(parts) for parts in ([dump_json(row) + b"\n" for row in rows], map(row_digest, rows)))
-    counts = Counter((row["source"], row["lang"], "think" if thinks(row) else "no_think") for row in rows)
-    return EncodedRows(data, [row["id"] for row in rows], digests, counts, Counter())
-
-
-def thinks(row):
-    return any(["reasoning_content" in turn for turn in row["messages"]])
+    Raises InvalidRow, TypeError, RecursionError where JSON cannot hold one.
+    """
+    ids = [row["id"] for row in rows]
+    kinds = Counter([kind_of(row) for row in rows])
+    keys_not_kept = Counter()
+    if jsonl:
+        digests = b"".join([row_digest(row) for row in rows])
+        return EncodedRows(ids, digests, kinds, lines=[dump_json(row, default=str) for row in rows])
+    kept_rows = []
+    for row in rows:
+        kept_rows.append({name: row[name] for name in COLUMNS if row.get(name) is not None})
+        if len(kept_rows[-1]) < len(row):
+            keys_not_kept.update(key for key, value in row.items() if key not in COLUMNS and value is not None)
+    digests = b"".join([row_digest(row) for row in kept_rows])
+    return EncodedRows(ids, digests, kinds, rows_to_batch(kept_rows), keys_not_kept=keys_not_kept)
 
 
-def encoded(row):
-    """(id, messages, tools or None, kwargs, source, tags, lang, whether it thinks) of a row, JSON as bytes, without the
-    columns that a folder does not keep. Raises InvalidRow, TypeError, RecursionError where no file can hold it."""
-    messages = [dump_json(turn) for turn in row["messages"]]
-    tools = None if row.get("tools") is None else [dump_json(tool) for tool in row["tools"]]
-    kwargs = dump_json(row["chat_template_kwargs"]) if row["chat_template_kwargs"] else b"{}"
-    if not row["id"].isascii():
-        dump_json(row["id"])
-    tail_of(row["source"], tuple(row["tags"]), row["lang"])
-    return row["id"], messages, tools, kwargs, row["source"], row["tags"], row["lang"], thinks(row)
+def kind_of(row: Row) -> Kind:
+    thinks = any(["reasoning_content" in turn for turn in row["messages"]])
+    return Kind(row["source"], row["lang"], "think" if thinks else "no_think")
 
 
-def bundled(rows, lines=False, left_out=()):
-    """Packed of encoded() rows."""
-    told = [body_of(*row[1:-1]) for row in rows]
-    digests = b"".join([hashlib.sha256(b"{" + body).digest() for body in told])
-    ids, messages, tools, kwargs, sources, tags, langs, think = zip(*rows, strict=True) if rows else [()] * 8
-    counts = Counter(zip(sources, langs, ["think" if one else "no_think" for one in think], strict=True))
-    data = record_batch(ids, messages, tools, kwargs, sources, tags, langs) if not lines else told_lines(ids, told)
-    return EncodedRows(data, [*ids], digests, counts, Counter(left_out))
+def row_location(file: str, line: int, row: object) -> dict:
+    """Return where a row comes from, as findings and rejected.jsonl name it."""
+    row_id = row.get("id", "") if isinstance(row, dict) else ""
+    return {"file": file, "line": line, "id": str(row_id)}
 
 
-def packed_batch(batch, digests=None):
-    """Packed rows of a RecordBatch in SCHEMA."""
-    digests = digests or b"".join([hashlib.sha256(b"{" + body).digest() for body in row_bodies(batch)])
-    return EncodedRows(batch, batch.column(0).to_pylist(), digests, counts_of(batch), Counter())
-
-
-def row_location(file, line, row):
-    """Where a row comes from, as findings and rejected.jsonl name it."""
-    return {"file": file, "line": line, "id": str(row.get("id", "")) if isinstance(row, dict) else ""}
-
-
-def check_output_path(out, splits=()):
-    """Raises UsageError where OUT cannot be what these splits are written to, before the work is done."""
+# -- all of it --------------------------------------------------------------------------------------------------------
+def check_output_path(out: Path, splits: Iterable[str] = ()) -> None:
+    """Raise UsageError where OUT cannot be what these splits are written to, before the work is done."""
+    splits = list(splits)
     if out.exists():
         raise UsageError(f"{out}: exists already: remove it or pass another --out")
     if out.suffix == ".jsonl" and len(splits) > 1:
         raise UsageError(f"{out}: a file has no splits, the data has {', '.join(splits)}: pass a folder as --out")
 
 
+@contextmanager
+def explain_os_errors(out: Path) -> Iterator[None]:
+    """Turn what the file system raises into a UsageError about a path."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{out}: not written ({error}): make room or pass another --out") from None
+
+
 class DatasetWriter:
-    """Writes OUT: a .jsonl file with NAME.report.json and NAME.rejected.jsonl beside it, or a dataset folder (for
-    load_from_disk, with report.json, rejected.jsonl, card.md). All of it is written aside and renamed in close();
-    without close() nothing is left. Raises UsageError where it cannot be written."""
+    """Writes OUT: a dataset folder (for load_from_disk, with report.json, rejected.jsonl and card.md), or a .jsonl file
+    with NAME.report.json and NAME.rejected.jsonl beside it.
 
-    def __init__(self, out, script, seed=None):
+    All of it is written aside and renamed by close(); without close() nothing is left. Raises UsageError where it
+    cannot be written.
+    """
+
+    def __init__(self, out: Path, script: str, seed: int | None = None) -> None:
         check_output_path(out)
-        self.out, self.script, self.seed, self.is_jsonl = out, script, seed, out.suffix == ".jsonl"
+        self.out = out
+        self.script = script
+        self.seed = seed
+        self.is_jsonl = out.suffix == ".jsonl"
         self.staging = out.with_name(f".{out.name}.{os.getpid()}.part")
-        self.input_hashes, self.refused, self.left_out, self.card = {}, Counter(), Counter(), Counter()
-        self.rows_in = self.rows_added = 0
-        self.rows_out, self.digests, self.counts = Counter(), {}, Counter()
-        self.seen, self.files, self.names, self.sizes = set(), {}, {}, {}
+        self.input_hashes: dict[str, str] = {}
+        self.rows_in = 0
+        self.rows_added = 0
+        self.rows_out: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()
+        self.counts: Counter = Counter()
+        self.keys_not_kept: Counter[str] = Counter()
+        self.splits: dict[str, SplitFile] = {}
+        self.ids: set[str] = set()
 
-    def __enter__(self):
+    def __enter__(self) -> "DatasetWriter":
         with explain_os_errors(self.out):
             self.staging.mkdir(parents=True)
             self.rejected = open(self.staging / "rejected.jsonl", "wb")
         return self
 
-    def __exit__(self, *_):
-        for file in (self.rejected, *self.files.values()):
+    def __exit__(self, *_: object) -> None:
+        for file in (self.rejected, *self.splits.values()):
             with suppress(OSError, pa.ArrowInvalid):
                 file.close()
         shutil.rmtree(self.staging, ignore_errors=True)
 
-    def add(self, result):
-        """Write a Result. An id that is taken becomes ID-2, ID-3 …"""
+    def add(self, result: ChunkResult) -> None:
+        """Write a result. An id that is taken becomes ID-2, ID-3 …"""
         with explain_os_errors(self.out):
-            self.rows_in, self.rows_added = self.rows_in + result.rows_in, self.rows_added + result.rows_added
+            self.rows_in += result.rows_in
+            self.rows_added += result.rows_added
             self.counts += result.counts
             for split, rows in result.encoded.items():
                 if rows.ids:
@@ -141,196 +165,261 @@ class DatasetWriter:
             for entry in result.rejected:
                 self.reject(entry)
 
-    def reject(self, entry):
+    def reject(self, entry: dict) -> None:
         """Count and list a refused row: file, line, id, reason, detail."""
         self.refused[entry["reason"]] += 1
         self.rejected.write(dump_json_lenient(entry) + b"\n")
 
-    def write(self, split, rows):
-        data = self.with_own_ids(rows)
+    def write(self, split: str, rows: EncodedRows) -> None:
+        if split not in self.splits:
+            if self.is_jsonl and self.splits:
+                check_output_path(self.out, [*self.splits, split])
+            make_file = LinesFile if self.is_jsonl else ArrowFile
+            self.splits[split] = make_file(self.staging / f"{split}.rows")
+        self.splits[split].write(rows, self.unique_ids(rows.ids))
         self.rows_out[split] += len(rows.ids)
-        self.digests.setdefault(split, []).append(rows.digests)
-        self.left_out += rows.left_out
-        for key, count in rows.counts.items():
-            self.card[(split, *key)] += count
-        if self.is_jsonl:
-            if split not in self.files:
-                if self.files:
-                    check_output_path(self.out, [*self.files, split])
-                self.files[split] = open(self.staging / "rows.jsonl", "wb")  # noqa: SIM115 (closed in close())
-            self.files[split].write(data)
-            return
-        if split not in self.files or self.sizes[split] >= SHARD:
-            self.next_shard(split)
-        self.files[split].write_batch(data)
-        self.sizes[split] += data.nbytes
+        self.keys_not_kept += rows.keys_not_kept
 
-    def next_shard(self, split):
-        if split in self.files:
-            self.files[split].close()
-        folder, names = self.staging / split, self.names.setdefault(split, [])
-        folder.mkdir(exist_ok=True)
-        names.append(f"{len(names):05d}.arrow")
-        self.files[split], self.sizes[split] = Stream(folder / names[-1]), 0
+    def unique_ids(self, ids: list[str]) -> list[str]:
+        unique = []
+        for row_id in ids:
+            name = row_id
+            number = 1
+            while name in self.ids:
+                number += 1
+                name = f"{row_id}-{number}"
+            self.ids.add(name)
+            unique.append(name)
+        return unique
 
-    def hold_out(self, count, split="train", to="validation"):
-        """Move `count` rows of a split, drawn by seed, to another. Only in a folder."""
-        total, parts = self.rows_out[split], b"".join(self.digests.pop(split))
-        drawn = {*random.Random(self.seed).sample(range(total), count)}
+    def hold_out(self, count: int, split: str = "train", validation: str = "validation") -> int:
+        """Move at least `count` rows of a split, drawn by seed, to another: whole prompts, so that none stands in both.
+
+        Returns the number of rows moved. Only in a folder.
+        """
         with explain_os_errors(self.out):
-            self.files.pop(split).close()
-            before, start = (self.staging / split).rename(self.staging / "undivided"), 0
-            for name in self.names.pop(split):
-                with pa.memory_map(str(before / name)) as source:
-                    for batch in pa.ipc.open_stream(source):
-                        for key, rows in counts_of(batch).items():
-                            self.card[(split, *key)] -= rows
-                        held = np.array([number in drawn for number in range(start, start + len(batch))])
-                        for name_of_part, mask in ((split, ~held), (to, held)):
-                            part = batch.filter(pa.array(mask))
-                            self.rows_out[split] -= len(part)
-                            self.seen -= {*part.column(0).to_pylist()}
-                            digests = b"".join(parts[32 * n : 32 * n + 32] for n in start + np.flatnonzero(mask))
-                            if len(part):
-                                self.write(name_of_part, packed_batch(part, digests))
-                        start += len(batch)
-            shutil.rmtree(before)
-        self.card = +self.card
+            whole = self.splits.pop(split)
+            whole.close()
+            whole.path = whole.path.rename(self.staging / "undivided")  # its name is that of a part
+            self.ids -= set(whole.ids())
+            del self.rows_out[split]
+            prompts = np.fromiter((prompt_key(row) for row in whole.rows()), np.uint64)
+            is_validation = choose_validation(prompts, count, self.seed)
+            keys_not_kept = self.keys_not_kept
+            start = 0
+            for batch in whole.batches():
+                mask = is_validation[start : start + len(batch)]
+                for name, part in ((split, batch.filter(pa.array(~mask))), (validation, batch.filter(pa.array(mask)))):
+                    if len(part):
+                        self.write(name, encode_rows(list(batch_to_rows(part))))
+                start += len(batch)
+            self.keys_not_kept = keys_not_kept
+            whole.path.unlink()
+        return int(is_validation.sum())
 
-    def with_own_ids(self, rows):
-        ids = [self.unique(row_id) for row_id in rows.ids]
-        if ids == rows.ids:
-            return rows.data
-        if self.is_jsonl:
-            pairs = zip(rows.data.splitlines(), ids, strict=True)
-            return b"".join(dump_json(load_json(line) | {"id": row_id}) + b"\n" for line, row_id in pairs)
-        return rows.data.set_column(0, SCHEMA.field(0), pa.array(ids, pa.string()))
+    def close(self, more: dict | None = None, extra: dict[str, str] | None = None) -> dict:
+        """Finish, rename and return the report. more: what the step adds to it; extra: {file: text} of a folder."""
+        if self.rows_in + self.rows_added != self.rows_out.total() + self.refused.total():
+            raise AssertionError(
+                f"{self.script}: {self.rows_in} rows in + {self.rows_added} added are not {self.rows_out.total()} out "
+                f"+ {self.refused.total()} refused"
+            )
+        report = self.make_report(more or {})
+        with explain_os_errors(self.out):
+            self.rejected.close()
+            for file in self.splits.values():
+                file.close()
+            if self.is_jsonl:
+                paths = [file.path for file in self.splits.values()]
+                self.publish_beside(report, paths[0] if paths else None)
+            else:
+                self.publish_folder(report, extra or {})
+        return report
 
-    def unique(self, row_id):
-        name, number = row_id, 1
-        while name in self.seen:
-            number += 1
-            name = f"{row_id}-{number}"
-        self.seen.add(name)
-        return name
+    def close_rejected(self) -> Path:
+        """Write rejected.jsonl and the report of a step that left no row; return where the refused rows are listed."""
+        report = self.make_report({})
+        with explain_os_errors(self.out):
+            self.rejected.close()
+            if self.is_jsonl:
+                self.publish_beside(report, None)
+                return self.out.with_suffix(".rejected.jsonl")
+            write_utf8(self.staging / "report.json", format_json(report))
+            self.staging.rename(self.out)
+            return self.out / "rejected.jsonl"
 
-    def close(self, more=None, extra=()):
-        """Finish and rename; the report. more: what the step adds to it; extra: (file name, text) of a folder."""
-        if self.rows_in + self.rows_added != sum(self.rows_out.values()) + self.refused.total():
-            raise AssertionError(f"{self.script}: {self.rows_in} rows in + {self.rows_added} added are not "
-                                 f"{sum(self.rows_out.values())} out + {self.refused.total()} refused")  # fmt: skip
-        hashes = {split: hashlib.sha256(b"".join(parts)).hexdigest() for split, parts in self.digests.items()}
+    def make_report(self, more: dict) -> dict:
+        hashes = {split: file.digest.hexdigest() for split, file in self.splits.items()}
         report = make_report(
             self.script, self.rows_in, dict(self.rows_out), self.refused, self.seed, self.input_hashes, hashes
         )
-        report |= {"added": self.rows_added} if self.rows_added else {}
-        report |= more or {}
-        report |= {"columns_left_out": dict(sorted(self.left_out.items()))} if self.left_out else {}
-        with explain_os_errors(self.out):
-            for file in (self.rejected, *self.files.values()):
-                file.close()
-            text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-            if self.is_jsonl:
-                out = self.out
-                write_utf8(self.staging / "report.json", text)
-                # the report last: it vouches for the others
-                for name, path in (("rejected.jsonl", out.with_suffix(".rejected.jsonl")), ("rows.jsonl", out),
-                                   ("report.json", out.with_suffix(".report.json"))):  # fmt: skip
-                    if (self.staging / name).exists():
-                        (self.staging / name).replace(path)
-                return report
-            for split, names in self.names.items():
-                self.finish(split, names, hashes[split])
-            write_utf8(self.staging / "dataset_dict.json", json.dumps({"splits": list(self.names)}))
-            files = {"report.json": text, "card.md": make_card(self.out.name, self.card)} | dict(extra)
-            for name, content in files.items():
-                write_utf8(self.staging / name, content)
-            self.staging.rename(self.out)
+        if self.rows_added:
+            report["added"] = self.rows_added
+        report |= more
+        if self.keys_not_kept:
+            report["keys_not_kept"] = dict(sorted(self.keys_not_kept.items()))
         return report
 
-    def finish(self, split, names, digest):
-        """What save_to_disk writes beside the Arrow files, with the content's hash as its fingerprint, which datasets
-        draws at random."""
-        folder = self.staging / split
-        final = [f"data-{number:05d}-of-{len(names):05d}.arrow" for number in range(len(names))]
-        for name, last in zip(names, final, strict=True):
-            (folder / name).rename(folder / last)
-        state = {"_data_files": [{"filename": name} for name in final], "_fingerprint": digest[:16]}
-        state |= {"_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False}
-        info = {"citation": "", "description": "", "features": FEATURES, "homepage": "", "license": ""}
-        write_utf8(folder / "state.json", json.dumps(state | {"_split": split}, indent=2, sort_keys=True))
-        write_utf8(folder / "dataset_info.json", json.dumps(info, indent=2))
+    def publish_beside(self, report: dict, rows: Path | None) -> None:
+        """Rename what belongs to a .jsonl file, the report last: it vouches for the others."""
+        write_utf8(self.staging / "report.json", format_json(report))
+        (self.staging / "rejected.jsonl").replace(self.out.with_suffix(".rejected.jsonl"))
+        if rows is not None:
+            rows.replace(self.out)
+        (self.staging / "report.json").replace(self.out.with_suffix(".report.json"))
+
+    def publish_folder(self, report: dict, extra: dict[str, str]) -> None:
+        folder = self.staging / "folder"
+        save_splits(folder, {split: file.path for split, file in self.splits.items()}, report["output"])
+        for file in self.staging.iterdir():
+            if file.suffix in (".jsonl", ".md"):
+                file.rename(folder / file.name)
+        kinds = {split: file.kinds for split, file in self.splits.items()}
+        texts = {"card.md": make_card(self.out.name, kinds), **extra, "report.json": format_json(report)}
+        for name, text in texts.items():
+            write_utf8(folder / name, text)
+        folder.rename(self.out)
 
 
-class Stream:
-    """An Arrow file in the making."""
+class SplitFile:
+    """The rows of one split in the making."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.digest = sha256()  # of the rows' digests
+        self.kinds: Counter[Kind] = Counter()
+
+    def count(self, rows: EncodedRows) -> None:
+        self.digest.update(rows.digests)
+        self.kinds += rows.kinds
+
+
+class LinesFile(SplitFile):
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
         self.file = pa.OSFile(str(path), "wb")
-        self.stream, self.waiting, self.size = pa.ipc.new_stream(self.file, SCHEMA), [], 0
 
-    def write_batch(self, batch):
-        self.waiting.append(batch)
-        self.size += batch.nbytes
-        if self.size >= BATCH:
-            self.flush()
+    def write(self, rows: EncodedRows, ids: list[str]) -> None:
+        self.count(rows)
+        for line, row_id, own_id in zip(rows.lines, ids, rows.ids, strict=True):
+            if row_id != own_id:
+                line = dump_json(json.loads(line) | {"id": row_id})
+            self.file.write(line + b"\n")
 
-    def flush(self):
-        if self.waiting:
-            self.stream.write_batch(pa.concat_batches(self.waiting))
-        self.waiting, self.size = [], 0
-
-    def close(self):
-        self.flush()
-        self.stream.close()
+    def close(self) -> None:
         self.file.close()
 
 
-class explain_os_errors:
-    """Turns what the file system raises into UsageError about a path."""
+class ArrowFile(SplitFile):
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.file = pa.OSFile(str(path), "wb")
+        self.stream = pa.ipc.new_stream(self.file, SCHEMA)
 
-    def __init__(self, out):
-        self.out = out
+    def write(self, rows: EncodedRows, ids: list[str]) -> None:
+        self.count(rows)
+        batch = rows.batch
+        if ids != rows.ids:
+            batch = batch.set_column(0, SCHEMA.field(0), pa.array(ids, pa.string()))
+        self.stream.write_batch(batch)
 
-    def __enter__(self):
-        pass
+    def close(self) -> None:
+        self.stream.close()
+        self.file.close()
 
-    def __exit__(self, kind, error, _):
-        if kind and issubclass(kind, OSError):
-            raise UsageError(f"{self.out}: not written ({error}): make room or pass another --out") from None
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        with pa.memory_map(str(self.path)) as source:
+            yield from pa.ipc.open_stream(source)
+
+    def rows(self) -> Iterator[Row]:
+        for batch in self.batches():
+            yield from batch_to_rows(batch)
+
+    def ids(self) -> Iterator[str]:
+        for batch in self.batches():
+            yield from batch.column(0).to_pylist()
 
 
-def write_utf8(path, text):
-    path.write_text(text, encoding="utf-8", newline="\n")
+def save_splits(folder: Path, files: dict[str, Path], hashes: dict[str, str]) -> None:
+    """Save {split: Arrow stream file} as a folder for load_from_disk; the files go.
+
+    hashes: {split: hash of its content}, which becomes the fingerprint that datasets would draw at random.
+    """
+    import datasets
+
+    splits = datasets.DatasetDict()
+    for split, path in files.items():
+        table = datasets.table.MemoryMappedTable.from_file(str(path))
+        info = datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(table.schema))
+        splits[split] = datasets.Dataset(table, info, split, fingerprint=hashes[split][:16])
+    with quiet_progress():
+        splits.save_to_disk(str(folder))
+    del splits
+    for path in files.values():
+        path.unlink()
 
 
-def make_report(script, total, out, refused, seed, inputs, hashes):
-    """What report.json holds. inputs: {file: sha256}; `hash` is what later steps and resume checks compare."""
+@contextmanager
+def quiet_progress() -> Iterator[None]:
+    """Keep the bars of `datasets` away: the step shows its own."""
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def make_report(
+    script: str,
+    rows_in: int,
+    rows_out: dict[str, int],
+    refused: Counter[str],
+    seed: int | None,
+    input_hashes: dict[str, str],
+    output_hashes: dict[str, str],
+) -> dict:
+    """Return what report.json holds; its `hash` is what later steps and the checks of a resume compare."""
     return {
         "script": script,
-        "in": total,
-        "out": out,
+        "in": rows_in,
+        "out": rows_out,
         "refused": dict(sorted(refused.items())),
         "seed": seed,
         "versions": {"python": platform.python_version(), "pyarrow": version("pyarrow")},
-        "input": inputs,
-        "output": hashes,
-        "hash": hash_of(hashes),
+        "input": input_hashes,
+        "output": output_hashes,
+        "hash": hash_of(output_hashes),
     }
 
 
-def make_card(name, counts):
-    """Markdown: rows by split, source, language and mode (think where a message shows reasoning)."""
+def make_card(name: str, kinds: dict[str, Counter[Kind]]) -> str:
+    """Return Markdown: rows by split, source, language and mode."""
     lines = [f"# {name}", "", "| split | source | language | mode | rows |", "|---|---|---|---|---|"]
-    lines += ["| " + " | ".join(map(str, (*key, f"{count:,}"))) + " |" for key, count in sorted(counts.items())]
+    for split in sorted(kinds):
+        for kind, count in sorted(kinds[split].items()):
+            lines.append(f"| {split} | {kind.source} | {kind.lang} | {kind.mode} | {count:,} |")
     return "\n".join(lines) + "\n"
 
 
-def write_rows(out, script, splits, rejected=(), inputs=None, more=None, seed=None, extra=()):
-    """Write {split: rows} that are in memory; the report."""
+def write_rows(
+    out: Path,
+    script: str,
+    splits: dict[str, list[Row]],
+    rejected: Iterable[dict] = (),
+    input_hashes: dict[str, str] | None = None,
+    more: dict | None = None,
+    seed: int | None = None,
+    extra: dict[str, str] | None = None,
+) -> dict:
+    """Write {split: rows} that are in memory; return the report."""
+    rejected = list(rejected)
     with DatasetWriter(out, script, seed) as writer:
-        writer.input_hashes |= inputs or {}
-        if out.suffix == ".jsonl":
+        writer.input_hashes |= input_hashes or {}
+        if writer.is_jsonl:
             check_output_path(out, splits)
         for split, rows in splits.items():
             for start in range(0, len(rows), ROWS):
@@ -340,22 +429,31 @@ def write_rows(out, script, splits, rejected=(), inputs=None, more=None, seed=No
         return writer.close(more, extra)
 
 
-def write_files(files):
+# -- single files -----------------------------------------------------------------------------------------------------
+def format_json(value: object) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_utf8(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_files(files: dict[Path, str]) -> None:
     """Write {path: text} aside and rename all when all are written, the last one last: it vouches for the others."""
-    asides = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
+    staged = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
     try:
-        for path, content in files.items():
+        for path, text in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_utf8(asides[path], content)
+            write_utf8(staged[path], text)
         for path in files:
-            asides[path].replace(path)
+            staged[path].replace(path)
     finally:
-        for aside in asides.values():
+        for path in staged.values():
             with suppress(OSError):
-                aside.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
 
 
-def write_text(path, text):
+def write_text(path: Path, text: str) -> None:
     """Write a file that a flag names. Raises UsageError."""
     try:
         write_files({path: text})

@@ -9,6 +9,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments, SFTConfig
 
+from data_prep.common.rendering import hash_tokenizer
+
 from ..messages import UsageError
 
 CONFIG = "recipes/configs/compiled.yaml"
@@ -79,21 +81,15 @@ def check_compiled_for(
 
 
 def describe_tokenizer(training_args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
-    """Return what tokens depend on beside the rows, with hashes as report.json has them (made_with in compile.py)."""
+    """Return what tokens depend on beside the rows, with hashes as report.json has them (data_prep/compile.py)."""
     if training_args.eos_token is not None:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.eos_token = training_args.eos_token
-    definition = json.loads(tokenizer.backend_tokenizer.to_str())
-    definition |= {"padding": None, "truncation": None}
     template = tokenizer.chat_template or ""
     if training_args.chat_template_path is not None:
         template = Path(training_args.chat_template_path).read_text(encoding="utf-8")
     return {
-        "tokenizer": sha256(json.dumps(definition, sort_keys=True)),
-        "template": sha256(template),
+        "tokenizer": hash_tokenizer(tokenizer),
+        "template": hashlib.sha256(template.encode()).hexdigest(),
         "special tokens": tokenizer.special_tokens_map,
     }
-
-
-def sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from data_prep.common.recipe_settings import LENGTH_REMEDY
+
 from ..messages import UsageError, say
 from .allowed import MAX_FAULTY_SHARE
 from .template import read_training_template
@@ -75,8 +77,8 @@ def check_counts(trainer: "SFTTrainer", allow: list[str]) -> None:
     say(line)
     if truncation.rows > MAX_FAULTY_SHARE * len(rows) and "cut_answers" not in allow:
         raise UsageError(
-            f"{truncated}: --max_length {truncation.longest} keeps them whole, --allow cut_answers trains them "
-            "truncated"
+            f"{truncated}, the longest has {truncation.longest:,} tokens: {LENGTH_REMEDY}; --allow cut_answers trains "
+            "them truncated"
         )
     if counts.masked_units > MAX_FAULTY_SHARE * counts.units and "masked_packs" not in allow:
         raise UsageError(

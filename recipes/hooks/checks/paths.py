@@ -104,13 +104,8 @@ def check_rows_can_be_read(path: Path) -> None:
 
 
 def explain_table(path: Path) -> str:
-    """Return the two commands that make a set of a .csv or .tsv file; normalize.py reads JSON lines, not tables."""
-    rows = path.with_suffix(".jsonl")
-    separator = ""
-    if path.suffix.lower() == ".tsv":
-        separator = ", sep='\\t'"
-    convert = f"from datasets import Dataset; Dataset.from_csv({str(path)!r}{separator}).to_json({str(rows)!r})"
+    """Return the command that makes a set of a .csv or .tsv file."""
     return (
-        f'python -c "{convert}" and then python -m data_prep.normalize fields {shlex.quote(str(rows))} '
-        f"--map prompt=COLUMN answer=COLUMN --out data/{shlex.quote(path.stem)} make them"
+        f"python -m data_prep.normalize fields {shlex.quote(str(path))} --map prompt=COLUMN answer=COLUMN "
+        f"--out data/{shlex.quote(path.stem)} makes them"
     )

@@ -11,6 +11,7 @@ from datasets import Dataset, Features, Json, Value
 from trl import ScriptArguments, SFTConfig
 
 from data_prep.common.rows import is_empty_turn
+from data_prep.common.sources.detect import normalize_arguments
 
 from ..messages import UsageError, say
 from .compiled import check_compiled_settings, check_settings_of_other_rows, is_compiled
@@ -22,23 +23,6 @@ BATCH_ROWS = 1000  # read at a time
 TRL_COLUMNS = {"messages", "completion", "text", "input_ids"}  # without any of them a recipe's to_messages reads a row
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError)  # heads of files
 READ_COLUMNS = ("messages", "prompt", "conversations")  # that TRL reads, beside dataset_text_field
-
-
-@dataclass(frozen=True)
-class NormalizeSource:
-    """A source of data_prep/normalize.py, and the columns by which its rows are known."""
-
-    columns: frozenset[str]
-    arguments: str  # {rows}: the input
-
-
-SOURCES = (
-    NormalizeSource(frozenset({"prompt", "completion"}), "prompt_completion {rows}"),
-    NormalizeSource(frozenset({"conversations"}), "sharegpt {rows}"),
-    NormalizeSource(frozenset({"instruction", "output"}), "alpaca {rows}"),
-    NormalizeSource(frozenset({"messages"}), "messages {rows}"),
-)
-ANY_SOURCE = "fields {rows} --map prompt=COLUMN answer=COLUMN"
 
 
 def check_rows(
@@ -131,17 +115,22 @@ def suggest_normalize(features: Features, script_args: ScriptArguments) -> str:
     out = Path("data") / Path(script_args.dataset_name).stem
     if out.exists():
         out = out.with_name(f"{out.name}-messages")
-    arguments = normalize_arguments(features, script_args)
+    arguments = choose_arguments(features, script_args)
     return f"python -m data_prep.normalize {arguments} --out {shlex.quote(str(out))} makes messages of them"
 
 
-def normalize_arguments(features: Features, script_args: ScriptArguments) -> str:
+def choose_arguments(features: Features, script_args: ScriptArguments) -> str:
     """Return the first arguments of normalize.py for the set, whose rows have these columns."""
     name = script_args.dataset_name
     rows = name
     if script_args.dataset_config and not Path(name).exists():
         rows = f"{name}:{script_args.dataset_config}"
-    return choose_source(features).format(rows=shlex.quote(rows))
+    rows = shlex.quote(rows)
+    if "prompt" in features and "completion" in features:
+        return f"prompt_completion {rows}"
+    if "messages" in features or holds_turns(features.get("conversations")):
+        return f"messages {rows}"
+    return normalize_arguments(features, rows)
 
 
 def explain_missing_column(script_args: ScriptArguments, column: str) -> str:
@@ -155,16 +144,6 @@ def explain_missing_column(script_args: ScriptArguments, column: str) -> str:
         f"dataset {name} has no column {column}, which this recipe's to_messages reads{columns}: "
         f"{suggest_normalize(features, script_args)}, or edit to_messages"
     )
-
-
-def choose_source(features: Features) -> str:
-    """Return the first arguments of normalize.py for rows with these columns."""
-    if "conversations" in features and holds_turns(features["conversations"]):
-        return "messages {rows}"
-    for source in SOURCES:
-        if source.columns <= set(features):
-            return source.arguments
-    return ANY_SOURCE
 
 
 # -- turns ------------------------------------------------------------------------------------------------------------
@@ -284,7 +263,7 @@ def suggest_set_without(rows: Dataset, script_args: ScriptArguments) -> str:
     if Path(name).exists() and "messages" in features:
         command = f"-m data_prep.check {shlex.quote(name)} --fix"
     else:
-        command = f"-m data_prep.normalize {normalize_arguments(features, script_args)}"
+        command = f"-m data_prep.normalize {choose_arguments(features, script_args)}"
     return f"python {command} --out OUT writes a set without them"
 
 

@@ -6,6 +6,8 @@ from difflib import get_close_matches
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig
 
+from data_prep.common.rendering import choose_pad_token
+
 from ..messages import UsageError
 from .allowed import ALLOWED
 
@@ -75,18 +77,6 @@ def check_pad_token_exists(tokenizer: PreTrainedTokenizerBase, pad_token: str, m
             f"--pad_token {pad_token}: the tokenizer of {model_name} has no such token: pass one of "
             f"{', '.join(special_tokens)}"
         )
-
-
-def choose_pad_token(tokenizer: PreTrainedTokenizerBase, eos_token: str | None) -> str | None:
-    """Return the first added token that is no stop token, one with "pad" in its name before others."""
-    stop_tokens = (eos_token, tokenizer.eos_token)
-    candidates = [token for token in tokenizer.get_added_vocab() if token not in stop_tokens]
-    for token in candidates:
-        if "pad" in token:
-            return token
-    if not candidates:
-        return None
-    return candidates[0]
 
 
 # -- TRL's warning that the stop token is not trained -----------------------------------------------------------------

@@ -3,17 +3,14 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateSyntaxError
-from transformers.utils.chat_template_utils import render_jinja_template
 from trl import SFTConfig
-from trl.chat_template_utils import has_generation_markers
+
+from data_prep.common import errors, rendering
 
 from ..messages import UsageError
 
 if TYPE_CHECKING:
     from ..trainer import SFTTrainer
-
-SUFFIXES = (".jinja", ".j2")  # of a template; TRL takes anything else for a tokenizer whose template it copies
 
 
 def check_template(training_args: SFTConfig) -> None:
@@ -25,14 +22,17 @@ def check_template(training_args: SFTConfig) -> None:
     path = Path(name)
     if not path.is_file():
         raise UsageError(f"--chat_template_path {name}: no such file; the templates are in chat_templates/")
-    if path.suffix not in SUFFIXES:
+    if path.suffix not in rendering.TEMPLATE_SUFFIXES:
         raise UsageError(
             f"--chat_template_path {name}: TRL takes a file for a template only where its name ends in .jinja or .j2: "
             "rename it"
         )
     text = path.read_text(encoding="utf-8")
-    check_syntax(name, text)
-    if training_args.assistant_only_loss and not has_generation_markers(text):
+    try:
+        rendering.check_syntax(text, f"--chat_template_path {name}, line ")
+    except errors.UsageError as error:
+        raise UsageError(str(error)) from None
+    if training_args.assistant_only_loss and not rendering.has_markers(text):
         raise UsageError(
             f"--chat_template_path {name}: no {{% generation %}} markers in it, which say what the assistant wrote: "
             "take a template of chat_templates/, or --assistant_only_loss false trains every token"
@@ -45,14 +45,6 @@ def check_no_template_needed(training_args: SFTConfig) -> None:
             "--chat_template_path: none is set, and --assistant_only_loss true needs one with {% generation %} "
             "markers: take a template of chat_templates/"
         )
-
-
-def check_syntax(name: str, text: str) -> None:
-    try:
-        render_jinja_template([], chat_template=text)  # compiles it and renders nothing
-    except TemplateSyntaxError as error:
-        message = f"--chat_template_path {name}, line {error.lineno}: not a template ({error.message}): mend it"
-        raise UsageError(message) from None
 
 
 def read_training_template(trainer: "SFTTrainer") -> str:

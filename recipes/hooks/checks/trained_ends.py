@@ -2,17 +2,24 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from os.path import commonprefix
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from data_prep.common.rendering import (
+    INNER_STOPS,
+    find_fitting_template,
+    find_foreign_tokens,
+    find_ids,
+    find_stop_ids,
+)
 
 from ..messages import UsageError, relative_path, say
 from .allowed import ALLOWED
@@ -24,26 +31,6 @@ from .template import read_training_template
 if TYPE_CHECKING:
     from ..trainer import SFTTrainer
 
-INNER_STOPS = ("<|python_end|>",)  # nanochat: generation stops there for python's output, and the answer goes on
-FAMILY_STOPS = (  # of turns and of calls, as chat_templates/ write them and as each family's models stop
-    *INNER_STOPS,
-    "<|im_end|>",  # ChatML: Qwen, SmolLM3, Phi-4, LFM2, Nemotron 3, Step 3.5
-    "<|endoftext|>",  # Qwen, GLM, gpt-oss
-    *("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),  # Llama 3
-    *("<|return|>", "<|call|>", "<|end|>"),  # gpt-oss; the last one Phi-3 too
-    "<end_of_turn>",  # Gemma 2 and 3
-    *("<turn|>", "<|tool_response>"),  # Gemma 4
-    *("<|user|>", "<|observation|>"),  # GLM-4
-    "<|END_OF_TURN_TOKEN|>",  # Command
-    "<｜end▁of▁sentence｜>",  # DeepSeek
-    "</s>",  # Mistral
-    "<|assistant_end|>",  # nanochat
-)
-COMMENTS = re.compile(r"{#.*?#}", re.DOTALL)
-CONTROL_TOKENS = re.compile(  # as templates write them
-    r"<\|[^\s|<>]+\|>|<\|\w+>|<\w+\|>|<｜[^｜\s]+｜>|<(?:start|end)_of_turn>|</?s>|<[be]os>|\[/?[A-Z]{2}[A-Z_]*\]"
-)
-TEMPLATES = Path(__file__).resolve().parents[3] / "chat_templates"
 QUESTION = {"role": "user", "content": "firstquestion"}
 CALL = {"id": "call00001", "type": "function", "function": {"name": "look", "arguments": {"at": "firstanswer"}}}
 DOCUMENT_IDS = "ids"  # a column that data_prep/compile.py writes; labels of other token sets may be anything
@@ -140,26 +127,6 @@ def trains_answers(trainer: "SFTTrainer") -> bool:
     return bool(trainer.completion_only_loss) and holds_conversations(trainer.train_rows.features)
 
 
-# -- stop tokens ------------------------------------------------------------------------------------------------------
-def find_stop_ids(trainer: "SFTTrainer") -> set[int]:
-    """Return the ids that end a turn or a call: of the tokenizer, the generation config and the families."""
-    tokenizer = trainer.processing_class
-    stops = find_ids(tokenizer, (trainer.args.eos_token, *FAMILY_STOPS))
-    stops.add(tokenizer.eos_token_id)
-    of_config = getattr(trainer.model.generation_config, "eos_token_id", None)
-    if isinstance(of_config, list):
-        stops.update(of_config)
-    else:
-        stops.add(of_config)
-    return stops - {None}
-
-
-def find_ids(tokenizer: PreTrainedTokenizerBase, names: Iterable[str | None]) -> set[int]:
-    """Return the ids of the names that are one token in this tokenizer."""
-    vocabulary = tokenizer.get_vocab()
-    return {vocabulary[name] for name in names if name in vocabulary}
-
-
 # -- spans ------------------------------------------------------------------------------------------------------------
 def find_spans(labels: DocumentBatch) -> Spans:
     """Return the maximal runs of trained labels; none crosses from a document into the next."""
@@ -203,7 +170,8 @@ def read_trained_ends(trainer: "SFTTrainer") -> TrainedEnds:
     if compiled:
         max_length = longest_row(data)  # compile.py's max_length, if that truncated a document
     tokenizer = trainer.processing_class
-    stops = find_stop_ids(trainer)
+    of_config = getattr(trainer.model.generation_config, "eos_token_id", None)
+    stops = find_stop_ids(tokenizer, trainer.args.eos_token, of_config)
     inner_stops = find_ids(tokenizer, INNER_STOPS)
     headers = TurnHeaders(tokenizer, read_training_template(trainer))
     reader = EndReader(stops, inner_stops, blank_token_test(tokenizer), headers)
@@ -351,7 +319,7 @@ def suggest_remedy(trainer: "SFTTrainer") -> str:
     name = "the tokenizer's own chat template"
     if path is not None:
         name = f"--chat_template_path {relative_path(path)}"
-    foreign = find_foreign_tokens(tokenizer.get_vocab(), read_training_template(trainer))
+    foreign = find_foreign_tokens(tokenizer.get_vocab(), read_training_template(trainer))[:SHOWN_TOKENS]
     if not foreign:
         return (
             f"write a stop token at the end of the answers in {name}, or pass the token that ends them as --eos_token"
@@ -362,31 +330,6 @@ def suggest_remedy(trainer: "SFTTrainer") -> str:
     if fitting is None:
         return f"{text}: pass a template whose tokens it has"
     return f"{text}: pass one whose tokens it has, as --chat_template_path {relative_path(fitting)}"
-
-
-def find_control_tokens(template: str) -> list[str]:
-    """Return the control tokens that a template writes, in its order."""
-    return list(dict.fromkeys(CONTROL_TOKENS.findall(COMMENTS.sub("", template))))
-
-
-def find_foreign_tokens(vocabulary: Container[str], template: str) -> list[str]:
-    """Return the first control tokens of a template that are not in the vocabulary."""
-    return [token for token in find_control_tokens(template) if token not in vocabulary][:SHOWN_TOKENS]
-
-
-def find_fitting_template(tokenizer: PreTrainedTokenizerBase) -> Path | None:
-    """Return a template of chat_templates/ whose control tokens are all the tokenizer's; one with its stop first."""
-    vocabulary = tokenizer.get_vocab()
-    fitting = []
-    for path in sorted(TEMPLATES.glob("*.jinja")):
-        text = path.read_text(encoding="utf-8")
-        tokens = find_control_tokens(text)
-        if not tokens or find_foreign_tokens(vocabulary, text):
-            continue
-        if tokenizer.eos_token in tokens:
-            return path
-        fitting.append(path)
-    return fitting[0] if fitting else None
 
 
 # -- context ----------------------------------------------------------------------------------------------------------
