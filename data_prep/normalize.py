@@ -314,7 +314,10 @@ def look_at_first(args: argparse.Namespace, chunks: Iterator[Chunk]) -> Iterator
         rows += [row for _, row in islice(chunk.rows(), FIRST_ROWS)]
         if rows:
             break
-    detected = detect_source(rows[:FIRST_ROWS], seen[-1].file if seen else str(args.inputs[0]))
+    if not rows:
+        args.source = "messages"  # which then finds that there are no rows
+        return iter(seen)
+    detected = detect_source(rows[:FIRST_ROWS], seen[-1].file)
     args.source = detected.source
     args.map = [f"{ours}={theirs}" for ours, theirs in detected.map.items()]
     print(f"auto: taken for {detected.source}: {detected.reason}")

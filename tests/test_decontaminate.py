@@ -4,8 +4,9 @@ its counts, and GSM8K's train set against its test set by an independent search 
 Each of these turns the suite red (tried): 12 words taken for 13; half covered taken for over half; coverage that counts
 overlapping n-grams twice; the 8-grams' or the 13-grams' rule left out; common n-grams kept, counted by occurrence or
 over all files; runs joined over a gap; system messages searched, in rows or in eval rows; reasoning not searched; only
-the first field of an eval row read; hits of a row counted once for all eval files; hits not in order; short texts equal
-without their signs, in answers, in fields of any name or in none, by 8 words where 13 are looked for, or however common.
+the first field of an eval row read; hits of a row counted once for all eval files; hits not in order; short texts
+equal without their signs, in answers, in fields of any name or in none, by 8 words where 13 are looked for, or however
+common.
 """
 
 import json

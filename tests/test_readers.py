@@ -388,6 +388,50 @@ def test_objects_that_stand_alone(tmp_path, text):
     assert read(tmp_path / "a.json") == [*enumerate(ALONE[text], 1)]
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", '{\n"a": 1\n},\n{\n"a": 2\n}', "a.json:3: not JSON (, where a value is expected)"),
+        ("a.json", '{\n"a": 1\n}\n}', "a.json:4: not JSON (} where a value is expected)"),
+        ("a.json", json.dumps({"train": [PAIR], "test": [PAIR]}), "a.json: several lists of rows (train, test)"),
+        ("a.csv", 'q,a\nq1,"a1\nq2,a2\n', "a.csv:3: not a table (unexpected end of data)"),
+        ("a.tsv", 'q\ta\nq1\t"a1\nq2\ta2\nq3\t"a3\n', "a.tsv:4: not a table"),
+        ("a.csv", "q,a\rb,c\r", "a.csv:1: not a table (new-line character seen in unquoted field"),
+        ("a.csv", "q,,a\n1,2,3\n", "a.csv: its first line names no columns (q, , a)"),
+    ],
+)
+def test_what_would_lose_rows_is_refused(tmp_path, name, text, message):
+    (tmp_path / name).write_bytes(text.encode())
+    with pytest.raises(UsageError) as error:
+        read(tmp_path / name)
+    assert str(error.value).startswith(f"{tmp_path}/{message}")
+
+
+def test_one_line_of_jsonl_is_one_row(tmp_path):
+    """Whatever lists it holds: a longer file would give the same row."""
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    rows = [{"conversations": turns, "tools": turns}, {"messages": turns, "examples": [{"x": 1}]}, {"data": [PAIR]}]
+    rows.append({"input": ["q1", "q2"], "output": ["a1", "a2"]})
+    for row in rows:
+        (tmp_path / "a.jsonl").write_text(json.dumps(row))
+        assert read(tmp_path / "a.jsonl") == [(1, row)]
+    for row in rows[:2]:
+        (tmp_path / "a.json").write_text(json.dumps(row))
+        assert read(tmp_path / "a.json") == [(1, row)]
+
+
+def test_numbers_of_too_many_digits_are_refused_by_row(tmp_path):
+    (tmp_path / "a.json").write_text('[{"a": 1}, {"a": ' + "9" * 5000 + '}, {"a": 3}]')
+    assert read(tmp_path / "a.json") == [(1, {"a": 1}), (2, "not JSON"), (3, {"a": 3})]
+
+
+def test_common_headers_of_tables(tmp_path):
+    (tmp_path / "a.csv").write_text('prompt, answer\na, "b, c"\n')
+    assert read(tmp_path / "a.csv") == [(1, {"prompt": "a", "answer": "b, c"})]
+    (tmp_path / "a.csv").write_text(",prompt,answer\n0,a,b\n")
+    assert read(tmp_path / "a.csv") == [(1, {"index": "0", "prompt": "a", "answer": "b"})]
+
+
 def test_a_missing_file_is_no_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()

@@ -76,7 +76,7 @@ def test_a_diff_shows_settings_and_little_else(one, other):
 @every_recipe
 def test_a_recipe_imports_published_packages_alone(path):
     tree = ast.parse(path.read_text())
-    allowed = {"torch", "accelerate", "datasets", "transformers", "trl", "hooks"} | sys.stdlib_module_names
+    allowed = {"torch", "accelerate", "datasets", "pandas", "transformers", "trl", "hooks"} | sys.stdlib_module_names
     modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert len(modules) > 5 and {module.split(".")[0] for module in modules} <= allowed

@@ -26,7 +26,7 @@ from test_normalize import CHAT, WHOLE, answered, lines, normalized, plain, turn
 from transformers import AutoTokenizer
 
 from data_prep import normalize
-from data_prep.common.errors import UsageError
+from data_prep.common.errors import InvalidRow, UsageError
 from data_prep.common.exact_numbers import read_json_exactly
 from data_prep.common.sources import SOURCES
 from data_prep.common.sources.detect import detect_source, normalize_arguments
@@ -646,3 +646,40 @@ def test_every_source_says_what_it_reads():
     for name, source in SOURCES.items():
         assert f"  {name:20}" in text
         assert source.needed or name == "fields" or source.is_made
+
+
+# -- a call turn, a pair and a tool that are not what they seem -------------------------------------------------------
+def refused(source, row, *words):
+    with pytest.raises(InvalidRow) as error:
+        normalize.to_row(row, source, "1")
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_call_turn_keeps_its_reasoning_and_shows_no_picture():
+    call = {"role": "function_call", "content": '{"name": "f", "arguments": {}}', "reasoning_content": "I look."}
+    turns = [
+        {"role": "user", "content": "a"},
+        call,
+        {"role": "tool", "content": "b"},
+        {"role": "assistant", "content": "c"},
+    ]
+    row = normalize.to_row({"messages": turns}, "messages", "1")
+    assert row["messages"][1]["reasoning_content"] == "I look." and row["messages"][1]["tool_calls"]
+    turns[1] = call | {"images": ["a.png"]}
+    refused("messages", {"messages": turns}, "row with images", "message 1")
+
+
+def test_names_of_tools_and_ids_of_calls_are_text():
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for tool in ({"name": {"x": 1}}, {"name": 5}, {"name": ""}):
+        refused("messages", {"messages": turns, "tools": [tool]}, "tool without a name")
+    refused("messages", {"messages": turns, "tools": [{"name": "f", "parameters": 5}]}, "tool parameters")
+    call = {"id": ["x"], "type": "function", "function": {"name": "f", "arguments": {}}}
+    turns[1] = {"role": "assistant", "content": "", "tool_calls": [call]}
+    refused("messages", {"messages": turns}, "tool call id that is not text")
+
+
+def test_lists_of_turns_are_lists_and_masks_are_masks():
+    refused("turn_lists", {"input": "q1", "output": "a1"}, "must be lists of strings")
+    pair = {"input": "a", "output": "b", "output_with_loss": 2}
+    refused("conversation_pairs", {"conversation": [pair]}, "output_with_loss that is not 0 or 1")

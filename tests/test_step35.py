@@ -193,7 +193,7 @@ def prepare(tmp_path, rows, model, length, *flags, count=12, template="step3_qwe
     shards = write_shards(tmp_path / "json", [raw(*row) for row in rows], count)
     told = run_script(normalize, "step35", shards, "--out", tmp_path / "rows", "--num_proc", 1)
     assert told.returncode == 0, told.stderr
-    compile.prepared.cache_clear()
+    compile.open_renderer.cache_clear()
     done = run_script(
         compile, tmp_path / "rows", "--recipe", RECIPE, "--model_name_or_path", model, "--chat_template_path",
         TEMPLATES / f"{template}.jinja", "--packing_strategy", "sequential", "--max_length", length,

@@ -163,3 +163,31 @@ def test_columns_that_are_no_json_do_not_harm(tmp_path):
     assert json.loads((tmp_path / "o.jsonl").read_text())["created"].startswith("2024-05-01")
     with pytest.raises(InvalidRow, match="value that is not JSON"):
         check_shape(complete("a", chat_template_kwargs={"today": {1: b"x"}}))
+
+
+def test_many_rows_of_one_id(tmp_path):
+    """In time that grows with the rows, not with their square."""
+    with writer.DatasetWriter(tmp_path / "o", "step.py") as out_writer:
+        for _ in range(3):
+            assert out_writer.unique_ids(["0"] * 20_000)[-1].startswith("0-")
+        assert len(out_writer.ids) == 60_000 and "0-60000" in out_writer.ids
+        assert out_writer.unique_ids(["0-7", "new", "new"]) == ["0-7-2", "new", "new-2"]
+
+
+def test_validation_that_takes_all_is_refused(tmp_path):
+    with (
+        pytest.raises(UsageError, match="--eval_rows 1: 3 rows of 1 prompts, which stay whole, leave none"),
+        writer.DatasetWriter(tmp_path / "o", "step.py", 1) as out_writer,
+    ):
+        out_writer.add(result([complete(str(n), str(n)) for n in range(3)], False))
+        out_writer.hold_out(1)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_half_a_surrogate_pair_beside_what_is_kept(tmp_path):
+    """A .jsonl file keeps every key, this one in ASCII as it stood."""
+    row = complete("a", note="\ud83d")
+    with writer.DatasetWriter(tmp_path / "o.jsonl", "step.py") as out_writer:
+        out_writer.add(result([check_shape(row)], True))
+        out_writer.close()
+    assert json.loads((tmp_path / "o.jsonl").read_text()) == row

@@ -26,6 +26,9 @@ def add_num_proc(parser: argparse.ArgumentParser) -> None:
 def run_command(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> int:
     """Return the exit code of a command: run(arguments)'s, 2 with UsageError's sentence, or 130 after Ctrl-C."""
     args = parser.parse_args()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a row may hold what no terminal can show
     if is_command():
         signal.signal(signal.SIGTERM, stop_at_signal)
     try:

@@ -9,7 +9,10 @@ from .errors import InvalidRow, UsageError
 
 BLANKS = re.compile(r"[ \t\r\n]*")
 TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|["\[\]{},]', re.DOTALL)  # whole strings, and what stands outside of them
-WRAPPERS = ("data", "rows", "train", "examples", "instances", "items", "samples", "records", "dataset", "entries")
+WRAPPERS = ("data", "rows", "examples", "instances", "items", "samples", "records", "dataset", "entries")
+WRAPPERS += ("train", "validation", "valid", "dev", "test", "eval")
+TURN_KEYS = {"messages", "conversations", "conversation"}  # of a row
+LINES_SUFFIXES = {".jsonl", ".ndjson"}
 
 
 class ValueReader:
@@ -57,8 +60,8 @@ class ValueReader:
             try:
                 value, end = self.decoder.raw_decode(self.text, self.position)
                 message = ""
-            except (json.JSONDecodeError, RecursionError) as error:
-                message = getattr(error, "msg", "nested too deep")
+            except (ValueError, RecursionError) as error:  # also a number of too many digits
+                message = getattr(error, "msg", str(error))
                 value = InvalidRow("not JSON", message)
                 end = self.find_end()
             whole = end is not None and end < len(self.text)  # a number may go on in the next piece
@@ -66,6 +69,8 @@ class ValueReader:
                 break
         if end is None:
             raise self.fault(message or "it ends too early", len(self.text.rstrip()))
+        if end == self.position:
+            raise self.fault(f"{self.text[end]} where a value is expected", end)
         text = self.text[self.position : end]
         self.position = end
         if not text.isascii() and not is_unicode(text):
@@ -126,30 +131,41 @@ def read_documents(pieces: Iterator[str], path: Path) -> Iterator[object]:
     reader = ValueReader(pieces, path)
     first = reader.read_value()
     if not reader.next_char():
-        yield from unwrap(first)
+        if LINES_SUFFIXES.isdisjoint(path.suffixes):
+            yield from unwrap(first, path)
+        else:
+            yield first  # a line of its own
         return
     yield first
     while reader.next_char():
         yield reader.read_value()
 
 
-def unwrap(value: object) -> Iterator[object]:
-    """Yield the rows of an object: a list in it that is named like one, its columns, or the object itself."""
-    if not isinstance(value, dict):
+def unwrap(value: object, path: Path) -> Iterator[object]:
+    """Yield the rows of an object: a list in it that is named like one, its columns, or the object itself.
+
+    Raises UsageError where it holds several such lists.
+    """
+    if not isinstance(value, dict) or not TURN_KEYS.isdisjoint(value):
         yield value
         return
-    for name in WRAPPERS:
-        rows = value.get(name)
-        if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
-            for row in rows:
-                inner = row.get("row")  # the hub's viewer wraps each once more
-                yield inner if isinstance(inner, dict) else row
-            return
+    lists = [name for name, rows in value.items() if name in WRAPPERS and holds_objects(rows)]
+    if len(lists) > 1:
+        raise UsageError(f"{path}: several lists of rows ({', '.join(lists)}): save each as a file of its own")
+    if lists:
+        for row in value[lists[0]]:
+            inner = row.get("row")  # the hub's viewer wraps each once more
+            yield inner if isinstance(inner, dict) else row
+        return
     if holds_columns(value):
         for cells in zip(*value.values(), strict=True):
             yield dict(zip(value, cells, strict=True))
         return
     yield value
+
+
+def holds_objects(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
 def holds_columns(value: dict) -> bool:
@@ -159,4 +175,6 @@ def holds_columns(value: dict) -> bool:
         return False
     if len({len(column) for column in columns}) != 1:
         return False
-    return not any(isinstance(cell, dict) and "role" in cell for column in columns for cell in column)
+    return not any(
+        isinstance(cell, dict) and ("role" in cell or "from" in cell) for column in columns for cell in column
+    )

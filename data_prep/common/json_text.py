@@ -48,11 +48,11 @@ def dump_json(value: object, default: Callable[[object], object] | None = None) 
 
 
 def dump_json_lenient(value: object) -> bytes:
-    """Return a value as JSON in ASCII where it holds what no file in UTF-8 can, as a refused row may."""
+    """Return a value as JSON, in ASCII where it holds what no file in UTF-8 can; dates and the like become text."""
     try:
-        return dump_json(value)
+        return dump_json(value, default=str)
     except InvalidRow:
-        return json.dumps(value).encode()
+        return json.dumps(value, default=str).encode()
 
 
 def json_line(row: object) -> str:

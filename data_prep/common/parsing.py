@@ -305,14 +305,23 @@ def read_loss_mask(turn: dict, role: str, number: int) -> int | None:
 # -- tool calls and tools ---------------------------------------------------------------------------------------------
 def add_calls(turns: list[dict], turn: dict, number: int) -> None:
     """Add a turn that is a call to the assistant's message before it, or as a message of its own."""
+    refuse_media(turn, f"message {number}")
     calls = parse_calls(read_content(turn, number))
-    message = {"role": "assistant", "content": "", "tool_calls": calls}
+    message = {"role": "assistant", "content": ""}
+    reasoning = read_reasoning(turn)
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    message["tool_calls"] = calls
     loss_mask = read_loss_mask(turn, "assistant", number)
     if loss_mask is not None:
         message["loss_mask"] = loss_mask
     if not turns or turns[-1]["role"] != "assistant":
         turns.append(message)
         return
+    if reasoning and turns[-1].get("reasoning_content"):
+        raise InvalidRow("reasoning under two names", f"message {number} and the text before it are one message")
+    if reasoning:
+        turns[-1]["reasoning_content"] = reasoning
     if turns[-1].get("loss_mask") != loss_mask:
         raise InvalidRow("loss flags that disagree", f"message {number} and the text before it are one message")
     turns[-1]["tool_calls"] = turns[-1].get("tool_calls", []) + calls
@@ -359,6 +368,8 @@ def parse_tool_call(call: object) -> dict:
     if not isinstance(arguments, dict):
         raise InvalidRow("tool arguments that are not an object", type(arguments).__name__)
     parsed = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    if call.get("id") and not isinstance(call["id"], (str, int)):
+        raise InvalidRow("tool call id that is not text", str(call["id"])[:80])
     if call.get("id"):
         return {"id": call["id"], **parsed}
     return parsed
@@ -376,7 +387,10 @@ def parse_tools(tools: object) -> list[dict]:
     for tool in tools:
         if "function" not in tool:
             tool = {"type": "function", "function": tool}
-        if not isinstance(tool["function"], dict) or not tool["function"].get("name"):
+        function = tool["function"]
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise InvalidRow("tool without a name")
+        if not isinstance(function.get("parameters") or {}, dict):
+            raise InvalidRow("tool parameters that are not an object", str(function["parameters"])[:80])
         parsed.append(tool)
     return parsed

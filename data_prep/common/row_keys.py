@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import xxhash
 
-from .json_text import dump_json
+from .json_text import dump_json, dump_json_lenient
 from .rows import Row
 
 SWITCH = re.compile(r"\s*/(?:no_think|think)\b")
@@ -50,7 +50,7 @@ def prompt_key(row: Row) -> int:
 def row_digest(row: Row) -> bytes:
     """Return the sha256 of a row without its id: its content, whatever it is called and wherever it lies."""
     content = {key: value for key, value in row.items() if key != "id" and value is not None}
-    return hashlib.sha256(dump_json(content, default=str)).digest()
+    return hashlib.sha256(dump_json_lenient(content)).digest()
 
 
 def content_hash(rows: Iterable[Row]) -> str:

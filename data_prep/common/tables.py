@@ -19,13 +19,20 @@ def read_table(pieces: Iterator[str], path: Path) -> Iterator[object]:
     lines = split_lines(pieces)
     header = next(lines, "")
     delimiter = "\t" if ".tsv" in path.suffixes else max(DELIMITERS, key=header.count)
-    names = next(csv.reader([header], delimiter=delimiter), [])
+    try:
+        names = next(csv.reader([header], delimiter=delimiter, skipinitialspace=True), [])
+    except csv.Error as error:
+        raise not_a_table(path, 1, error) from None
+    names = [name.strip() for name in names]
     if not names:
         return
+    if len(names) > 1 and not names[0]:
+        names[0] = "index"  # as pandas writes its own
     if not all(names) or len(set(names)) != len(names):
         raise UsageError(f"{path}: its first line names no columns ({', '.join(names)}): write one name a column there")
+    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
-        for cells in csv.reader(lines, delimiter=delimiter):
+        for cells in reader:
             if not cells:
                 continue  # a blank line
             if len(cells) != len(names):
@@ -33,7 +40,11 @@ def read_table(pieces: Iterator[str], path: Path) -> Iterator[object]:
             else:
                 yield {name: cell for name, cell in zip(names, cells, strict=True) if cell != ""}
     except csv.Error as error:
-        raise UsageError(f"{path}: not a table ({error}): mend it or pass JSON lines") from None
+        raise not_a_table(path, reader.line_num + 1, error) from None
+
+
+def not_a_table(path: Path, line: int, error: csv.Error) -> UsageError:
+    return UsageError(f"{path}:{line}: not a table ({error}): mend its quotes and line ends, or pass JSON lines")
 
 
 def split_lines(pieces: Iterator[str]) -> Iterator[str]:

@@ -76,7 +76,7 @@ def encode_rows(rows: list[Row], jsonl: bool = False) -> EncodedRows:
     keys_not_kept = Counter()
     if jsonl:
         digests = b"".join([row_digest(row) for row in rows])
-        return EncodedRows(ids, digests, kinds, lines=[dump_json(row, default=str) for row in rows])
+        return EncodedRows(ids, digests, kinds, lines=[dump_json_lenient(row) for row in rows])
     kept_rows = []
     for row in rows:
         kept_rows.append({name: row[name] for name in COLUMNS if row.get(name) is not None})
@@ -140,6 +140,7 @@ class DatasetWriter:
         self.keys_not_kept: Counter[str] = Counter()
         self.splits: dict[str, SplitFile] = {}
         self.ids: set[str] = set()
+        self.last_numbers: dict[str, int] = {}  # of ids that came again
 
     def __enter__(self) -> "DatasetWriter":
         with explain_os_errors(self.out):
@@ -176,7 +177,9 @@ class DatasetWriter:
                 check_output_path(self.out, [*self.splits, split])
             make_file = LinesFile if self.is_jsonl else ArrowFile
             self.splits[split] = make_file(self.staging / f"{split}.rows")
-        self.splits[split].write(rows, self.unique_ids(rows.ids))
+        ids = self.unique_ids(rows.ids)
+        self.splits[split].write(rows, ids)
+        rows.ids = ids  # as they were written
         self.rows_out[split] += len(rows.ids)
         self.keys_not_kept += rows.keys_not_kept
 
@@ -184,10 +187,12 @@ class DatasetWriter:
         unique = []
         for row_id in ids:
             name = row_id
-            number = 1
+            number = self.last_numbers.get(row_id, 1)
             while name in self.ids:
                 number += 1
                 name = f"{row_id}-{number}"
+            if number > 1:
+                self.last_numbers[row_id] = number
             self.ids.add(name)
             unique.append(name)
         return unique
@@ -205,6 +210,12 @@ class DatasetWriter:
             del self.rows_out[split]
             prompts = np.fromiter((prompt_key(row) for row in whole.rows()), np.uint64)
             is_validation = choose_validation(prompts, count, self.seed)
+            if is_validation.all():
+                different = len(np.unique(prompts))
+                raise UsageError(
+                    f"--eval_rows {count}: {len(prompts):,} rows of {different:,} prompts, which stay whole, leave none "
+                    "to train on: pass a smaller number"
+                )
             keys_not_kept = self.keys_not_kept
             start = 0
             for batch in whole.batches():

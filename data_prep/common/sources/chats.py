@@ -39,7 +39,7 @@ def messages(row: dict) -> dict:
     loss_mask, and the row train_turns: flagged; mistral-finetune's only_last gives train_turns: last."""
     turns = read_turns(row)
     found = {**row, "messages": with_system(parse_turns(turns), read_system(row))}
-    if row.get("only_last") is True:
+    if row.get("only_last") in (True, 1):
         found["chat_template_kwargs"] = {"train_turns": "last", **(row.get("chat_template_kwargs") or {})}
     if isinstance(turns, list) and turns and not found.get("tools"):
         found["tools"] = first_present(turns[0], TOOL_KEYS)
@@ -173,6 +173,10 @@ def conversation_pairs(row: dict) -> dict:
             system = system or read_system(pair)
         turns += exchange(pair[keys[0]], pair[keys[1]])
         if pair.get("output_with_loss") is not None:
+            if pair["output_with_loss"] not in (0, 1):
+                raise InvalidRow(
+                    "output_with_loss that is not 0 or 1", f"pair {number}: {pair['output_with_loss']!r}"[:80]
+                )
             turns[-1]["loss_mask"] = int(pair["output_with_loss"])
         not_kept += [f"pairs.{key}" for key in pair if key not in (*keys, *SYSTEM_KEYS, "output_with_loss")]
     return {**row, "messages": with_system(turns, system), "not_kept": not_kept}
@@ -180,6 +184,8 @@ def conversation_pairs(row: dict) -> dict:
 
 def turn_lists(row: dict) -> dict:
     """Conversations in two lists of strings, input (the user's) and output (the assistant's): Chinese-Vicuna."""
+    if not isinstance(row["input"], list) or not isinstance(row["output"], list):
+        raise InvalidRow("field of another type", "input and output must be lists of strings")
     turns = []
     for question, answer in zip(row["input"], row["output"], strict=True):
         turns += exchange(question, answer)
