@@ -142,11 +142,14 @@ def read_flags(args: Namespace) -> CheckFlags:
 
 
 # -- the rules: a row that has its shape -> its faults; a new one = a function and its name in RULES -------------------
+TEXT_FIELDS = ("content", "reasoning_content")
+
+
 class Text(NamedTuple):
-    """A text of a message. field: content or reasoning_content."""
+    """A text of a message."""
 
     number: int  # of its message
-    field: str
+    field: str  # one of TEXT_FIELDS
     text: str
 
 
@@ -154,7 +157,7 @@ def list_texts(turns: list[Message]) -> list[Text]:
     """Return the texts of messages that hold any."""
     texts = []
     for number, turn in enumerate(turns):
-        for name in ("content", "reasoning_content"):
+        for name in TEXT_FIELDS:
             text = turn.get(name)
             if text:
                 texts.append(Text(number, name, text))
@@ -291,9 +294,13 @@ def check_newlines(row: dict, options: CheckOptions) -> Iterator[Fault]:
 
 
 def find_leading_newlines(turns: list[Message]) -> Iterator[Text]:
-    for text in list_texts(turns):
-        if text.text[0].isspace() and turns[text.number]["role"] == "assistant" and LEADING_NEWLINE.match(text.text):
-            yield text
+    for number, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        for name in TEXT_FIELDS:
+            text = turn.get(name)
+            if text and text[0].isspace() and LEADING_NEWLINE.match(text):
+                yield Text(number, name, text)
 
 
 # a name in double braces; LaTeX and code have letters, backslashes or more braces before them
@@ -515,7 +522,6 @@ class Summary:
         self.keep = keep
         self.rows = 0
         self.rows_found = 0
-        self.rows_left = 0
         self.reasons: Counter[str] = Counter()
         self.mended: Counter[str] = Counter()
         self.first: dict[str, list[Finding]] = {}
@@ -530,7 +536,6 @@ class Summary:
             reasons.setdefault(finding.reason, finding)
         self.rows_found += len(by_row)
         for reasons in by_row.values():
-            self.rows_left += not all([finding.mended for finding in reasons.values()])
             for reason, finding in reasons.items():
                 self.reasons[reason] += 1
                 self.mended[reason] += finding.mended
@@ -577,7 +582,7 @@ class Check:
         self.summary = Summary(args.json is not None)
         self.input_hashes: dict[str, str] = {}
         self.loader = None
-        if not args.fix and len(paths) == 1 and can_be_loaded(paths[0]):
+        if len(paths) == 1 and can_be_loaded(paths[0]):
             self.loader = Loader(paths[0])
 
     def check_chunks(self) -> Iterator[ChunkResult]:
@@ -676,7 +681,7 @@ def run(args: Namespace) -> int:
         for _ in check.check_chunks():
             pass
         check.summary.print_table(args.path)
-        left = check.summary.rows_left
+        left = check.summary.rows_found
     if args.json is not None:
         check.write_findings(args.json)
     return 1 if left else 0

@@ -41,6 +41,8 @@ Exit 0: done. 1: nothing is left to train on. 2: bad input, one sentence.
 """
 
 import argparse
+import io
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -64,45 +66,11 @@ from data_prep.common.readers import Split, open_splits
 from data_prep.common.row_keys import prompt_key, row_key
 from data_prep.common.rows import Row
 from data_prep.common.splitting import choose_validation, order_by_prompt
-from data_prep.common.writer import ChunkResult, DatasetWriter, EncodedRows, LinesFile, encode_rows
+from data_prep.common.writer import ChunkResult, DatasetWriter, EncodedRows, LinesFile, encode_rows, explain_os_errors
 
-OUTPUT_ROWS = 5000  # of an output chunk
 VALIDATION = "validation"
 LEFT_OUT = "validation split left out"
 REFUSALS = ("", "not asked for", "template refuses the row", LEFT_OUT)
-
-
-# -- rows on disk -----------------------------------------------------------------------------------------------------
-class RowReader:
-    """The rows of Arrow files by their number, memory-mapped: processes get numbers instead of rows."""
-
-    def __init__(self, files: tuple[str, ...]) -> None:
-        self.batches: list[pa.RecordBatch] = []
-        for file in files:
-            self.batches += pa.ipc.open_stream(pa.memory_map(file))
-        self.starts = np.cumsum([0, *[len(batch) for batch in self.batches]])
-
-    def take(self, numbers: np.ndarray) -> list[Row]:
-        """Return the rows of these numbers, in their order.
-
-        Batch by batch: of a table of lists, Table.take copies all rows at every call.
-        """
-        order = np.argsort(numbers, kind="stable")
-        numbers = numbers[order]
-        owners = np.searchsorted(self.starts, numbers, side="right") - 1
-        taken = []
-        for owner in np.unique(owners):
-            first, last = np.searchsorted(owners, [owner, owner + 1])
-            taken.append(self.batches[owner].take(pa.array(numbers[first:last] - self.starts[owner])))
-        rows = [None] * len(numbers)
-        for place, row in zip(order, batch_to_rows(pa.concat_batches(taken)), strict=True):
-            rows[place] = row
-        return rows
-
-
-@cache
-def open_rows(files: tuple[str, ...]) -> RowReader:
-    return RowReader(files)
 
 
 # -- what is known of each row ----------------------------------------------------------------------------------------
@@ -117,6 +85,7 @@ FACTS = np.dtype(
         ("turns", np.int32),  # messages of user and assistant
         ("think", bool),  # whether a message shows reasoning
         ("refusal", np.int8),  # why the row cannot be mixed, a place in REFUSALS
+        ("bytes", np.int64),  # of the row as a JSON line
     ]
 )
 
@@ -135,12 +104,21 @@ class Part:
 
 @dataclass
 class PartChunk:
-    """Neighbouring rows of a part."""
+    """Neighbouring rows of a part: their place, as every process maps the files of the part."""
 
-    rows: np.ndarray  # numbers of rows
+    files: tuple[str, ...]
+    first: int
     source: int
     is_validation: bool
     where: dict
+
+
+@dataclass
+class KnownRows:
+    """What is known of the rows of a chunk, and the rows as JSON lines."""
+
+    facts: np.ndarray  # (rows,) FACTS
+    lines: bytes
 
 
 @dataclass
@@ -151,6 +129,7 @@ class Rows:
     facts: np.ndarray  # (rows,) FACTS
     sizes: np.ndarray  # (rows,) int, what weights count: 1, or the row's tokens
     reasons: np.ndarray  # (rows,) str, why a row is not in the result, "" where it may be
+    lines: Path  # all rows as JSON lines, of which any is found at once
 
     def column(self, name: str) -> pa.Array:
         return pa.concat_arrays([chunk for part in self.parts for chunk in part.data.table.column(name).chunks])
@@ -176,7 +155,7 @@ class RendererFlags:
 def open_parts(mix: Mix, pools: Path) -> tuple[list[Part], dict[str, int]]:
     """Return the splits that are read (of each source its split, and its own validation split), and {split: rows} of
     those that are not. Raises UsageError."""
-    chosen = {(source.path, source.split) for source in mix.sources}
+    chosen = {(Path(source.path), source.split) for source in mix.sources}
     parts = []
     not_read = {}
     for number, source in enumerate(mix.sources):
@@ -186,7 +165,7 @@ def open_parts(mix: Mix, pools: Path) -> tuple[list[Part], dict[str, int]]:
             raise UsageError(f"{folder}: no split {source.split}, only {', '.join(splits)}: name one as `split`")
         parts.append(Part(number, source.name, folder, source.split, splits[source.split], False))
         for split, data in splits.items():
-            if (source.path, split) in chosen:
+            if (Path(source.path), split) in chosen:
                 continue
             if split == VALIDATION:
                 parts.append(Part(number, f"{source.name}/{split}", folder, split, data, True))
@@ -198,36 +177,43 @@ def open_parts(mix: Mix, pools: Path) -> tuple[list[Part], dict[str, int]]:
     return parts, not_read
 
 
-def files_of(parts: list[Part]) -> tuple[str, ...]:
-    return tuple(file for part in parts for file in part.data.files)
-
-
 def read_parts(mix: Mix, parts: list[Part], flags: RendererFlags | None, writer: DatasetWriter, num_proc: int) -> Rows:
-    """Return what is known of all rows of the parts."""
-    read_chunk = partial(read_facts, files=files_of(parts), flags=flags, kwargs=mix.chat_template_kwargs)
-    facts = np.concatenate([np.zeros(0, FACTS), *parallel_map(read_chunk, part_chunks(mix, parts), num_proc, "read")])
+    """Return what is known of all rows of the parts, and write them as lines: Arrow copies much to find few rows."""
+    read_chunk = partial(read_rows, flags=flags, kwargs=mix.chat_template_kwargs)
+    lines = writer.staging / "rows"
+    facts = [np.zeros(0, FACTS)]
+    with explain_os_errors(writer.out), open(lines, "wb") as file:
+        for known in parallel_map(read_chunk, part_chunks(mix, parts), num_proc, "read"):
+            facts.append(known.facts)
+            file.write(known.lines)
     for part in parts:
         writer.input_hashes[part.name] = part.data.hash()
+    facts = np.concatenate(facts)
     if not mix.uses_pool_validation():
         facts["refusal"][facts["is_validation"]] = REFUSALS.index(LEFT_OUT)
     sizes = facts["tokens"] if mix.by == "tokens" else np.ones(len(facts), int)
-    return Rows(parts, facts, sizes, np.array(REFUSALS, object)[facts["refusal"]])
+    return Rows(parts, facts, sizes, np.array(REFUSALS, object)[facts["refusal"]], lines)
 
 
 def part_chunks(mix: Mix, parts: list[Part]) -> Iterator[PartChunk]:
     """Yield the chunks of all parts, in order."""
-    first = 0
     for part in parts:
-        end = first + len(part.data.table)
-        for start in range(first, end, ROWS):
-            numbers = np.arange(start, min(start + ROWS, end))
-            yield PartChunk(numbers, part.source, part.is_validation, mix.sources[part.source].where)
-        first = end
+        where = mix.sources[part.source].where
+        for first in range(0, len(part.data.table), ROWS):
+            yield PartChunk(tuple(part.data.files), first, part.source, part.is_validation, where)
 
 
-def read_facts(chunk: PartChunk, files: tuple[str, ...], flags: RendererFlags | None, kwargs: dict) -> np.ndarray:
-    """Return FACTS (rows,) of a chunk. files: of all parts; kwargs: template arguments of the mix."""
-    rows = open_rows(files).take(chunk.rows)
+@cache
+def open_table(files: tuple[str, ...]) -> pa.Table:
+    return pa.concat_tables([pa.ipc.open_stream(pa.memory_map(file)).read_all() for file in files])
+
+
+def read_rows(chunk: PartChunk, flags: RendererFlags | None, kwargs: dict) -> KnownRows:
+    """Return what is known of the rows of a chunk. kwargs: template arguments of the mix."""
+    rows = []
+    for batch in open_table(chunk.files).slice(chunk.first, ROWS).to_batches():
+        rows += batch_to_rows(batch)
+    lines = [dump_json(row) for row in rows]
     facts = np.zeros(len(rows), FACTS)
     facts["source"] = chunk.source
     facts["is_validation"] = chunk.is_validation
@@ -239,7 +225,8 @@ def read_facts(chunk: PartChunk, files: tuple[str, ...], flags: RendererFlags | 
         facts["refusal"][[not matches(row, chunk.where) for row in rows]] = REFUSALS.index("not asked for")
     if flags is not None:
         count_tokens(rows, facts, flags, kwargs)
-    return facts
+    facts["bytes"] = [len(line) for line in lines]
+    return KnownRows(facts, b"".join(lines))
 
 
 def count_turns(row: Row) -> int:
@@ -395,38 +382,57 @@ class OutputChunk:
     """Neighbouring rows of the result."""
 
     split: str
-    rows: np.ndarray  # numbers of rows
-    passes: np.ndarray
+    starts: np.ndarray  # where the line of each row begins in the file of lines
+    ends: np.ndarray
+    passes: np.ndarray  # how often each row was drawn before
 
 
-def output_chunks(plan: Plan) -> Iterator[OutputChunk]:
+def output_chunks(plan: Plan, rows: Rows) -> Iterator[OutputChunk]:
+    ends = np.cumsum(rows.facts["bytes"])
+    starts = ends - rows.facts["bytes"]
     validation = Draw(plan.validation, np.zeros(len(plan.validation), int))
     for split, draw in (("train", plan.train), (VALIDATION, validation)):
-        for start in range(0, len(draw.rows), OUTPUT_ROWS):
-            end = start + OUTPUT_ROWS
-            yield OutputChunk(split, draw.rows[start:end], draw.passes[start:end])
+        for first in range(0, len(draw.rows), ROWS):
+            numbers = draw.rows[first : first + ROWS]
+            yield OutputChunk(split, starts[numbers], ends[numbers], draw.passes[first : first + ROWS])
 
 
-def encode_output(chunk: OutputChunk, files: tuple[str, ...], kwargs: dict) -> ChunkResult:
+@cache
+def open_lines(path: Path) -> io.FileIO:
+    return open(path, "rb", buffering=0)  # read here and there: what a buffer holds is not asked for
+
+
+def encode_output(chunk: OutputChunk, path: Path, kwargs: dict) -> ChunkResult:
     """Return the rows of a chunk for the folder and, as payload, for the .jsonl beside it; those of a second pass have
-    @2 behind their ids. kwargs: template arguments of the mix."""
-    rows = open_rows(files).take(chunk.rows)
-    for row, number in zip(rows, chunk.passes, strict=True):
+    @2 behind their ids.
+
+    path: the file of lines; kwargs: template arguments of the mix.
+    """
+    file = open_lines(path)
+    rows = []
+    lines = []
+    for start, end, number in zip(chunk.starts, chunk.ends, chunk.passes, strict=True):
+        file.seek(start)
+        line = file.read(end - start)
+        row = json.loads(line)
         if number:
             row["id"] = f"{row['id']}@{number + 1}"
         if kwargs:
             row["chat_template_kwargs"] = kwargs | row["chat_template_kwargs"]
+        if number or kwargs:
+            line = dump_json(row)
+        rows.append(row)
+        lines.append(line)
     encoded = encode_rows(rows)
-    lines = EncodedRows(list(encoded.ids), b"", Counter(), lines=[dump_json(row) for row in rows])
-    return ChunkResult({chunk.split: encoded}, payload=lines)
+    return ChunkResult({chunk.split: encoded}, payload=EncodedRows(list(encoded.ids), b"", Counter(), lines=lines))
 
 
 def write_plan(plan: Plan, rows: Rows, mix: Mix, writer: DatasetWriter, num_proc: int) -> None:
     """Write the rows of a plan, and list those that are in none."""
-    encode = partial(encode_output, files=files_of(rows.parts), kwargs=mix.chat_template_kwargs)
+    encode = partial(encode_output, path=rows.lines, kwargs=mix.chat_template_kwargs)
     texts = {}
     with ExitStack() as stack:
-        for result in parallel_map(encode, output_chunks(plan), num_proc, "write"):
+        for result in parallel_map(encode, output_chunks(plan, rows), num_proc, "write"):
             writer.add(result)
             for split, encoded in result.encoded.items():
                 if split not in texts:
@@ -598,7 +604,8 @@ def run(args: argparse.Namespace) -> int:
     elif mix.by == "tokens":
         raise UsageError(f"{args.mix}: weights by tokens: pass --recipe, whose tokenizer and template count them")
     with DatasetWriter(args.out, "mix.py", mix.seed) as writer:
-        open_rows.cache_clear()  # a folder may have been made again since, in this process
+        open_table.cache_clear()  # a folder may have been made again since, in this process
+        open_lines.cache_clear()
         parts, not_read = open_parts(mix, Path(args.pools or "."))
         rows = read_parts(mix, parts, flags, writer, args.num_proc)
         plan = make_plan(mix, rows)
@@ -613,10 +620,15 @@ def run(args: argparse.Namespace) -> int:
         more["sources"] = [report.to_json() for report in reports]
         if not_read:
             more["splits_not_read"] = not_read
+        drawn = int(rows.sizes[plan.train.rows].sum())
+        if mix.size is not None:
+            more["size"] = {"asked": mix.size, "drawn": drawn}
         writer.close(more, {"card.md": make_card(args.out.name, mix, rows, plan)})
     trained = len(plan.train.rows)
     print(f"{args.out}: {trained:,} rows to train, {len(plan.validation):,} to validate, of {len(rows.facts):,}")
     print_reports(reports)
+    if mix.size is not None and drawn < 0.99 * mix.size:
+        print(f"size {mix.size:,} is not reached, the sources give {drawn:,} {mix.by} (raise epochs, or lower size)")
     print_left_out(reports, writer, not_read)
     return 0
 

@@ -634,6 +634,22 @@ def bend(path):
     return {split: [bent(row) for row in rows] for split, rows in recipe_rows.load_sets(path).items()}
 
 
+def test_nulls_that_the_loader_fills_in():
+    """Those of messages reach no template, others do; of Arrow's nothing tells which stood in the file."""
+    row = {"messages": [turn("assistant", "", tool_calls=[{"function": {"name": "f", "arguments": {"x": 0.5}}}])]}
+    in_messages = {"messages": [{**row["messages"][0], "name": None}], "tools": None}
+    in_call = {"messages": [turn("assistant", "", tool_calls=[{"id": None, **row["messages"][0]["tool_calls"][0]}])]}
+    for path, loaded, words in (
+        ("rows.jsonl", in_messages, ""),
+        ("rows.jsonl", in_call, "messages.0.tool_calls.0.id: nothing in the file, None as it is loaded"),
+        ("rows.parquet", in_messages, ""),
+        ("rows.parquet", in_call, ""),
+    ):
+        loader = loader_changes.Loader(Path(path))
+        loader.sets = {"train": [loaded]}
+        assert loader.find_change("train", 0, row) == words
+
+
 def test_plain_text_is_not_loaded(tmp_path, monkeypatch):
     """It would take seconds: text is text to the loader, too."""
     loads = []

@@ -11,6 +11,7 @@ import io
 import json
 import random
 import re
+import shutil
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from unittest import mock
@@ -514,6 +515,35 @@ def test_concatenate_by_tokens_ends_at_a_size_in_tokens(tmp_path):
     assert abs(tokens - 3000) <= 60 and counts(train)["a"] == 40 and 0 < counts(train)["b"] < 40
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [  # read by the strategy, but not beside the other options
+        (
+            "stop: all_exhausted\nsize: 9\nsources: [{path: a, epochs: 2}]",
+            ["source 1: epochs is not read", "stop: first"],
+        ),
+        (
+            "strategy: concatenate\nvalidation: 0\nseed: 3\nsources: [{path: a}]",
+            ["seed is not read", "nothing is drawn"],
+        ),
+        ("strategy: concatenate\nby: tokens\nsources: [{path: a}]", ["by is not read", "write size"]),
+        ("sources: [{path: a, shuffle: 3}]", ["source 1: shuffle is not read by interleave", "write rows"]),
+        ("strategy: resample\nsources: [{path: a, shuffle: 3}]", ["shuffle is not read by resample", "write rows"]),
+        ("sources: [{path: a, where: {lang: no}}]", ["where lang is False", "quotes"]),
+        ("sources: [{path: a, where: {mode: thinking}}]", ["where mode is thinking", "think, no_think"]),
+        ("sources: [{path: a, rows: true}]", ["rows is True", "whole number"]),
+        ("sources: [{path: a, epochs: .inf}]", ["epochs is inf", "a number"]),
+        ("seed: -1\nsources: [{path: a}]", ["seed is -1", "at least 0"]),
+        ("strategy: subsample\nsize: 30\nsources:\n  same_prompts: 1.0", ["size is not read by subsample"]),
+    ],
+)
+def test_options_that_others_leave_unread_are_refused(tmp_path, text, words):
+    make(tmp_path, a=rows_of("a", 10))
+    (tmp_path / "mix.yaml").write_text(text)
+    code, out, err = run(tmp_path / "mix.yaml", "--pools", tmp_path, "--out", tmp_path / "out")
+    assert code == 2 and err.count("\n") == 1 and not out and all(word in err for word in words), err
+
+
 # -- the sources' own validation splits -------------------------------------------------------------------------------
 def test_own_validation_rows_are_used_and_never_trained(tmp_path):
     """A prompt of theirs in train goes to validation with all of its rows; equal rows are kept on that side."""
@@ -533,6 +563,16 @@ def test_own_validation_rows_are_used_and_never_trained(tmp_path):
     assert report["in"] == 204 and report["refused"] == {"validation split left out": 4}
     assert "4 rows of the sources' own validation splits left out (pool_validation: use takes them)" in said
     assert not {"v-0", "v-1"} & {one["id"] for one in got + validation}
+    # as where the mix has no validation, or the tutorial's, unless it is asked for
+    for number, settings in enumerate((NONE, {"literal": True, "validation": {"min": 9}})):
+        got, _, report, _ = mixed(tmp_path, [{"path": "a"}], out=f"none{number}", **settings)
+        assert report["refused"] == {"validation split left out": 4} and not {"v-0"} & {one["id"] for one in got}
+    got, validation, *_ = mixed(tmp_path, [{"path": "a"}], out="own", pool_validation="use", **NONE)
+    assert {one["id"] for one in validation} == {"v-0", "v-1", "v-2", "v-3", "a-5"} and len(got) == 198
+    # a split that a source names is what its rows are, for every source of the folder
+    sources = [{"path": "a"}, {"path": "a", "name": "b", "split": "validation"}]
+    got, validation, report, _ = mixed(tmp_path, sources, out="named", strategy="concatenate", **NONE)
+    assert len(got) == 203 and not validation and report["refused"] == {"duplicate of another pool": 1}
 
 
 def test_splits_that_are_not_read_are_named(tmp_path):
@@ -540,3 +580,64 @@ def test_splits_that_are_not_read_are_named(tmp_path):
     *_, report, said = mixed(tmp_path, [{"path": "a"}], **NONE)
     assert "7 rows of a/test are not read (name the split as `split` of a source)" in said
     assert report["splits_not_read"] == {"a/test": 7} and report["in"] == 20
+
+
+def test_the_lines_beside_the_folder_have_its_ids(tmp_path):
+    """Two files of one name give rows of the same ids: `mixed` compares folder and .jsonl row by row."""
+    make(tmp_path, a=[row("train-1", "A?"), row("train-2", "B?")], b=[row("train-1", "C?"), row("train-2", "D?")])
+    train, *_ = mixed(tmp_path, [{"path": "a"}, {"path": "b"}], strategy="concatenate", **NONE)
+    assert [one["id"] for one in train] == ["train-1", "train-2", "train-1-2", "train-2-2"]
+
+
+# -- what is not drawn is explained -----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("settings", "a", "b", "undrawn", "cause"),
+    [
+        ({"size": 20}, {}, {}, (30, 60), "its weight 1 asks for 10 rows of size 20 (raise weight or size)"),
+        ({}, {"epochs": 0.5}, {}, (20, 50), "its epochs of 0.5 allow 20 rows (raise epochs)"),
+        ({}, {"weight": 0}, {}, (40, 0), "its weight 0 asks for none (raise weight)"),
+        ({"stop": "all_exhausted"}, {"epochs": 0.5}, {"epochs": 0.5}, (5, 35),
+         "its weight 1 asks for 35 rows until all are used up (raise weight or epochs)"),
+        ({"strategy": "subsample"}, {"weight": 0.2}, {}, (32, 0), "its weight 0.2 keeps 8 rows of 40 (raise weight)"),
+        ({"strategy": "subsample"}, {"weight": 0.5, "epochs": 0.5}, {}, (30, 0),
+         "its weight 0.5 and epochs 0.5 keep 10 rows (raise weight or epochs)"),
+        ({"strategy": "concatenate"}, {"epochs": 0.5}, {}, (20, 0), "its epochs of 0.5 take 20 rows (raise epochs)"),
+        ({"strategy": "concatenate", "size": 15}, {"epochs": 0.5}, {}, (25, 70),
+         "size 15 ends before them (raise size)"),
+    ],
+)  # fmt: skip
+def test_what_is_not_drawn_has_a_number_and_a_cause(tmp_path, settings, a, b, undrawn, cause):
+    """40 rows of a and 70 of b, counted by hand."""
+    make(tmp_path, a=rows_of("a", 40), b=rows_of("b", 70))
+    sources = [{"path": "a"} | a, {"path": "b"} | b]
+    *_, report, said = mixed(tmp_path, sources, **settings, **NONE)
+    assert tuple(one["not_drawn"] for one in report["sources"]) == undrawn
+    assert report["sources"][0]["not_drawn_cause"] == cause
+    assert f"{undrawn[0]:,} rows of a not drawn: {cause}" in said
+    assert report["refused"]["not drawn"] == sum(undrawn)
+
+
+def test_a_size_that_is_not_reached_is_said(tmp_path):
+    make(tmp_path, a=rows_of("a", 40))
+    *_, report, said = mixed(tmp_path, [{"path": "a"}], size=100, **NONE)
+    assert "size 100 is not reached, the sources give 40 rows (raise epochs, or lower size)" in said
+    assert report["size"] == {"asked": 100, "drawn": 40}
+
+
+def test_sources_without_a_row_leave_nothing_to_train_on(tmp_path):
+    """The only source with a weight has no row that is asked for."""
+    make(tmp_path, a=rows_of("a", 40), b=rows_of("b", 70))
+    sources = [{"path": "a", "where": {"lang": "xx"}}, {"path": "b", "weight": 0}]
+    for number, settings in enumerate(({}, {"strategy": "resample"}, {"strategy": "subsample"}, {"literal": True})):
+        said = mixed(tmp_path, sources, out=f"out{number}", code=1, **settings, **NONE)
+        assert "no rows are left to train on" in said and not (tmp_path / f"out{number}").exists()
+
+
+def test_a_folder_that_was_made_again_is_read_again(tmp_path):
+    """In one process, which keeps files open."""
+    for number in range(2):
+        shutil.rmtree(tmp_path / "a", ignore_errors=True)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        make(tmp_path, a=rows_of(f"run{number}", 20))
+        train, *_ = mixed(tmp_path, [{"path": "a"}], **NONE)
+        assert counts(train) == {f"run{number}": 20}

@@ -6,7 +6,7 @@ The oracle is a plain reading of the rule, over every prompt and row.
 import numpy as np
 import pytest
 
-from data_prep.common.splitting import choose_validation, order_by_prompt, round_to_total
+from data_prep.common.splitting import choose_validation, hash_prompts, order_by_prompt, round_to_total
 
 
 def prompts_of(count, sizes, seed=0):
@@ -65,5 +65,13 @@ def test_rows_of_a_prompt_follow_each_other():
 def test_whole_numbers_that_sum_to_a_total():
     """Largest remainders, by hand."""
     assert round_to_total(10, np.array([0.25, 0.25, 0.5])).tolist() == [3, 2, 5]
+    assert round_to_total(10, np.array([0.11, 0.24, 0.65])).tolist() == [1, 2, 7]
     assert round_to_total(7, np.array([1 / 3, 1 / 3, 1 / 3])).tolist() == [3, 2, 2]
     assert round_to_total(0, np.array([0.5, 0.5])).tolist() == [0, 0]
+
+
+def test_the_hash_is_splitmix64():
+    """The first numbers of its reference implementation for the seeds 0 and 1234567."""
+    zero = np.zeros(1, np.uint64)
+    assert int(hash_prompts(zero, 0)[0]) == 0xE220A8397B1DCDAF
+    assert int(hash_prompts(zero + np.uint64(1234567), 0)[0]) == 6457827717110365317

@@ -87,9 +87,11 @@ def explain_quota(candidates: Candidates, quota: float, mix: Mix, last: Source) 
     source = candidates.source
     if not quota:
         return f"its weight {source.weight:g} asks for none (raise weight)"
-    if quota >= candidates.available():
-        return f"its epochs of {source.epochs:g} allow {candidates.available():,.0f} {mix.by} (raise epochs)"
     asks = f"its weight {source.weight:g} asks for {quota:,.0f} {mix.by}"
+    if mix.stop == "all_exhausted" and mix.size is None:
+        return f"{asks} until all are used up (raise weight or epochs)"
+    if mix.stop != "all_exhausted" and quota >= candidates.available():
+        return f"its epochs of {source.epochs:g} allow {candidates.available():,.0f} {mix.by} (raise epochs)"
     if mix.size is not None:
         return f"{asks} of size {mix.size:,} (raise weight or size)"
     return f"{asks} until {last.name} is used up (raise weight, epochs of {last.name}, or write stop: all_exhausted)"
@@ -158,12 +160,16 @@ def concatenate(sources: list[Candidates], mix: Mix) -> Draw:
         epochs = candidates.source.epochs
         drawn.append(repeat(candidates.rows, epochs))
         sizes.append(repeat(candidates.sizes, epochs))
-        candidates.cause = f"its epochs of {epochs:g} take {len(drawn[-1]):,} rows (raise epochs)"
-        if epochs >= 1:
-            candidates.cause = f"size {mix.size} ends before them (raise size)"
     rows = np.concatenate(drawn)
+    count = len(rows)
     if mix.size is not None:
-        rows = rows[: count_within(np.concatenate(sizes), mix.size)]
+        count = count_within(np.concatenate(sizes), mix.size)
+    ends = np.cumsum([len(part) for part in drawn])
+    for candidates, part, end in zip(sources, drawn, ends, strict=True):
+        candidates.cause = f"its epochs of {candidates.source.epochs:g} take {len(part):,} rows (raise epochs)"
+        if end > count:
+            candidates.cause = f"size {mix.size:,} ends before them (raise size)"
+    rows = rows[:count]
     return Draw(rows, count_passes(rows))
 
 

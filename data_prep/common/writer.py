@@ -213,8 +213,8 @@ class DatasetWriter:
             if is_validation.all():
                 different = len(np.unique(prompts))
                 raise UsageError(
-                    f"--eval_rows {count}: {len(prompts):,} rows of {different:,} prompts, which stay whole, leave none "
-                    "to train on: pass a smaller number"
+                    f"--eval_rows {count}: {len(prompts):,} rows of {different:,} prompts, which stay whole, leave "
+                    "none to train on: pass a smaller number"
                 )
             keys_not_kept = self.keys_not_kept
             start = 0
