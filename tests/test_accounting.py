@@ -18,6 +18,7 @@ from conftest import REPO
 from datasets import load_from_disk
 
 from data_prep.common import writer
+from data_prep.common.exact_numbers import read_json_exactly
 
 TEMPLATE = REPO / "chat_templates" / "qwen3.jinja"
 
@@ -66,6 +67,9 @@ def fuzzed(rng, number):
     if 0.25 < broken < 0.32:
         line = line[: rng.randrange(len(line))].strip() or "{"
     return line
+
+
+read_json_exactly()  # datasets alone reads no number of over 64 bits
 
 
 @pytest.fixture(scope="module")
