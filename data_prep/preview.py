@@ -46,7 +46,7 @@ from data_prep.common.preview_rows import (
 from data_prep.common.preview_text import Line, Preview, ShownRow, make_page, print_preview, show_row
 from data_prep.common.readers import read_chunks
 from data_prep.common.recipe_rows import load_rows
-from data_prep.common.recipe_settings import Settings, read_settings, require_named_mask
+from data_prep.common.recipe_settings import FLAGS, Settings, add_recipe_flags, read_settings, require_named_mask
 from data_prep.common.rendering import Renderer, Span, load_renderer
 from data_prep.common.rows import get_turns
 from data_prep.common.tokens import iter_documents
@@ -128,41 +128,18 @@ def describe_steps(plan: Plan, settings: Settings) -> str:
     return f"{text}, {settings.global_batch_size} {units} a step"
 
 
+RECIPE_FLAGS = [name for name in FLAGS if name != "dataset_test_split"]  # the train split alone is shown
+
+
 # -- the command ------------------------------------------------------------------------------------------------------
-def boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
-    return text.lower() == "true"
-
-
-RECIPE_FLAGS = {
-    "model_name_or_path": str,
-    "chat_template_path": str,
-    "assistant_only_loss": boolean,
-    "dataset_train_split": str,
-    "max_length": int,
-    "packing": boolean,
-    "packing_strategy": str,
-    "global_batch_size": int,
-    "per_device_train_batch_size": int,
-    "num_train_epochs": float,
-    "max_steps": int,
-    "eval_rows": int,
-    "seed": int,
-}
-
-
 def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("data", metavar="DATA", help=".jsonl, .json or .parquet file, or a save_to_disk folder")
-    parser.add_argument("--recipe", required=True, help="a recipes/NAME.py, whose DEFAULTS hold")
-    parser.add_argument("--config", help="YAML file of a recipe's names: DEFAULTS < YAML < flags")
+    add_recipe_flags(parser, RECIPE_FLAGS)
     parser.add_argument("--rows", type=int, default=3, help="rows to show (3)")
     parser.add_argument("--html", type=Path, help="write the page here")
     parser.add_argument("--report", type=Path, help="write the figures here, all rows too, as JSON")
     parser.add_argument("--max_cut", type=float, default=0.01, help="share of rows whose answer may be cut off (0.01)")
-    for name, kind in RECIPE_FLAGS.items():
-        parser.add_argument(f"--{name}", type=kind, help="as in the recipe")
     return run_command(parser, run)
 
 
@@ -208,8 +185,6 @@ def run(args: argparse.Namespace) -> int:
     if args.report:
         report = make_report(totals, plan, settings, measured.rows, verdict, loaded.note)
         write_text(args.report, json.dumps(report, ensure_ascii=False, default=str) + "\n")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # text that this terminal cannot write
     try:
         print_preview(Console(highlight=False, markup=False, emoji=False), preview)
         sys.stdout.flush()

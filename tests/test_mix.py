@@ -641,3 +641,9 @@ def test_a_folder_that_was_made_again_is_read_again(tmp_path):
         make(tmp_path, a=rows_of(f"run{number}", 20))
         train, *_ = mixed(tmp_path, [{"path": "a"}], **NONE)
         assert counts(train) == {f"run{number}": 20}
+
+
+def test_a_size_beyond_all_memory_is_one_sentence(tmp_path):
+    make(tmp_path, a=rows_of("a", 20))
+    said = mixed(tmp_path, [{"path": "a"}], code=2, stop="all_exhausted", size=10**11, **NONE)
+    assert said == "size: a would be repeated 5,000,000,001 times: write a smaller size\n"

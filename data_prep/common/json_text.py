@@ -74,7 +74,3 @@ def check_numbers(value: object) -> None:
 
 def refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
-
-
-def refuse_half_pairs(row: object) -> None:
-    dump_json(row)

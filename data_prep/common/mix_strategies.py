@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .errors import UsageError
 from .mix_options import Mix, Source
 from .splitting import round_to_total
+
+MOST_DRAWS = 1 << 30  # rows of a mix: their numbers lie in memory
 
 
 @dataclass
@@ -233,6 +236,8 @@ def count_repeated(candidates: Candidates, quota: float) -> int:
     if quota <= 0 or not len(candidates.rows):
         return 0
     passes = int(quota // candidates.total()) + 1
+    if passes * len(candidates.rows) > MOST_DRAWS:
+        raise UsageError(f"size: {candidates.source.name} would be repeated {passes:,} times: write a smaller size")
     return count_within(np.tile(candidates.sizes, passes), quota)
 
 

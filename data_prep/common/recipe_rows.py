@@ -9,7 +9,7 @@ import numpy as np
 
 from .errors import InvalidRow, UsageError
 from .exact_numbers import read_json_exactly
-from .json_text import refuse_half_pairs
+from .json_text import dump_json
 from .readers import read_rows
 from .recipe_settings import Settings
 from .row_keys import SWITCH
@@ -91,7 +91,7 @@ def unreadable_error(path: Path, error: Exception) -> UsageError:
             try:
                 if isinstance(row, InvalidRow):
                     raise row
-                refuse_half_pairs(row)
+                dump_json(row)  # raises for half a surrogate pair
             except InvalidRow as refusal:
                 fault = f":{number}: {refusal}"
                 break
