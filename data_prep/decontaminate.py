@@ -37,13 +37,13 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.common.chunks import Chunk
-from data_prep.common.command_line import add_num_proc, format_counts, make_parser, run_command
+from data_prep.common.command_line import add_num_proc, make_parser, run_command
 from data_prep.common.errors import InvalidRow, UsageError
 from data_prep.common.ngrams import hash_ngrams, hash_words, split_words
 from data_prep.common.parallel import parallel_map
 from data_prep.common.readers import find_inputs, read_chunks, relative_names
-from data_prep.common.rows import Row, check_shape, complete_row
-from data_prep.common.writer import ChunkResult, DatasetWriter, encode_rows, row_location
+from data_prep.common.rows import Row
+from data_prep.common.writer import ChunkResult, DatasetWriter, encode_rows
 
 SHORT, LONG = 8, 13  # words of an n-gram: Tulu 3's, GPT-3's
 QUESTION_FIELDS = ("question", "prompt", "query", "problem", "instruction", "input")
@@ -297,14 +297,7 @@ def clean_chunk(chunk: Chunk, index_path: str, threshold: float, is_jsonl: bool)
     index = load_index(index_path)
     result = ChunkResult(payload=[])
     clean = []
-    for line, row in chunk.rows():
-        result.rows_in += 1
-        location = row_location(chunk.file, line, row)
-        try:
-            row = complete_row(check_shape(row), Path(chunk.file).stem, line)
-        except InvalidRow as error:
-            result.rejected.append(location | {"reason": error.reason, "detail": error.detail})
-            continue
+    for location, row in result.usable_rows(chunk, Path(chunk.file).stem):
         found = find_hits(row, index, threshold)
         if found.ngrams or found.equal:
             result.rejected.append(location | found.rejected())
@@ -442,21 +435,11 @@ def run(args: Namespace) -> int:
             summary.add(result)
             writer.add(result)
         index_path.unlink()
-        if not writer.rows_in:
-            raise UsageError(f"{args.path}: no rows: pass rows of messages (python -m data_prep.normalize makes them)")
         summary.print_table()
-        kept = writer.rows_out.total()
-        refused = format_counts(writer.refused)
-        if not kept:
-            print(f"all {writer.rows_in} rows refused ({refused}): see {writer.close_rejected()}", file=sys.stderr)
-            return 1
         rules = {"ngram_sizes": sizes, "match_threshold": threshold, "common": args.common}
         against = {file: asdict(count) for file, count in summary.by_file().items()}
         found = {"common_left_out": index.left_out, "against": against}
-        writer.close({**rules, **found}, {"hits.md": summary.make_page(args.out.name)})
-    reasons = f" ({refused})" if refused else ""
-    print(f"{args.out}: {kept:,} rows kept, {writer.refused.total():,} left out{reasons}")
-    return 0
+        return writer.finish(args.path, {**rules, **found}, {"hits.md": summary.make_page(args.out.name)})
 
 
 if __name__ == "__main__":

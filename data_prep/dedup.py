@@ -31,7 +31,7 @@ import numpy as np
 from rensa import RMinHash
 
 from data_prep.common.chunks import Chunk
-from data_prep.common.command_line import add_num_proc, format_counts, make_parser, run_command
+from data_prep.common.command_line import add_num_proc, make_parser, run_command
 from data_prep.common.errors import InvalidRow, UsageError
 from data_prep.common.json_text import dump_json
 from data_prep.common.ngrams import GOLDEN_RATIO, hash_ngrams, hash_words, scramble, split_words
@@ -39,7 +39,7 @@ from data_prep.common.parallel import parallel_map
 from data_prep.common.readers import find_inputs, read_chunks, relative_names
 from data_prep.common.row_keys import SWITCH, prompt_key, row_key
 from data_prep.common.rows import Row, check_shape, complete_row, iter_strings
-from data_prep.common.writer import ChunkResult, DatasetWriter, encode_rows, row_location
+from data_prep.common.writer import ChunkResult, DatasetWriter, encode_rows
 
 SIGNATURE = 128  # hashes of a MinHash signature
 RECALL = 0.99  # of the pairs at the threshold, that share a band
@@ -71,8 +71,7 @@ class SetChunk:
     """A chunk of one of the sets, with what its rows repeat once that is known."""
 
     number: int  # of its set, from 0
-    file: str  # as reports name it: a folder's split is SET/SPLIT
-    chunk: Chunk
+    chunk: Chunk  # its file as reports name it: a folder's split is SET/SPLIT
     start: int = 0  # number of its first row among all rows
     heads: np.ndarray | None = None  # (rows,) the row that each repeats, its own number where it stays
     similarity: np.ndarray | None = None  # (rows,) to that row
@@ -106,16 +105,11 @@ def read_sets(paths: list, input_hashes: dict[str, str]) -> Iterator[SetChunk]:
         is_folder = isinstance(path, Path) and path.is_dir()
         hashes = {}
         for chunk in read_chunks([path], hashes):
-            file = f"{names[path]}/{chunk.split}" if is_folder else names[path]
-            yield SetChunk(number, file, chunk)
+            chunk.file = f"{names[path]}/{chunk.split}" if is_folder else names[path]
+            yield SetChunk(number, chunk)
         for name, digest in hashes.items():
             file = f"{names[path]}/{name}" if is_folder else names[path]
             input_hashes[file] = digest
-
-
-def read_usable_row(row: object, item: SetChunk, line: int) -> Row:
-    """Return a complete row. Raises InvalidRow."""
-    return complete_row(check_shape(row), Path(item.file).stem, line)
 
 
 # -- what is compared -------------------------------------------------------------------------------------------------
@@ -159,7 +153,7 @@ def fingerprint_chunk(item: SetChunk, options: DedupOptions) -> ChunkResult:
     for line, row in item.chunk.rows():
         ngrams = NO_NGRAMS
         try:
-            row = read_usable_row(row, item, line)
+            row = complete_row(check_shape(row), Path(item.chunk.file).stem, line)
             key = row_identity(row, options)
             if not options.exact:
                 ngrams = row_ngrams(row, options)
@@ -304,15 +298,9 @@ def keep_first_rows(item: SetChunk, is_jsonl: bool) -> ChunkResult:
     """
     result = ChunkResult(payload={})
     kept = []
-    for place, (line, row) in enumerate(item.chunk.rows()):
-        result.rows_in += 1
-        location = row_location(item.file, line, row)
-        try:
-            row = read_usable_row(row, item, line)
-        except InvalidRow as error:
-            result.rejected.append(location | {"reason": error.reason, "detail": error.detail})
-            continue
+    for location, row in result.usable_rows(item.chunk, Path(item.chunk.file).stem):
         location["id"] = row["id"]
+        place = result.rows_in - 1
         number = item.start + place
         if item.is_head[place]:
             result.payload[number] = location
@@ -352,7 +340,7 @@ class Dedup:
                 file.write(result.payload.ngrams)
                 result.payload.ngrams = NO_NGRAMS
                 chunks.append(result.payload)
-        if not sum(self.sizes):
+        if not chunks:
             names = ", ".join(map(str, self.paths))
             raise UsageError(f"{names}: no rows: pass sets of messages rows (python -m data_prep.normalize)")
         ngrams = NgramFile(path, np.concatenate([chunk.counts for chunk in chunks]))
@@ -431,15 +419,7 @@ def run(args: Namespace) -> int:
     with DatasetWriter(args.out, "dedup.py") as writer:
         dedup = Dedup(paths, options, args.num_proc, writer)
         dedup.write_rows(dedup.find_duplicates())
-        kept = writer.rows_out.total()
-        refused = format_counts(writer.refused)
-        if not kept:
-            print(f"all {writer.rows_in} rows refused ({refused}): see {writer.close_rejected()}", file=sys.stderr)
-            return 1
-        writer.close({"compared": options.describe()})
-    reasons = f" ({refused})" if refused else ""
-    print(f"{args.out}: {kept:,} rows kept of {writer.rows_in:,}, {writer.refused.total():,} left out{reasons}")
-    return 0
+        return writer.finish(", ".join(args.sets), {"compared": options.describe()})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from data_prep.common.command_line import make_parser, run_command
 from data_prep.common.errors import UsageError
-from data_prep.demo_rows import staged_folder
+from data_prep.common.writer import staged_folder
 
 if TYPE_CHECKING:  # takes seconds to import
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM

@@ -19,11 +19,7 @@ Exit 0: done. 2: bad input, one sentence.
 import argparse
 import hashlib
 import json
-import os
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -33,7 +29,7 @@ from data_prep.common.command_line import make_parser, run_command
 from data_prep.common.errors import UsageError
 from data_prep.common.json_text import json_line
 from data_prep.common.rows import Message
-from data_prep.common.writer import write_rows
+from data_prep.common.writer import format_json, staged_folder, write_rows, write_utf8
 
 
 def words(text: str) -> list[str]:
@@ -408,25 +404,6 @@ def make_texts(items: Items, count: int, seed: int) -> list[dict]:
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
-@contextmanager
-def staged_folder(out: Path) -> Iterator[Path]:
-    """Yield a folder that is renamed to OUT when the block is through; without that nothing is left.
-
-    Raises UsageError where it cannot be written.
-    """
-    if out.exists():
-        raise UsageError(f"{out}: exists already: remove it or pass another --out")
-    staging = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        staging.mkdir(parents=True)
-        yield staging
-        staging.rename(out)
-    except OSError as error:
-        raise UsageError(f"{out}: not written ({error}): free some space or pass another --out") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
 def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder that does not exist yet")
@@ -461,10 +438,10 @@ def write_demo(folder: Path, splits: dict[str, list[dict]], texts: list[dict], s
     test = "".join([json_line(row) for row in splits["test"]])
     report = write_rows(folder / "chat", "demo_rows.py", splits, seed=seed, extra={"test.jsonl": test})
     text = "".join([json_line(row) for row in texts])
-    (folder / "pretrain.jsonl").write_text(text, encoding="utf-8", newline="\n")
+    write_utf8(folder / "pretrain.jsonl", text)
     report["output"]["pretrain"] = hashlib.sha256(text.encode()).hexdigest()
     report["out"]["pretrain"] = len(texts)
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8", newline="\n")
+    write_utf8(folder / "report.json", format_json(report))
 
 
 if __name__ == "__main__":

@@ -32,14 +32,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from data_prep.common.chunks import Chunk
-from data_prep.common.command_line import add_num_proc, format_counts, make_parser, run_command
+from data_prep.common.command_line import add_num_proc, make_parser, run_command
 from data_prep.common.errors import InvalidRow, UsageError
 from data_prep.common.parallel import parallel_map
 from data_prep.common.readers import find_inputs, is_dataset_folder, open_splits, read_chunks
 from data_prep.common.recipe_settings import read_settings
 from data_prep.common.rendering import Rendered, Renderer, Span, load_renderer
-from data_prep.common.rows import Message, Row, check_shape, complete_row
-from data_prep.common.writer import ChunkResult, DatasetWriter, check_output_path, encode_rows, row_location
+from data_prep.common.rows import Message, Row
+from data_prep.common.writer import ChunkResult, DatasetWriter, check_output_path, encode_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -248,17 +248,11 @@ def process_chunk(chunk: Chunk, template_path: str, model: str | None, name: str
     renderer = load_template(template_path, model)
     result = ChunkResult()
     rows = []
-    for line, row in chunk.rows():
-        result.rows_in += 1
-        location = row_location(chunk.file, line, row)
+    for location, row in result.usable_rows(chunk, name):
         try:
-            row = complete_row(check_shape(row), name, line)
             expansion = expand(row, renderer)
-        except RecursionError:
-            result.rejected.append(location | {"reason": "row nested too deep", "detail": ""})
-            continue
         except InvalidRow as error:
-            result.rejected.append(location | {"reason": error.reason, "detail": error.detail})
+            result.reject(location, error)
             continue
         result.counts += expansion.counts
         result.rows_added += len(expansion.rows) + len(expansion.refused) - 1
@@ -269,8 +263,7 @@ def process_chunk(chunk: Chunk, template_path: str, model: str | None, name: str
             for expanded in expansion.rows:
                 rows.append(expanded | {"id": answer_id(row, len(expanded["messages"]) - 1)})
         for number, error in expansion.refused:
-            entry = location | {"id": answer_id(row, number), "reason": error.reason, "detail": error.detail}
-            result.rejected.append(entry)
+            result.reject(location | {"id": answer_id(row, number)}, error)
     result.encoded = {chunk.split: encode_rows(rows, jsonl)}
     return result
 
@@ -307,16 +300,11 @@ def run(args: Namespace) -> int:
     with DatasetWriter(args.out, "expand_turns.py") as writer:
         for result in parallel_map(function, read_chunks(paths, writer.input_hashes), args.num_proc):
             writer.add(result)
-        refused = format_counts(writer.refused)
-        if not writer.rows_in:
-            raise UsageError(f"{args.path}: no rows: pass rows of messages (python -m data_prep.normalize makes them)")
-        if not writer.rows_out:
-            print(f"{args.path}: no row is left ({refused}): see {writer.close_rejected()}", file=sys.stderr)
-            return 1
         unit = "characters" if renderer.tokenizer is None else "tokens"
-        writer.close(make_report(writer, unit, renderer.template))
-    print_summary(args.out, writer, unit)
-    return 0
+        code = writer.finish(args.path, make_report(writer, unit, renderer.template))
+    if code == 0:
+        print_summary(writer.counts, unit)
+    return code
 
 
 def make_report(writer: DatasetWriter, unit: str, template: str) -> dict:
@@ -330,12 +318,8 @@ def make_report(writer: DatasetWriter, unit: str, template: str) -> dict:
     }
 
 
-def print_summary(out: Path, writer: DatasetWriter, unit: str) -> None:
-    counts = writer.counts
-    line = f"{out}: {writer.rows_out.total():,} rows of {writer.rows_in:,}, {counts['expanded']:,} of them expanded"
-    if writer.refused:
-        line += f"; refused: {format_counts(writer.refused)}"
-    print(line)
+def print_summary(counts: Counter, unit: str) -> None:
+    print(f"  {counts['expanded']:,} rows were expanded")
     print(f"  {'':10}  {'before':>12}  {'after':>12}")
     for title, name in (("answers", "answers"), (unit, "total"), ("trained", "trained")):
         before = counts[f"{name}_before"]

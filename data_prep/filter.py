@@ -57,7 +57,7 @@ from data_prep.check import (
     require_lengths,
 )
 from data_prep.common.chunks import Chunk
-from data_prep.common.command_line import add_num_proc, format_counts, make_parser, run_command
+from data_prep.common.command_line import add_num_proc, make_parser, run_command
 from data_prep.common.errors import InvalidRow, UsageError
 from data_prep.common.json_text import dump_json
 from data_prep.common.ngrams import hash_ngrams, hash_words, split_words
@@ -65,8 +65,8 @@ from data_prep.common.parallel import parallel_map
 from data_prep.common.readers import find_inputs, read_chunks
 from data_prep.common.rendering import Renderer
 from data_prep.common.row_keys import row_digest
-from data_prep.common.rows import Message, Row, check_shape, complete_row
-from data_prep.common.writer import ChunkResult, DatasetWriter, EncodedRows, Kind, encode_rows, row_location
+from data_prep.common.rows import Message, Row
+from data_prep.common.writer import ChunkResult, DatasetWriter, EncodedRows, Kind, encode_rows
 
 REFUSAL_WITHIN = 120  # characters; further on the same words are mostly advice or a quotation
 CANNOT = r"(?:i\ (?:can'?t|cannot|can\ not|won'?t|am\ unable|am\ not\ able)|i'm\ (?:unable|not\ able))"
@@ -351,11 +351,8 @@ def filter_chunk(chunk: Chunk, options: FilterOptions) -> ChunkResult:
     """Return the rows of a chunk that pass all rules, and the first fault of each of the others."""
     result = ChunkResult()
     kept = []
-    for line, row in chunk.rows():
-        result.rows_in += 1
-        location = row_location(chunk.file, line, row)
+    for location, row in result.usable_rows(chunk, Path(chunk.file).stem):
         try:
-            row = complete_row(check_shape(row), Path(chunk.file).stem, line)
             if options.agreement:
                 row = choose_answer(row, options)
             for rule in load_rules(options):
@@ -363,7 +360,7 @@ def filter_chunk(chunk: Chunk, options: FilterOptions) -> ChunkResult:
                     raise InvalidRow(*fault)
             kept.append(row)
         except InvalidRow as error:
-            result.rejected.append(location | {"reason": error.reason, "detail": error.detail})
+            result.reject(location, error)
     result.encoded = {chunk.split: encode_pairs(kept) if options.preference else encode_rows(kept, options.is_jsonl)}
     return result
 
@@ -449,17 +446,7 @@ def run(args: Namespace) -> int:
         chunks = read_chunks(paths, writer.input_hashes)
         for result in parallel_map(partial(filter_chunk, options=options), chunks, args.num_proc):
             writer.add(result)
-        if not writer.rows_in:
-            raise UsageError(f"{args.path}: no rows: pass rows of messages (python -m data_prep.normalize makes them)")
-        kept = writer.rows_out.total()
-        refused = format_counts(writer.refused)
-        if not kept:
-            print(f"all {writer.rows_in} rows refused ({refused}): see {writer.close_rejected()}", file=sys.stderr)
-            return 1
-        writer.close()
-    reasons = f" ({refused})" if refused else ""
-    print(f"{args.out}: {kept:,} rows kept, {writer.refused.total():,} left out{reasons}")
-    return 0
+        return writer.finish(args.path)
 
 
 if __name__ == "__main__":

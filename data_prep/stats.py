@@ -15,8 +15,6 @@ most 1% of the rows (--max_cut), which is what recipes/hooks lets pass.
 Exit 0: done. 1: no row can be measured. 2: bad input, one sentence.
 """
 
-import os
-import shutil
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -44,9 +42,9 @@ from data_prep.common.recipe_settings import (
 from data_prep.common.tokens import FailedRow, check_chat, tokenize_rows
 from data_prep.common.writer import (
     check_output_path,
-    explain_os_errors,
     format_json,
     make_report,
+    staged_folder,
     write_text,
     write_utf8,
 )
@@ -300,17 +298,11 @@ def stats(args: Namespace) -> int:
 
 def save(out: Path, report: dict, found: Lengths, limit: int) -> None:
     """Write the folder aside and rename it. Raises UsageError."""
-    staging = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        with explain_os_errors(out):
-            staging.mkdir(parents=True)
-            draw(found, limit, staging / "lengths.png")
-            rejected = b"".join([dump_json_lenient(entry) + b"\n" for entry in found.rejected])
-            (staging / "rejected.jsonl").write_bytes(rejected)
-            write_utf8(staging / "report.json", format_json(report))
-            staging.rename(out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with staged_folder(out) as folder:
+        draw(found, limit, folder / "lengths.png")
+        rejected = b"".join([dump_json_lenient(entry) + b"\n" for entry in found.rejected])
+        (folder / "rejected.jsonl").write_bytes(rejected)
+        write_utf8(folder / "report.json", format_json(report))
 
 
 if __name__ == "__main__":

@@ -525,7 +525,7 @@ def test_chatml_rows_byte_for_byte(demo, tmp_path):
     for name in ("rows.jsonl", "rows"):
         out = tmp_path / f"out_{name}"
         done = run(tmp_path / name, "--chat_template_path", TEMPLATES / "chatml.jinja", "--out", out)
-        assert done.returncode == 0 and "0 of them expanded" in done.stdout and len(rows) > 30
+        assert done.returncode == 0 and "  0 rows were expanded" in done.stdout and len(rows) > 30
     assert (tmp_path / "out_rows.jsonl").read_bytes() == path.read_bytes()
     assert json.loads((tmp_path / "out_rows" / "report.json").read_text())["hash"] == report["hash"]
 
@@ -555,7 +555,7 @@ def test_cost_by_hand(tmp_path):
     }
     assert report["answers"] == {"in": 4, "before": 3, "after": 4}
     assert (report["in"], report["out"], report["added"], report["rows_expanded"]) == (3, {"train": 4}, 1, 1)
-    assert "4 rows of 3, 1 of them expanded" in done.stdout
+    assert "4 rows kept of 3, 0 left out\n  1 rows were expanded\n" in done.stdout
     assert ["trained", "95", "126", "x1.33"] in [line.split() for line in done.stdout.splitlines()]
 
 

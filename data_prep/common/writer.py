@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,11 +26,12 @@ import numpy as np
 import pyarrow as pa
 
 from .arrow_rows import SCHEMA, batch_to_rows, rows_to_batch
-from .chunks import ROWS
-from .errors import UsageError
+from .chunks import ROWS, Chunk
+from .command_line import format_counts
+from .errors import InvalidRow, UsageError
 from .json_text import dump_json, dump_json_lenient
 from .row_keys import hash_of, prompt_key, row_digest
-from .rows import COLUMNS, Row
+from .rows import COLUMNS, Row, check_shape, complete_row
 from .splitting import choose_validation
 
 
@@ -64,6 +66,27 @@ class ChunkResult:
     rows_added: int = 0  # rows out that were not in: an expanded row counts for each beyond the first
     counts: Counter = field(default_factory=Counter)  # what else the step counts
     payload: object = None  # what else the step hands back
+
+    def reject(self, location: dict, error: InvalidRow) -> None:
+        """List a refused row of messages."""
+        self.rejected.append(location | {"reason": error.reason, "detail": error.detail})
+
+    def usable_rows(self, chunk: Chunk, name: str) -> Iterator[tuple[dict, Row]]:
+        """Yield (location, complete row) of a chunk of messages rows; count all, and list those that are refused.
+
+        name: of the file, by which rows without an id and a source are called.
+        """
+        for line, row in chunk.rows():
+            self.rows_in += 1
+            location = row_location(chunk.file, line, row)
+            try:
+                row = complete_row(check_shape(row), name, line)
+            except InvalidRow as error:
+                self.reject(location, error)
+            except RecursionError:
+                self.reject(location, InvalidRow("row nested too deep"))
+            else:
+                yield location, row
 
 
 def encode_rows(rows: list[Row], jsonl: bool = False) -> EncodedRows:
@@ -246,6 +269,22 @@ class DatasetWriter:
             else:
                 self.publish_folder(report, extra or {})
         return report
+
+    def finish(self, inputs: object, more: dict | None = None, extra: dict[str, str] | None = None) -> int:
+        """Publish what a step on messages rows kept, print the counts, return the exit code: 1 where no row is left.
+
+        inputs: what was read, as the command line names it. Raises UsageError where there was no row at all.
+        """
+        if not self.rows_in:
+            raise UsageError(f"{inputs}: no rows: pass rows of messages (python -m data_prep.normalize makes them)")
+        counts = f" ({format_counts(self.refused)})" if self.refused else ""
+        if not self.rows_out:
+            print(f"all {self.rows_in:,} rows refused{counts}: see {self.close_rejected()}", file=sys.stderr)
+            return 1
+        self.close(more, extra)
+        kept = self.rows_out.total()
+        print(f"{self.out}: {kept:,} rows kept of {self.rows_in:,}, {self.refused.total():,} left out{counts}")
+        return 0
 
     def close_rejected(self) -> Path:
         """Write rejected.jsonl and the report of a step that left no row; return where the refused rows are listed."""
@@ -440,7 +479,7 @@ def write_rows(
         return writer.close(more, extra)
 
 
-# -- single files -----------------------------------------------------------------------------------------------------
+# -- single files and folders -----------------------------------------------------------------------------------------
 def format_json(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
@@ -462,6 +501,23 @@ def write_files(files: dict[Path, str]) -> None:
         for path in staged.values():
             with suppress(OSError):
                 path.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_folder(out: Path) -> Iterator[Path]:
+    """Yield a folder that is renamed to OUT when the block is through; without that nothing is left.
+
+    Raises UsageError where it cannot be written.
+    """
+    check_output_path(out)
+    staging = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        with explain_os_errors(out):
+            staging.mkdir(parents=True)
+            yield staging
+            staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
