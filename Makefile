@@ -17,7 +17,7 @@ demo: .venv/installed
 	$(RUN) -m data_prep.demo_model --rows runs/demo/rows --out runs/demo/init
 	$(LAUNCH) --config_file accelerate_configs/cpu.yaml recipes/qwen3_full.py --config recipes/configs/demo_base.yaml
 	$(LAUNCH) --config_file accelerate_configs/cpu.yaml recipes/qwen3_qlora.py --config recipes/configs/demo_qlora.yaml
-	$(RUN) eval/compare.py --base runs/demo/base --tuned runs/demo/qlora --data runs/demo/rows/chat
+	$(RUN) -m eval.compare --base runs/demo/base --tuned runs/demo/qlora --data runs/demo/rows/chat
 
 test: .venv/installed lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile

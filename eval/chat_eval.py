@@ -1,7 +1,7 @@
 """nanochat's chat evaluation: three benchmarks by the letter, three by what the model writes, and ChatCORE over them.
 
-    python eval/chat_eval.py runs/sft --task arc_easy=ARC-Easy_test.jsonl gsm8k=test.jsonl humaneval=humaneval.parquet
-    python eval/chat_eval.py --stages runs/base runs/mid runs/sft
+    python -m eval.chat_eval runs/sft --task arc_easy=ARC-Easy_test.jsonl gsm8k=test.jsonl humaneval=humaneval.parquet
+    python -m eval.chat_eval --stages runs/base runs/mid runs/sft
 
 Definitions, from nanochat (scripts/chat_eval.py and tasks/, November 2025, commit d54c9cb):
     arc_easy, arc_challenge, mmlu    the answer is the letter with the highest logit right behind the generation prompt,
@@ -33,23 +33,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import sandbox
 import torch
-from measure import read_rows
-from metrics import final_text
-from models import (
-    LOGIT_ROWS,
-    BadInput,
-    add_model_arguments,
-    ask,
-    batches,
-    fill_of,
-    open_model,
-    pad,
-    positive,
-    render,
-)
-from scores import command, parser_of, rate, show, write_files, write_scores
+
+from data_prep.common.errors import UsageError
+from eval import sandbox
+from eval.common.measure import read_rows
+from eval.common.metrics import final_text
+from eval.common.models import LOGIT_ROWS, add_model_arguments, ask, batches, fill_of, open_model, pad, positive, render
+from eval.common.scores import command, parser_of, rate, show, write_files, write_scores
 
 CHANCE = {"arc_easy": 0.25, "arc_challenge": 0.25, "mmlu": 0.25, "gsm8k": 0.0, "humaneval": 0.0, "spelling_bee": 0.0}
 TITLES = {"arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge", "mmlu": "MMLU", "gsm8k": "GSM8K",
@@ -124,7 +115,7 @@ KINDS = {**dict.fromkeys(["arc_easy", "arc_challenge", "mmlu"], letters_problem)
 
 
 def read_problems(task, path, split, limit, seed):
-    """The problems of a task's file; limit: as many drawn by seed, in their order. Raises BadInput."""
+    """The problems of a task's file; limit: as many drawn by seed, in their order. Raises UsageError."""
     problems = []
     for number, row in enumerate(read_rows(Path(path), split), 1):
         try:
@@ -132,7 +123,7 @@ def read_problems(task, path, split, limit, seed):
             name = next((row[key] for key in ("id", "task_id") if row.get(key) is not None), number)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             what = f"no field {error}" if isinstance(error, KeyError) else str(error)
-            raise BadInput(
+            raise UsageError(
                 f"{task}: row {number} of {path} is not a row of this benchmark ({what}): pass its published rows, or "
                 "messages rows that data_prep made of them"
             ) from None
@@ -140,7 +131,7 @@ def read_problems(task, path, split, limit, seed):
             problem["prompt"] = [{"role": "user", "content": problem["prompt"]}]
         problems.append({"id": str(name), "task": task} | problem)
     if not problems:
-        raise BadInput(f"{task}: {path} holds no rows: pass the benchmark's test rows")
+        raise UsageError(f"{task}: {path} holds no rows: pass the benchmark's test rows")
     if limit and limit < len(problems):
         problems = [problems[i] for i in sorted(random.Random(seed).sample(range(len(problems)), limit))]
     return problems
@@ -154,7 +145,7 @@ def letter_ids(tokenizer, text, ids, letters):
     for letter in letters:
         whole = tokenizer(text + letter, add_special_tokens=False)["input_ids"]
         if whole[:-1] != ids:
-            raise BadInput(
+            raise UsageError(
                 f"the letter {letter!r} is not one token of its own behind the generation prompt of this tokenizer: "
                 "its letter logits would compare other things; use another template or tokenizer"
             )
@@ -174,7 +165,7 @@ def letter_answers(model, tokenizer, stops, problems, batch_size, kwargs, label)
             text, own = rendered[i]
             focus = logits[row, len(own) - 1, letter_ids(tokenizer, text, own, problems[i]["letters"])].float()
             if not torch.isfinite(focus).all():
-                raise BadInput(
+                raise UsageError(
                     f"the logits on {problems[i]['id']} are not numbers: repair the model's weights or dtype"
                 )
             answers[i] = problems[i]["letters"][int(focus.argmax())]
@@ -243,16 +234,16 @@ def summarize(lines, mode):
 
 
 def stage_table(runs):
-    """nanochat's table (nanochat/report.py) of the chat_eval.json of several runs, as markdown. Raises BadInput."""
+    """nanochat's table (nanochat/report.py) of the chat_eval.json of several runs, as markdown. Raises UsageError."""
     stages = {}
     for run in runs:
         path = Path(run, "eval", "chat_eval.json")
         try:
             stages[run] = json.loads(path.read_text(encoding="utf-8"))["metrics"]
         except FileNotFoundError:
-            raise BadInput(f"{path} does not exist: run `python eval/chat_eval.py {run} --task …` first") from None
+            raise UsageError(f"{path} does not exist: run `python -m eval.chat_eval {run} --task …` first") from None
         except (ValueError, KeyError):
-            raise BadInput(f"{path} is not a report of chat_eval.py: run it again") from None
+            raise UsageError(f"{path} is not a report of chat_eval.py: run it again") from None
     names = [Path(run).name.upper() for run in runs]
     lines = [f"| {'Metric':<15} | " + " | ".join(f"{name:<8}" for name in names) + " |"]
     lines += ["|" + "-" * 17 + "|" + "|".join("-" * (max(8, len(name)) + 2) for name in names) + "|"]
@@ -285,18 +276,18 @@ def task_and_file(text):
 def evaluate(args):
     if args.stages:
         if args.run or args.task:
-            raise BadInput("--stages reads saved results: leave out the run and --task")
+            raise UsageError("--stages reads saved results: leave out the run and --task")
         text, out = stage_table(args.stages), args.out or Path(args.stages[-1], "eval")
         write_files(Path(out), {"stages.md": text})
         print(text, end="")
         return
     if not args.run or not args.task:
-        raise BadInput("pass a run folder and --task TASK=FILE …, or --stages with the runs to compare")
+        raise UsageError("pass a run folder and --task TASK=FILE …, or --stages with the runs to compare")
     tasks = dict(args.task)
     if len(tasks) < len(args.task):
-        raise BadInput("--task names a benchmark twice: pass one file each")
+        raise UsageError("--task names a benchmark twice: pass one file each")
     if "humaneval" in tasks and not args.unsafe_sandbox and not sandbox.way():
-        raise BadInput("no sandbox works here for HumanEval: install bubblewrap, or pass --unsafe_sandbox")
+        raise UsageError("no sandbox works here for HumanEval: install bubblewrap, or pass --unsafe_sandbox")
     # every file is read before the model is: a missing benchmark is never a score
     problems = {
         task: read_problems(task, tasks[task], args.split, args.rows, args.seed) for task in CHANCE if task in tasks
@@ -305,7 +296,7 @@ def evaluate(args):
     probe = [{"role": "user", "content": "?"}]
     both = len({render(tokenizer, probe, enable_thinking=flag)[0] for flag in (True, False)}) == 2
     if args.mode and not both:
-        raise BadInput(f"the template of {args.run} has no two modes: leave out --mode")
+        raise UsageError(f"the template of {args.run} has no two modes: leave out --mode")
     mode = (args.mode or "no_think") if both else None
     kwargs = {"enable_thinking": mode == "think"} if mode else {}
     lines = []

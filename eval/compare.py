@@ -1,7 +1,7 @@
 """Measure a model before and after fine-tuning with the same numbers: perplexity, usability, exact match, JSON, length.
 
-    python eval/compare.py --base Qwen/Qwen3-4B-Instruct-2507 --tuned runs/qwen3_qlora --data my_set --split test
-    python eval/compare.py --base base --tuned runs/a runs/b --data my_set --out runs/a_and_b
+    python -m eval.compare --base Qwen/Qwen3-4B-Instruct-2507 --tuned runs/qwen3_qlora --data my_set --split test
+    python -m eval.compare --base base --tuned runs/a runs/b --data my_set --out runs/a_and_b
 
 All models get the tuned folder's tokenizer and chat template, hence the same tokens. Every assistant turn k is
 measured as it would be served: its prompt is the template on messages[:k] with the generation prompt, its output what
@@ -36,20 +36,20 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-import models
 import numpy as np
 import torch
 import xxhash
-from measure import clean_row, measure, prepare, read_rows
-from metrics import RATES, summarize
-from models import BadInput, add_adapter, add_model_arguments, check_vocabulary, load_model, load_tokenizer, positive
-from page import page
 from rich.console import Console
 from rich.table import Table
-from scores import command, parser_of, write_files
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+from data_prep.common.errors import UsageError
 from data_prep.common.run_folder import plot_log, read_log
+from eval.common import models
+from eval.common.measure import clean_row, measure, prepare, read_rows
+from eval.common.metrics import RATES, summarize
+from eval.common.models import add_adapter, add_model_arguments, check_vocabulary, load_model, load_tokenizer, positive
+from eval.common.page import page
+from eval.common.scores import command, parser_of, write_files
 
 # fmt: off
 METRICS = {  # metric: (its name in the table, its unit of count, 1 where more is better, -1 less, 0 neither)
@@ -226,11 +226,11 @@ def dumps(value, **options):
 # -- what is kept -----------------------------------------------------------------------------------------------------
 @contextmanager
 def writing(folder):
-    """An error of the disk as BadInput."""
+    """An error of the disk as UsageError."""
     try:
         yield
     except OSError as error:
-        raise BadInput(f"cannot write to {folder} ({error.strerror}): make room or pass another --out") from None
+        raise UsageError(f"cannot write to {folder} ({error.strerror}): make room or pass another --out") from None
 
 
 class Kept(dict):
@@ -309,7 +309,7 @@ def names_of(folders):
         return ["tuned"]
     paths = [folder.resolve() for folder in folders]
     if len(set(paths)) < len(paths):
-        raise BadInput("--tuned names a folder twice: pass each once")
+        raise UsageError("--tuned names a folder twice: pass each once")
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-depth:]) for path in paths]
         if len({"base", *names}) > len(names):
@@ -322,22 +322,22 @@ def check_folders(args):
     adapters = []
     for tuned in args.tuned:
         if not tuned.is_dir():
-            raise BadInput(f"the tuned folder {tuned} does not exist: pass --tuned with a run folder")
+            raise UsageError(f"the tuned folder {tuned} does not exist: pass --tuned with a run folder")
         config = next((name for name in weights if (tuned / name).is_file()), None)
         if not config:
-            raise BadInput(f"{tuned} is not a model: it has neither adapter_config.json nor config.json")
+            raise UsageError(f"{tuned} is not a model: it has neither adapter_config.json nor config.json")
         if not any(tuned.glob(weights[config])):
-            raise BadInput(f"{tuned} has no {weights[config]}: save the weights as safetensors")
+            raise UsageError(f"{tuned} has no {weights[config]}: save the weights as safetensors")
         adapters.append(config == "adapter_config.json")
     if Path(args.base).is_dir():
         if not Path(args.base, "config.json").is_file():
-            raise BadInput(f"{args.base} is not a model: it has no config.json")
+            raise UsageError(f"{args.base} is not a model: it has no config.json")
     elif not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", args.base):  # not the shape of a hub id
-        raise BadInput(f"the base folder {args.base} does not exist: pass --base with a folder or a hub id")
+        raise UsageError(f"the base folder {args.base} does not exist: pass --base with a folder or a hub id")
     if len(args.tuned) > 1 and not args.out:
-        raise BadInput("--out is missing: say where the report of several models goes")
+        raise UsageError("--out is missing: say where the report of several models goes")
     if args.out and args.out.exists() and not args.out.is_dir():
-        raise BadInput(f"--out {args.out} is a file: pass a folder")
+        raise UsageError(f"--out {args.out} is a file: pass a folder")
     return adapters
 
 
@@ -345,7 +345,7 @@ def select(args):
     """The rows to measure in the order of the data, and how many the data has."""
     rows = read_rows(args.data, args.split)
     if not rows:
-        raise BadInput(f"{args.data} holds no rows: pass a set with at least one conversation")
+        raise UsageError(f"{args.data} holds no rows: pass a set with at least one conversation")
     chosen = range(len(rows))
     if args.rows and args.rows < len(rows):
         chosen = sorted(random.Random(args.seed).sample(chosen, args.rows))
@@ -369,7 +369,7 @@ def prepare_all(rows, tokenizer, stops, limit):
     not_scored = {reason: {"count": count[reason], "first": first[reason]} for reason in sorted(count)}
     if not any(row["spans"] for row in answered):
         lines = [f"{found['count']} x {reason} (first: {found['first']})" for reason, found in not_scored.items()]
-        raise BadInput(f"no answer of the data can be scored ({'; '.join(lines)}): check the data and the template")
+        raise UsageError(f"no answer of the data can be scored ({'; '.join(lines)}): check the data and the template")
     return answered, not_scored
 
 
@@ -457,7 +457,7 @@ def compare(args):
     for folder in args.tuned[1:]:
         other, its_stops = load_tokenizer(folder)
         if to_run(prepare_all(data, other, its_stops, limit)[0], its_stops) != to_run(rows, stops):
-            raise BadInput(
+            raise UsageError(
                 f"{folder} has another tokenizer, template or stop token than {args.tuned[0]}: the base would be "
                 "measured on other tokens, so compare it in a run of its own"
             )

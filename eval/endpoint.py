@@ -1,7 +1,7 @@
 """Measure an OpenAI-compatible endpoint under load by evalscope: time to first token, tokens a second.
 
-    python eval/endpoint.py runs/merged --bench_python V/bin/python --concurrency 1 4 8
-    python eval/endpoint.py --base_url http://localhost:8000/v1 --model mine --bench_python V/bin/python --out load.json
+    python -m eval.endpoint runs/merged --bench_python V/bin/python --concurrency 1 4 8
+    python -m eval.endpoint --base_url http://localhost:8000/v1 --model mine --bench_python V/bin/python --out load.json
 
 A folder is served here first, by `transformers serve`; --base_url takes one that runs already. --bench_python is
 a Python whose environment has evalscope, which asks: 50 neutral prompts in turn, greedily and streamed, so many at a
@@ -29,10 +29,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
-from models import BadInput, first_line, positive
 from rich.console import Console
 from rich.table import Table
-from scores import command, parser_of, write_files
+
+from data_prep.common.errors import UsageError
+from eval.common.models import first_line, positive
+from eval.common.scores import command, parser_of, write_files
 
 INSTALL = "python3.11 -m venv V; V/bin/pip install 'evalscope[perf]==1.14.1'"
 TIMEOUT = 600  # seconds that a request may take
@@ -73,14 +75,14 @@ def check_engine(engine, program):
         missing = subprocess.run([program, *(["-c", code] if module else ["--version"])], capture_output=True)
     except OSError as error:
         hint = "a Python of the engine's environment" if module else "llama.cpp's bin/llama-server (--llama_server)"
-        raise BadInput(f"{program} does not run ({error.strerror}): pass {hint}") from None
+        raise UsageError(f"{program} does not run ({error.strerror}): pass {hint}") from None
     if missing.returncode:
-        raise BadInput(f"{program} has no {module or 'llama.cpp'}, which serving by {engine} needs: {install}")
+        raise UsageError(f"{program} has no {module or 'llama.cpp'}, which serving by {engine} needs: {install}")
 
 
 @contextmanager
 def serving(engine, program, model, device, dtype):
-    """(base url, model name) of a server that runs as long as the context. Raises BadInput with the end of its log."""
+    """(base url, model name) of a server that runs in the context. Raises UsageError, with the end of its log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -94,7 +96,7 @@ def serving(engine, program, model, device, dtype):
                 if server.poll() is not None or time.monotonic() > end:
                     log.seek(0)
                     lines = log.read().decode(errors="replace").strip().splitlines() or ["no output"]
-                    raise BadInput(f"the server of {engine} did not start ({lines[-1]}): run {' '.join(words)}")
+                    raise UsageError(f"the server of {engine} did not start ({lines[-1]}): run {' '.join(words)}")
                 time.sleep(0.2)
             yield f"http://127.0.0.1:{port}/v1", str(model)
         finally:
@@ -113,31 +115,33 @@ def answers(url):
         return False
 
 
-class ServerError(BadInput):
+class ServerError(UsageError):
     """A request that the server could not answer (status 500 and above)."""
 
 
 def post(base_url, body, timeout=TIMEOUT):
-    """The JSON that a chat completion answers. Raises BadInput, of it ServerError where the server failed."""
+    """The JSON that a chat completion answers. Raises UsageError, of it ServerError where the server failed."""
     try:
         reply = httpx2.post(f"{base_url}/chat/completions", json=body, timeout=timeout)
     except httpx2.RequestError as error:
-        raise BadInput(f"{base_url} does not answer ({first_line(error)}): look at the server") from None
+        raise UsageError(f"{base_url} does not answer ({first_line(error)}): look at the server") from None
     if reply.status_code != 200:
-        kind = ServerError if reply.status_code >= 500 else BadInput
+        kind = ServerError if reply.status_code >= 500 else UsageError
         raise kind(f"{base_url} answers {reply.status_code} ({reply.text[:300]}): look at the server")
     return reply.json()
 
 
 def bench_version(program):
-    """evalscope's version in a Python's environment. Raises BadInput."""
+    """evalscope's version in a Python's environment. Raises UsageError."""
     code = "from importlib.metadata import version; print(version('evalscope'))"
     try:
         found = subprocess.run([program, "-I", "-c", code], capture_output=True, text=True)
     except OSError as error:
-        raise BadInput(f"{program} does not run ({error.strerror}): pass evalscope's Python (--bench_python)") from None
+        raise UsageError(
+            f"{program} does not run ({error.strerror}): pass evalscope's Python (--bench_python)"
+        ) from None
     if found.returncode:
-        raise BadInput(f"{program} has no evalscope, which measures: {INSTALL}, and pass --bench_python V/bin/python")
+        raise UsageError(f"{program} has no evalscope, which measures: {INSTALL}, and pass --bench_python V/bin/python")
     return found.stdout.strip()
 
 
@@ -156,15 +160,15 @@ def bench_command(program, url, model, prompts, out, args):
 
 
 def figures(folder):
-    """What evalscope left in a folder about one concurrency. Raises BadInput where not every request was answered."""
+    """What evalscope left in a folder about one concurrency. Raises UsageError where not every request was answered."""
     summary = json.loads((folder / "benchmark_summary.json").read_text(encoding="utf-8"))
     if summary["Failed Requests"] or not summary["Success Requests"]:
-        raise BadInput(
+        raise UsageError(
             f"{summary['Failed Requests']} of {summary['Total Requests']} requests failed with "
             f"{summary['Concurrency']} at a time, so the figures mean nothing: look at the server"
         )
     if summary["Avg Output Tokens"] <= 0:
-        raise BadInput("the server counts no completion tokens in its `usage`: there is no speed to measure without")
+        raise UsageError("the server counts no completion tokens in its `usage`: there is no speed to measure without")
     rows = json.loads((folder / "benchmark_percentile.json").read_text(encoding="utf-8"))
     at = {row["Percentiles"]: row for row in rows}
 
@@ -186,7 +190,7 @@ def figures(folder):
 
 
 def measured(url, model, version, args):
-    """The report on an endpoint. Raises BadInput."""
+    """The report on an endpoint. Raises UsageError."""
     asked = [[{"role": "user", "content": text}] for text in NEUTRAL]
     # warms up, and says what is wrong where evalscope would only count failed requests
     post(url, {"model": model, "messages": asked[0], "temperature": 0, "max_tokens": 4})
@@ -199,7 +203,7 @@ def measured(url, model, version, args):
         if done.returncode or not all((one / "benchmark_percentile.json").is_file() for one in folders):
             text = (done.stdout + done.stderr).strip() or "no output"
             why = re.findall(r"^\w*(?:Error|Exception): .*", text, re.M) or text.splitlines()
-            raise BadInput(f"evalscope {version} gave no figures of {url} ({why[-1]}): look at the server")
+            raise UsageError(f"evalscope {version} gave no figures of {url} ({why[-1]}): look at the server")
         lines = [figures(one) for one in folders]
     settings = {key: getattr(args, key) for key in ("requests", "concurrency", "max_new_tokens")}
     return {"endpoint": args.model or Path(model).name, "evalscope": version, "settings": settings, "load": lines}
@@ -233,9 +237,9 @@ def parse_args(argv):
 
 def run(args):
     if bool(args.folder) == bool(args.base_url) or bool(args.base_url) != bool(args.model):
-        raise BadInput("what to measure is not clear: pass a folder, or --base_url and --model")
+        raise UsageError("what to measure is not clear: pass a folder, or --base_url and --model")
     if args.folder and not (args.folder / "config.json").is_file():
-        raise BadInput(f"{args.folder} is not a model: it has no config.json (merge.py makes one of an adapter)")
+        raise UsageError(f"{args.folder} is not a model: it has no config.json (merge.py makes one of an adapter)")
     args.concurrency = list(dict.fromkeys(args.concurrency))
     version = bench_version(args.bench_python)
     if args.folder:

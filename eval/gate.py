@@ -1,7 +1,7 @@
 """Refuse a bad model: exit 0 if what was measured of a run meets every rule, 1 with the findings if it does not.
 
-    python eval/gate.py runs/qwen3_qlora
-    python eval/gate.py runs/qwen3_qlora --rules my_gate.yaml --base runs/qwen3_4b
+    python -m eval.gate runs/qwen3_qlora
+    python -m eval.gate runs/qwen3_qlora --rules my_gate.yaml --base runs/qwen3_4b
 
 Reads report.json and answers.jsonl (compare.py) and eval/*.json with *.jsonl (the benchmarks) of the run folder, and
 of --base the eval/ folder of the model that training started from. The rules (default: gate.yaml beside this file) are
@@ -30,9 +30,10 @@ import sys
 from pathlib import Path
 
 import yaml
-from metrics import RATES, wilson
-from models import BadInput
-from scores import command, parser_of, write_files
+
+from data_prep.common.errors import UsageError
+from eval.common.metrics import RATES, wilson
+from eval.common.scores import command, parser_of, write_files
 
 TUNED, BASE = "tuned", "base"  # names of the two models in report.json and answers.jsonl
 LIMITS = ("min", "max", "max_drop", "max_rise", "max_ratio")
@@ -42,23 +43,23 @@ WORST = 3
 
 # -- rules -------------------------------------------------------------------------------------------------------------
 def read_rules(path):
-    """The rules of a YAML file as dicts. Raises BadInput with the line of what is wrong."""
+    """The rules of a YAML file as dicts. Raises UsageError with the line of what is wrong."""
     try:
         tree = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
     except OSError as error:
-        raise BadInput(f"the rules {path} cannot be read ({error.strerror}): pass --rules with a YAML file") from None
+        raise UsageError(f"the rules {path} cannot be read ({error.strerror}): pass --rules with a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}," if where else ""
-        raise BadInput(f"{path}{line} is not YAML ({getattr(error, 'problem', error)}): repair it") from None
+        raise UsageError(f"{path}{line} is not YAML ({getattr(error, 'problem', error)}): repair it") from None
     if not isinstance(tree, yaml.SequenceNode) or not tree.value:
-        raise BadInput(f"{path} holds no list of rules: begin each with `- metric: NAME`")
+        raise UsageError(f"{path} holds no list of rules: begin each with `- metric: NAME`")
     return [read_rule(path, node) for node in tree.value]
 
 
 def read_rule(path, node):
     def wrong(place, sentence):
-        raise BadInput(f"{path}, line {place.start_mark.line + 1}: {sentence}")
+        raise UsageError(f"{path}, line {place.start_mark.line + 1}: {sentence}")
 
     if not isinstance(node, yaml.MappingNode):
         wrong(node, "a rule is `- metric: NAME` with a limit below it")
@@ -92,14 +93,14 @@ def named(rule):
 
 # -- what was measured -------------------------------------------------------------------------------------------------
 def read(path, lines=False):
-    """A JSON file, or the objects of a .jsonl; None where there is none. Raises BadInput."""
+    """A JSON file, or the objects of a .jsonl; None where there is none. Raises UsageError."""
     try:
         text = path.read_text(encoding="utf-8")
         return [json.loads(line) for line in text.split("\n") if line] if lines else json.loads(text)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise BadInput(f"{path} cannot be read ({error}): measure again") from None
+        raise UsageError(f"{path} cannot be read ({error}): measure again") from None
 
 
 def measured(run, base):
@@ -181,7 +182,7 @@ def change(metric, tuned, base, rows):
     if pairs and len(pairs) == tuned.get("total") == base.get("total"):
         cells = [pairs.count(cell) for cell in ((True, True), (True, False), (False, True), (False, False))]
         if (cells[0] + cells[1], cells[0] + cells[2]) != (tuned["count"], base["count"]):
-            raise BadInput(
+            raise UsageError(
                 f"the {metric} of the report is not that of its rows: measure again, both must be of one run"
             )
         low, high = difference(*cells)
@@ -294,11 +295,11 @@ def lines(finding):
 def gate(args):
     for folder in filter(None, (args.run, args.base)):
         if not folder.is_dir():
-            raise BadInput(f"{folder} does not exist: pass a run folder")
+            raise UsageError(f"{folder} does not exist: pass a run folder")
     rules = read_rules(args.rules)
     found = measured(args.run, args.base)
     if not found:
-        raise BadInput(f"{args.run} has neither report.json nor eval/*.json: run eval/compare.py on it first")
+        raise UsageError(f"{args.run} has neither report.json nor eval/*.json: run python -m eval.compare on it first")
     findings = list(judged(rules, found))
     failed = [finding for finding in findings if finding["status"] == "failed"]
     text = json.dumps({"passed": not failed, "findings": findings}, indent=1, ensure_ascii=False) + "\n"

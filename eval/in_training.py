@@ -16,8 +16,8 @@ context and tensor parallelism are refused.
 Other settings are a file of your own, passed to --hooks in place of this one:
 
     import sys
-    sys.path.insert(0, "eval")
-    from in_training import InTraining
+    sys.path.insert(0, ".")  # the repository
+    from eval.in_training import InTraining
 
     class Mine(InTraining):
         rows = 64
@@ -42,11 +42,12 @@ from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from measure import clean_row, measure, read_rows, without_fill
-from measure import prepare as prepare_row
-from metrics import summarize
-from models import BadInput, batches, pad
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a recipe loads this file from anywhere
+from data_prep.common.errors import UsageError
+from eval.common.measure import clean_row, measure, read_rows, without_fill
+from eval.common.measure import prepare as prepare_row
+from eval.common.metrics import summarize
+from eval.common.models import batches, pad
 
 PASS_TOKENS = 4096  # padded tokens of a forward pass for the losses
 
@@ -80,22 +81,22 @@ class InTraining(TrainerCallback):
         self.figures: dict[str, float] = {}  # of that step
         try:
             self.drawn_rows = draw_rows(self.validation_rows(), self.rows, trainer.args.seed)
-        except BadInput as error:
+        except UsageError as error:
             raise ValueError(str(error)) from None
 
     def validation_rows(self) -> Sequence[dict]:
-        """Return the rows of messages to draw from. Raises BadInput."""
+        """Return the rows of messages to draw from. Raises UsageError."""
         if self.data:
             return read_rows(Path(self.data), self.split)
         if not hasattr(self.trainer, "validation_rows"):
-            raise BadInput(
+            raise UsageError(
                 f"in_training.py: {type(self.trainer).__name__} keeps no rows of messages, which the trainer of a "
                 "recipe beside recipes/hooks does: set data of InTraining to a file of such rows"
             )
         rows = self.trainer.validation_rows
         if isinstance(rows, Dataset) and "messages" in rows.column_names:
             return rows
-        raise BadInput(
+        raise UsageError(
             "in_training.py needs validation rows of messages, which this run does not have: --dataset_test_split or "
             "--eval_rows gives it some, or set data of InTraining to a file of such rows"
         )
@@ -168,7 +169,7 @@ class InTraining(TrainerCallback):
         with unchanged(trainer.model):
             try:
                 records = self.measure_rows()
-            except BadInput as error:
+            except UsageError as error:
                 self.say(f"not measured: {error}")
                 return {}
             summary = summarize(records, trainer.args.seed)
@@ -182,7 +183,7 @@ class InTraining(TrainerCallback):
         return self.figures
 
     def measure_rows(self) -> list[dict]:
-        """Return a record a row, on every process. Raises BadInput on all where one of them could not measure."""
+        """Return a record a row, on every process. Raises UsageError on all where one of them could not measure."""
         args = self.trainer.args
         # sharded: each pass gathers the weights, so that all processes must make the same passes
         parts = 1 if self.sharded else args.world_size
@@ -195,13 +196,13 @@ class InTraining(TrainerCallback):
             records = measure(
                 model, own_rows, tokenizer, self.stops, self.batch_size, self.max_new_tokens, losses=fused_losses
             )
-        except BadInput as error:
+        except UsageError as error:
             failure = str(error)
 
         gathered = gather_object([(records, failure)])[:parts]
         for _, reason in gathered:
             if reason:
-                raise BadInput(reason)
+                raise UsageError(reason)
         whole = []
         for number in range(len(self.drawn_rows)):
             part, _ = gathered[number % parts]
@@ -223,7 +224,7 @@ def refuse_split_rows(trainer: Trainer) -> None:
 
 
 def draw_rows(rows: Sequence[dict], count: int, seed: int) -> list[dict]:
-    """Return `count` rows by seed, in their order, as measure.py wants them. Raises BadInput."""
+    """Return `count` rows by seed, in their order, as measure.py wants them. Raises UsageError."""
     numbers = range(len(rows))
     if len(rows) > count:
         numbers = sorted(random.Random(seed).sample(numbers, count))

@@ -1,7 +1,7 @@
 """Merge a LoRA adapter into its base, and prove that the merged and the served model answer as the adapter does.
 
-    python eval/merge.py runs/qwen3_qlora --out models/mine
-    python eval/merge.py runs/qwen3_qlora --out models/mine --into dequantized --data data/chats --split validation
+    python -m eval.merge runs/qwen3_qlora --out models/mine
+    python -m eval.merge runs/qwen3_qlora --out models/mine --into dequantized --data data/chats --split validation
 
 Merges W + scaling B A in float32 and casts once, to the type that the base's file has. W is the base's own weight
 (--into original) or, for an adapter trained on a 4-bit base, what 4 bits left of it (--into dequantized): the weights
@@ -47,10 +47,18 @@ from pathlib import Path
 
 import torch
 import yaml
-from endpoint import ENGINES, check_engine
 from huggingface_hub import snapshot_download
-from models import (
-    BadInput,
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from data_prep.common.errors import UsageError
+from eval.common.models import (
     adapter_base,
     add_adapter,
     check_vocabulary,
@@ -60,16 +68,9 @@ from models import (
     positive,
     render,
 )
-from rich.console import Console
-from rich.table import Table
-from round_trip import BOUNDS, ask_adapter, ask_merged, ask_served, findings, questions
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from scores import command, parser_of
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import AutoHfQuantizer
+from eval.common.round_trip import BOUNDS, ask_adapter, ask_merged, ask_served, findings, questions
+from eval.common.scores import command, parser_of
+from eval.endpoint import ENGINES, check_engine
 
 FOLLOWED = {"alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules",
             "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
@@ -87,13 +88,13 @@ KINDS = (torch.nn.Linear, Conv1D, torch.nn.Embedding)
 
 
 def read_adapter(folder):
-    """(config, {module: {part: (file, key)}}) of a LoRA adapter that this script can follow. Raises BadInput."""
+    """(config, {module: {part: (file, key)}}) of a LoRA adapter that this script can follow. Raises UsageError."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     if config.get("peft_type") != "LORA":
-        raise BadInput(f"{folder} is a {config.get('peft_type')} adapter: only LoRA can be merged here")
+        raise UsageError(f"{folder} is a {config.get('peft_type')} adapter: only LoRA can be merged here")
     for name, value in config.items():
         if name not in FOLLOWED and value not in PLAIN.get(name, ()) and value:
-            raise BadInput(f"{folder} was trained with {name}={value!r}, which cannot be merged here: use PEFT's "
+            raise UsageError(f"{folder} was trained with {name}={value!r}, which cannot be merged here: use PEFT's "
                            "merge_and_unload")  # fmt: skip
     path, parts = folder / "adapter_model.safetensors", {}
     try:
@@ -102,23 +103,23 @@ def read_adapter(folder):
                 name = key.removeprefix("base_model.model.")
                 end = next((end for end in sorted(KEYS, key=len, reverse=True) if name.endswith("." + end)), None)
                 if end is None:
-                    raise BadInput(f"{path} holds {key}, which cannot be merged here: use PEFT's merge_and_unload")
+                    raise UsageError(f"{path} holds {key}, which cannot be merged here: use PEFT's merge_and_unload")
                 parts.setdefault(name.removesuffix("." + end), {})[KEYS[end]] = (path, key)
     except (OSError, SafetensorError) as error:
-        raise BadInput(f"{path} is not readable ({first_line(error)}): save the adapter again") from None
+        raise UsageError(f"{path} is not readable ({first_line(error)}): save the adapter again") from None
     if half := [name for name, part in parts.items() if ("A" in part) != ("B" in part)]:
-        raise BadInput(f"{path} lacks half of {half[0]}: save the adapter whole")
+        raise UsageError(f"{path} lacks half of {half[0]}: save the adapter whole")
     return config, parts
 
 
 def read_base(name):
-    """(folder, {weight: its file}) of a base's safetensors, a folder or hub id. Raises BadInput."""
+    """(folder, {weight: its file}) of a base's safetensors, a folder or hub id. Raises UsageError."""
     folder = Path(name)
     if not folder.is_dir():
         try:
             folder = Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
         except Exception as error:  # a name that is none, no hub, no such model: one type each
-            raise BadInput(f"the base {name} is neither a folder here nor a model that the hub gives now "
+            raise UsageError(f"the base {name} is neither a folder here nor a model that the hub gives now "
                            f"({first_line(error)}): pass --base with a local folder") from None  # fmt: skip
     index, files = folder / "model.safetensors.index.json", {}
     try:
@@ -128,12 +129,12 @@ def read_base(name):
             with safe_open(path, "pt") as file:
                 files |= dict.fromkeys(file.keys(), path)
     except (OSError, SafetensorError, ValueError) as error:
-        raise BadInput(f"the base {name} has no whole set of safetensors ({first_line(error)}): pass --base with "
+        raise UsageError(f"the base {name} has no whole set of safetensors ({first_line(error)}): pass --base with "
                        "another folder, or save it again") from None  # fmt: skip
     if config.get("quantization_config"):
-        raise BadInput(f"the base {name} is stored quantised: pass --base with the model it was made from")
+        raise UsageError(f"the base {name} is stored quantised: pass --base with the model it was made from")
     if missing := sorted(set(named) - set(files)):
-        raise BadInput(f"{name} lacks {len(missing)} weights, the first is {missing[0]}: save the model whole")
+        raise UsageError(f"{name} lacks {len(missing)} weights, the first is {missing[0]}: save the model whole")
     return folder, files
 
 
@@ -143,7 +144,7 @@ def skeleton(base, four_bit):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
     except (OSError, ValueError, KeyError) as error:
-        raise BadInput(
+        raise UsageError(
             f"{base} is no causal language model of transformers ({first_line(error)}): pass --base"
         ) from None
     kinds = {name: type(module) for name, module in model.named_modules()}
@@ -185,21 +186,23 @@ def new_weight(module, weight, parts, config, kind, quantize, device):
     old, read = weight, {part: tensor(*place).to(device).float() for part, place in parts.items()}
     weight = read.get("whole", weight).to(device)
     if weight.shape != old.shape:
-        raise BadInput(f"the adapter's {module} is {tuple(weight.shape)}, the base's {tuple(old.shape)}: pass its base")
+        raise UsageError(
+            f"the adapter's {module} is {tuple(weight.shape)}, the base's {tuple(old.shape)}: pass its base"
+        )
     turned = issubclass(kind, (Conv1D, torch.nn.Embedding))  # stored as (in, out)
     weight = weight.T if turned else weight
     weight = (quantize(weight) if quantize and "whole" not in read else weight).float()
     if "A" in read:
         if (read["B"].shape[0], read["A"].shape[1]) != weight.shape or read["A"].shape[0] != read["B"].shape[1]:
             shapes = [tuple(read[part].shape) for part in "BA"]
-            raise BadInput(f"the adapter's {module} is {shapes[0]} x {shapes[1]}, the base's weight "
+            raise UsageError(f"the adapter's {module} is {shapes[0]} x {shapes[1]}, the base's weight "
                            f"{tuple(weight.shape)}: pass the base that it was trained on")  # fmt: skip
         weight = weight + scaling_of(config, module, read["A"].shape[0]) * (read["B"] @ read["A"])
         if "size" in read:  # DoRA (Liu et al. 2024), equation 5: a length for each output
             weight *= (read["size"].reshape(-1) / torch.linalg.vector_norm(weight, dim=1))[:, None]
     weight = (weight.T if turned else weight).to(old.dtype).contiguous().to(old.device)
     if not torch.isfinite(weight).all():
-        raise BadInput(f"the merged {module} is not finite in {old.dtype}: the adapter or its base is damaged")
+        raise UsageError(f"the merged {module} is not finite in {old.dtype}: the adapter or its base is damaged")
     return weight
 
 
@@ -219,15 +222,17 @@ def check_modules(args, config, parts, model, kinds, files):
     for module, part in parts.items():
         plain = set(part) == {"whole"}
         if module not in kinds or not (plain or issubclass(kinds[module], KINDS)):
-            raise BadInput(f"the adapter changes {module}, which {args.base} has not: pass the base of its training")
+            raise UsageError(f"the adapter changes {module}, which {args.base} has not: pass the base of its training")
         if "size" in part and not issubclass(kinds[module], torch.nn.Linear):
-            raise BadInput(f"DoRA on {module}, which is not linear, cannot be merged here: use PEFT's merge_and_unload")
+            raise UsageError(
+                f"DoRA on {module}, which is not linear, cannot be merged here: use PEFT's merge_and_unload"
+            )
     tied = model.all_tied_weights_keys
     missing = sorted({name for name, _ in model.named_parameters()} - set(tied) - set(files))
     if missing and not get_model_conversion_mapping(model, add_legacy=False):
-        raise BadInput(f"{args.base} lacks {len(missing)} weights, the first is {missing[0]}: pass a whole model")
+        raise UsageError(f"{args.base} lacks {len(missing)} weights, the first is {missing[0]}: pass a whole model")
     if lost := sorted({f"{module}.weight" for module in parts} - set(tied) - set(files)):
-        raise BadInput(f"{args.base} stores {lost[0]} under another name, which cannot be merged here: use PEFT's "
+        raise UsageError(f"{args.base} stores {lost[0]} under another name, which cannot be merged here: use PEFT's "
                        "merge_and_unload")  # fmt: skip
 
 
@@ -284,7 +289,7 @@ def stop_of(tokenizer):
     tail = tokenizer(text.rpartition("unlikely words")[2], add_special_tokens=False)["input_ids"]
     stop = next((token for token in tail if token in added), None)
     if stop is None:
-        raise BadInput("the adapter's chat template ends an answer with no special token: train with one that does")
+        raise UsageError("the adapter's chat template ends an answer with no special token: train with one that does")
     return stop
 
 
@@ -343,13 +348,13 @@ def parse_args(argv):
 
 
 def settle(args):
-    """Fill in what depends on the run: base, device, dtype, 4 bits, bounds. Raises BadInput."""
+    """Fill in what depends on the run: base, device, dtype, 4 bits, bounds. Raises UsageError."""
     if not (args.adapter / "adapter_config.json").is_file():
-        raise BadInput(f"{args.adapter} is no adapter: pass a run folder with adapter_config.json")
+        raise UsageError(f"{args.adapter} is no adapter: pass a run folder with adapter_config.json")
     if args.out.exists():
-        raise BadInput(f"{args.out} exists: pass another --out, or remove it")
+        raise UsageError(f"{args.out} exists: pass another --out, or remove it")
     if args.engine == "llamacpp" and not args.no_serve and not (args.converter and args.converter.is_file()):
-        raise BadInput("llamacpp serves GGUF files: pass --converter with llama.cpp's convert_hf_to_gguf.py")
+        raise UsageError("llamacpp serves GGUF files: pass --converter with llama.cpp's convert_hf_to_gguf.py")
     if args.prompts and not args.no_serve:
         # before minutes of merging
         check_engine(args.engine, args.llama_server if args.engine == "llamacpp" else args.engine_python)
@@ -360,9 +365,9 @@ def settle(args):
     args.load_in_4bit |= bool(trained.get("load_in_4bit"))
     kind = trained.get("bnb_4bit_quant_type", "nf4"), trained.get("use_bnb_nested_quant", True)
     if args.load_in_4bit and kind != ("nf4", True):
-        raise BadInput(f"{path} says {kind[0]}, nested {kind[1]}: only nf4 with nested quantisation is known here")
+        raise UsageError(f"{path} says {kind[0]}, nested {kind[1]}: only nf4 with nested quantisation is known here")
     if args.into == "dequantized" and not args.load_in_4bit:
-        raise BadInput(f"{args.adapter} was not trained in 4 bits, by its config.yaml: pass --load_in_4bit if it was")
+        raise UsageError(f"{args.adapter} was not trained in 4 bits, by its config.yaml: pass --load_in_4bit if it was")
     return trained
 
 
@@ -421,7 +426,7 @@ def merge(args):
         (part / "merge_report.json").write_text(text, encoding="utf-8")
         part.rename(args.out)
     except OSError as error:
-        raise BadInput(f"cannot write to {args.out} ({first_line(error)}): make room or pass another --out") from None
+        raise UsageError(f"cannot write to {args.out} ({first_line(error)}): make room or pass another --out") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     show(report)

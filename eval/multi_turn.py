@@ -1,6 +1,6 @@
 """BFCL's multi-turn score: the model's calls are run, turn by turn, and what they leave behind is compared.
 
-    python eval/multi_turn.py runs/qwen3_qlora --data bfcl/BFCL_v4_multi_turn_base.json
+    python -m eval.multi_turn runs/qwen3_qlora --data bfcl/BFCL_v4_multi_turn_base.json
 
 The files are those of the Berkeley Function Calling Leaderboard, version 4 (S. G. Patil et al., ICML 2025), laid out as
 tool_calls.py has them: multi_turn_base, multi_turn_miss_func, multi_turn_miss_param, multi_turn_long_context. Calls
@@ -35,9 +35,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from jinja2 import TemplateError
-from models import BadInput, ask, open_model, render
-from scores import command
-from tool_calls import (
+
+from data_prep.common.errors import UsageError
+from eval.common.models import ask, open_model, render
+from eval.common.scores import command
+from eval.tool_calls import (
     assistant,
     bfcl_parser,
     category_of,
@@ -58,14 +60,14 @@ SECONDS = 20  # for all calls of a conversation up to a step, which take millise
 
 
 def prompts_of_bfcl():
-    """BFCL's module of the limit of steps and of the words that add functions. Raises BadInput."""
+    """BFCL's module of the limit of steps and of the words that add functions. Raises UsageError."""
     try:
         found = version("bfcl-eval")
     except PackageNotFoundError:
         found = ""
     if found != BFCL:
         state = f"are those of bfcl-eval {found}" if found else "are not installed"
-        raise BadInput(f"the classes that calls run on {state}: pip install --no-deps bfcl-eval=={BFCL}")
+        raise UsageError(f"the classes that calls run on {state}: pip install --no-deps bfcl-eval=={BFCL}")
     from bfcl_eval.constants import default_prompts
 
     return default_prompts
@@ -86,7 +88,7 @@ class Classes:
         """What the process answers to a line."""
         if self.process is None:
             self.process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", Path(__file__).with_name("execute_calls.py")],
+                [sys.executable, "-W", "ignore", Path(__file__).with_name("common") / "execute_calls.py"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -189,9 +191,11 @@ def conversations_of(row, where, answers, docs, classes, words):
     """[what a row asks], with tool_calls.tasks_of's errors. As in BFCL, excluded_function takes nothing away."""
     category, truth, question = category_of(row), answers.get(row["id"]), row["question"]
     if category not in CATEGORIES:
-        raise BadInput(f"{where} is of {category}, which is not of several turns: eval/tool_calls.py measures it")
+        raise UsageError(
+            f"{where} is of {category}, which is not of several turns: python -m eval.tool_calls measures it"
+        )
     if truth is None:
-        raise BadInput(f"{where} ({row['id']}) has no answer: pass the file of its answers with --answers")
+        raise UsageError(f"{where} ({row['id']}) has no answer: pass the file of its answers with --answers")
     functions = [one for name in row["involved_classes"] for one in docs(name, where)]
     missed = row.get("missed_function", {})  # {turn, as a string: names that are told from then on}
     held_back = {name for names in missed.values() for name in names}
@@ -218,7 +222,7 @@ def true_calls(text, functions):
 
 
 def shape_of(tokenizer, task):
-    """(whether the template holds one call a message only, whether it takes reasoning). Raises BadInput."""
+    """(whether the template holds one call a message only, whether it takes reasoning). Raises UsageError."""
     tools = [tool_of(function) for function in task["functions"]]
     name = tools[0]["function"]["name"]
     asked = [assistant({"name": name, "arguments": {}}, number) for number in range(2)]
@@ -234,7 +238,7 @@ def shape_of(tokenizer, task):
             return False
 
     if not holds(asked[0], replies[0]):
-        raise BadInput("the model's template takes no replies to calls: measure one that does")
+        raise UsageError("the model's template takes no replies to calls: measure one that does")
     return not holds(asked[0] | {"tool_calls": calls}, *replies), holds(
         asked[0] | {"reasoning_content": "Hm."}, replies[0]
     )
@@ -250,7 +254,7 @@ def hold(conversations, opened, kind, classes, limit, args):
             try:
                 task = {"id": one.task["id"], "messages": one.messages}
                 asked.append((one, *prompt_of(tokenizer, task, one.tools, one.kwargs)))
-            except BadInput as error:
+            except UsageError as error:
                 if one.turns == [[]]:
                     raise
                 one.fail(str(error))

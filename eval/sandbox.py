@@ -1,6 +1,6 @@
 """Run a Python program that nobody has read: what a model wrote, with the tests of a benchmark behind it.
 
-    python eval/sandbox.py answer.py --seconds 5
+    python -m eval.sandbox answer.py --seconds 5
 
 A program passes if it runs to its last line, as in human-eval's execution.py (OpenAI 2021): no exception, no exit
 before the tests behind it, within its limits. It gets a file system of its own in memory: Python and the system's
@@ -246,8 +246,9 @@ def ended(process):
 
 
 def main(argv=None):
-    from models import positive
-    from scores import BadInput, command, parser_of
+    from data_prep.common.errors import UsageError
+    from eval.common.models import positive
+    from eval.common.scores import command, parser_of
 
     parser = parser_of(__doc__)
     parser.add_argument("program", type=Path, help="a Python file")
@@ -257,12 +258,12 @@ def main(argv=None):
 
     def once(args):
         if not args.program.is_file():
-            raise BadInput(f"the program {args.program} does not exist: pass a Python file")
+            raise UsageError(f"the program {args.program} does not exist: pass a Python file")
         try:
             source = args.program.read_text(encoding="utf-8")
             result = run(source, args.seconds, args.megabytes, args.unsafe_sandbox)
         except (RuntimeError, UnicodeDecodeError) as error:
-            raise BadInput(error) from None
+            raise UsageError(error) from None
         print(result.output, end="")
         print(result.reason, file=sys.stderr)
         return not result.ok

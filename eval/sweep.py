@@ -1,8 +1,8 @@
 """Train a recipe once for each value of an option, and compare the runs: a table and a plot.
 
-    python eval/sweep.py recipes/qwen3_qlora.py --dataset_name data/chats --eval_rows 200
-    python eval/sweep.py recipes/smollm3_sft.py --config recipes/configs/smollm3_hybrid.yaml --values 1e-5 3e-5
-    python eval/sweep.py recipes/qwen3_lora.py --option learning_rate --values 1e-4 3e-4 --option lora_r --values 8 32
+    python -m eval.sweep recipes/qwen3_qlora.py --dataset_name data/chats --eval_rows 200
+    python -m eval.sweep recipes/smollm3_sft.py --config recipes/configs/smollm3_hybrid.yaml --values 1e-5 3e-5
+    python -m eval.sweep recipes/qwen3_lora.py --option learning_rate --values 1e-4 3e-4 --option lora_r --values 8 32
 
 Without --option it is the learning rate, without --values 1e-6 3e-6 1e-5 3e-5 1e-4 (the SmolLM3 playbook's); several
 options are a grid. What follows the recipe and is not one of the flags below goes to it as it stands. An arm is one
@@ -37,13 +37,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from compare import read_log
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from models import BadInput
 from rich.console import Console
 from rich.table import Table
-from scores import command, parser_of, write_files
+
+from data_prep.common.errors import UsageError
+from eval.common.scores import command, parser_of, write_files
+from eval.compare import read_log
 
 RATES = ["1e-6", "3e-6", "1e-5", "3e-5", "1e-4"]
 LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -56,15 +57,17 @@ TAIL = 400  # characters of a log that are shown
 
 # -- arms -------------------------------------------------------------------------------------------------------------
 def arms_of(args, flags):
-    """[{name, values, folder, flags, hash}] of a grid, in its order. Raises BadInput."""
+    """[{name, values, folder, flags, hash}] of a grid, in its order. Raises UsageError."""
     options = args.option or ["learning_rate"]
     values = args.values or [RATES] * (options == ["learning_rate"])
     if len(options) != len(values) or len({*options}) < len(options):
-        raise BadInput("--option and --values go in pairs, an option once: --option lora_r --values 8 32")
+        raise UsageError("--option and --values go in pairs, an option once: --option lora_r --values 8 32")
     if wrong := [flag for flag in flags if flag.split("=")[0] in OURS]:
-        raise BadInput(f"{wrong[0]}: the sweep names the folders of its arms and resumes them: pass --out, or nothing")
+        raise UsageError(
+            f"{wrong[0]}: the sweep names the folders of its arms and resumes them: pass --out, or nothing"
+        )
     if swept := [option for option in options if any(flag.split("=")[0] == f"--{option}" for flag in flags)]:
-        raise BadInput(f"--{swept[0]} is swept: pass its --values, or the flag, not both")
+        raise UsageError(f"--{swept[0]} is swept: pass its --values, or the flag, not both")
     source, arms = Path(args.recipe).read_bytes(), []
     module = runpy.run_path(args.recipe)
     for chosen in itertools.product(*values):
@@ -76,13 +79,13 @@ def arms_of(args, flags):
         digest = hashlib.sha256(source + text).hexdigest()[:16]
         arms.append({"name": name, "values": named, "flags": own, "hash": digest, "folder": args.out / name})
     if len({arm["hash"] for arm in arms}) < len(arms) or len({arm["name"] for arm in arms}) < len(arms):
-        raise BadInput("--values names a value twice: pass each once")
+        raise UsageError("--values names a value twice: pass each once")
     return arms
 
 
 def resolve_settings(module: dict[str, Any], recipe: str, flags: list[str]) -> dict[str, Any]:
     """Return what DEFAULTS, --config and flags say, as plain values, without where a run writes: the names of DEFAULTS,
-    and those that differ from TRL's own defaults. module: what runpy made of the recipe. Raises BadInput."""
+    and those that differ from TRL's own defaults. module: what runpy made of the recipe. Raises UsageError."""
     words = [*flags, "--output_dir", NO_FOLDER]
     message = io.StringIO()
     with mock.patch("sys.argv", [recipe, *words]), contextlib.redirect_stderr(message):
@@ -93,9 +96,9 @@ def resolve_settings(module: dict[str, Any], recipe: str, flags: list[str]) -> d
             values = vars(parser.parse_args(without_config(words)))
         except SystemExit:
             last_line = message.getvalue().strip().splitlines()[-1]
-            raise BadInput(f"{recipe} refuses its flags: {last_line}") from None
+            raise UsageError(f"{recipe} refuses its flags: {last_line}") from None
         except (ValueError, TypeError, OSError) as error:
-            raise BadInput(f"{recipe} refuses its flags: {' '.join(str(error).split())}") from None
+            raise UsageError(f"{recipe} refuses its flags: {' '.join(str(error).split())}") from None
 
     settings = {}
     for name, value in values.items():
@@ -273,9 +276,9 @@ def write_report(args, arms, options):
 def run(args, flags):
     recipe = Path(args.recipe)
     if not recipe.is_file():
-        raise BadInput(f"{recipe}: no such recipe: pass a file like recipes/qwen3_qlora.py")
+        raise UsageError(f"{recipe}: no such recipe: pass a file like recipes/qwen3_qlora.py")
     if args.config_file and not Path(args.config_file).is_file():
-        raise BadInput(f"{args.config_file}: no such file: pass one of accelerate_configs/")
+        raise UsageError(f"{args.config_file}: no such file: pass one of accelerate_configs/")
     args.out = args.out or Path("runs", f"sweep_{recipe.stem}")
     arms = arms_of(args, flags)
     record = args.out / "arms.json"
@@ -284,9 +287,11 @@ def run(args, flags):
         arm |= {"state": "waiting", "why": "", "seconds": None, "launches": 0}
         before = known.get(arm["name"])
         if before and before["hash"] != arm["hash"] or not before and arm["folder"].exists():
-            raise BadInput(f"{arm['folder']} is of other arguments or another recipe: pass another --out, or remove it")
+            raise UsageError(
+                f"{arm['folder']} is of other arguments or another recipe: pass another --out, or remove it"
+            )
         if pids := running(arm["folder"]):
-            raise BadInput(f"{arm['name']} still runs (process {pids[0]}): wait for it, or end it")
+            raise UsageError(f"{arm['name']} still runs (process {pids[0]}): wait for it, or end it")
         arm |= before or {}
     options = [*arms[0]["values"]]
     for position, arm in enumerate(arms, 1):

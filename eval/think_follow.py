@@ -1,6 +1,6 @@
 """ThinkFollow: does a model think when a turn says /think, and not when it says /no_think?
 
-    python eval/think_follow.py runs/qwen3_full --data mt_bench_question.jsonl
+    python -m eval.think_follow runs/qwen3_full --data mt_bench_question.jsonl
 
 Follows the description in the playbook of SmolLM3 (no code is published): conversations of several turns (Multi-IF's
 there), each turn told /think or /no_think at random, the model's own answers as history. A think turn is followed by an
@@ -33,9 +33,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from jinja2 import TemplateError
-from measure import clean_row, read_rows
-from models import Answer, BadInput, add_model_arguments, ask, first_line, open_model, positive, render
-from scores import command, grouped, parser_of, rate, rates, show, write_scores
+
+from data_prep.common.errors import UsageError
+from eval.common.measure import clean_row, read_rows
+from eval.common.models import Answer, add_model_arguments, ask, first_line, open_model, positive, render
+from eval.common.scores import command, grouped, parser_of, rate, rates, show, write_scores
 
 METRICS = {name: name for name in ("follow", "unfinished", "empty")} | {"stop_rate": "stopped"}
 BLOCKS = (  # how families open and close a think block
@@ -68,16 +70,18 @@ def thoughts(prompt, answer):
 
 
 def conversation(row, number):
-    """{id, system, turns} of a row: texts without flags of their own. Raises BadInput."""
+    """{id, system, turns} of a row: texts without flags of their own. Raises UsageError."""
     where, system = f"row {number} of the data", ""
     if not isinstance(row, dict):
-        raise BadInput(f"{where} is not an object: pass rows with turns, turn_1_prompt or messages")
+        raise UsageError(f"{where} is not an object: pass rows with turns, turn_1_prompt or messages")
     if "turn_1_prompt" in row:  # before `turns`, where Multi-IF has room for a history
         told = [row.get(f"turn_{turn}_prompt") for turn in (1, 2, 3)]
         try:
             turns = [json.loads(text)["content"] for text in told if text not in (None, "", "None")]
         except (ValueError, TypeError, KeyError) as error:
-            raise BadInput(f"{where} has a turn that is no message in JSON ({first_line(error)}): repair it") from None
+            raise UsageError(
+                f"{where} has a turn that is no message in JSON ({first_line(error)}): repair it"
+            ) from None
     elif "turns" in row:
         turns = row["turns"]
     else:
@@ -85,7 +89,7 @@ def conversation(row, number):
         system = messages[0].get("content", "") if messages[0]["role"] == "system" else ""
         turns = [message.get("content") for message in messages if message["role"] == "user"]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
-        raise BadInput(f"{where} has no turns, or one that is not text: pass the user's messages as strings")
+        raise UsageError(f"{where} has no turns, or one that is not text: pass the user's messages as strings")
     name = next((row[key] for key in ("id", "question_id", "key") if row.get(key) is not None), number)
     return {"id": str(name), "system": FLAG.sub("", system), "turns": [FLAG.sub("", turn) for turn in turns]}
 
@@ -113,7 +117,7 @@ def place_of(tokenizer):
 
 
 def prompt_of(tokenizer, one, answers, modes, place):
-    """(text, ids) that ask for the turn after the given answers. Raises BadInput."""
+    """(text, ids) that ask for the turn after the given answers. Raises UsageError."""
     mode = modes[len(answers)]
     system = f"{one['system']} /{mode}".strip() if place == "system" else one["system"]
     messages = [{"role": "system", "content": system}] if system else []
@@ -123,7 +127,7 @@ def prompt_of(tokenizer, one, answers, modes, place):
     try:
         return render(tokenizer, messages, **({"enable_thinking": mode == "think"} if place == "kwargs" else {}))
     except (TemplateError, TypeError, ValueError) as error:
-        raise BadInput(
+        raise UsageError(
             f"the model's template refuses conversation {one['id']} ({first_line(error)}): leave it out, or pass "
             "another --flag_in"
         ) from None
@@ -140,7 +144,7 @@ def talk(model, tokenizer, stops, conversations, place, args):
         here = [i for i, one in enumerate(conversations) if turn < len(one["turns"])]
         prompts = {}
         for i in here:
-            with suppress(*[BadInput] if turn else []):  # an earlier answer may hold what the template refuses
+            with suppress(*[UsageError] if turn else []):  # an earlier answer may hold what the template refuses
                 prompts[i] = prompt_of(tokenizer, conversations[i], said[i], modes[i], place)
         ids, label = [ids for _, ids in prompts.values()], f"turn {turn + 1}"
         answers = ask(model, tokenizer, stops, ids, args.batch_size, args.max_new_tokens, label, args.timeout)
@@ -160,7 +164,7 @@ def measure_follow(args):
     rows = read_rows(args.data, args.split)
     conversations = [conversation(row, number) for number, row in enumerate(rows, 1)]
     if not conversations:
-        raise BadInput(f"{args.data} holds no rows: pass a set with at least one conversation")
+        raise UsageError(f"{args.data} holds no rows: pass a set with at least one conversation")
     if args.rows and args.rows < len(conversations):
         chosen = sorted(random.Random(args.seed).sample(range(len(conversations)), args.rows))
         conversations = [conversations[i] for i in chosen]

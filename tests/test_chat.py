@@ -27,8 +27,8 @@ from test_compare import ROOT, make_tokenizer, rigged, write_rows
 from test_merge import speaker
 from transformers.generation import utils as generation
 
-sys.path.insert(0, str(ROOT / "eval"))
-import chat  # noqa: E402
+from data_prep.common.errors import UsageError
+from eval import chat
 
 
 @pytest.fixture(scope="module")
@@ -159,13 +159,13 @@ def test_the_base_may_be_told(home, tmp_path, capsys):
     assert said(it, capsys, "x", "/adapter ef", "x")[::2] == ["cd", "ef"] and it.talker.model.dtype == torch.bfloat16
     assert opened(home / "rigged").talker.model.dtype == torch.float32
     assert opened(home / "rigged", "--load_in_4bit").talker.model.is_loaded_in_4bit
-    with pytest.raises(chat.BadInput, match="name different bases: pass --base"):
+    with pytest.raises(UsageError, match="name different bases: pass --base"):
         opened(home / "cd", moved)
     tokenizer = json.loads((home / "ef" / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["e"], vocabulary["f"] = vocabulary["f"], vocabulary["e"]
     swapped = altered(home / "ef", tmp_path / "swapped", tokenizer=tokenizer)
-    with pytest.raises(chat.BadInput, match="2 tokens have another id"):
+    with pytest.raises(UsageError, match="2 tokens have another id"):
         opened(home / "cd", swapped)
 
 
@@ -379,7 +379,7 @@ class Terminal:
 @pytest.mark.skipif(not shutil.which("tmux"), reason="tmux is not installed: apt-get install tmux")
 def test_in_a_terminal(home, tmp_path):
     """Streams, stops at Ctrl-C and goes on, knows its commands, ends at Ctrl-D."""
-    command = [sys.executable, ROOT / "eval" / "chat.py", home / "endless", "--max_new_tokens", "5000"]
+    command = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "eval.chat", home / "endless", "--max_new_tokens", "5000"]
     terminal = Terminal(tmp_path, [str(word) for word in command])
     try:
         terminal.wait(r"endless: /help lists the commands.*\n> ")

@@ -9,7 +9,6 @@ interval with its sides exchanged.
 import json
 import os
 import re
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -24,12 +23,11 @@ from datasets import Dataset
 from test_compare import make_model, make_tokenizer, rigged, save, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from eval import chat_eval, sandbox
+from eval.common import metrics
+from eval.common.models import Answer
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "eval"))
-import chat_eval  # noqa: E402
-import metrics  # noqa: E402
-import sandbox  # noqa: E402
-from models import Answer  # noqa: E402
 
 # rows in the published schemas, of our own text
 ARC = [

@@ -25,17 +25,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the hub i
 
 import pytest
 import torch
+from conftest import MODULES
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from eval import compare
+from eval.common import measure, metrics, page
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "eval"))
-import compare  # noqa: E402
-import measure  # noqa: E402
-import metrics  # noqa: E402
-import page  # noqa: E402
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 PLAIN = ["<think>", "</think>", "<tool_call>", "</tool_call>"]  # as in Qwen3: tokens of their own, but not special
@@ -432,9 +431,9 @@ def test_the_curve_is_read_from_the_log_or_the_newest_checkpoint(tmp_path):
 
 
 def test_the_command_line(home):
-    command = [sys.executable, ROOT / "eval" / "compare.py", "--base", "base", "--tuned", "adapter"]
+    command = [sys.executable, "-m", "eval.compare", "--base", "base", "--tuned", "adapter"]
     command += ["--data", "rows.jsonl", "--max_new_tokens", "4", "--rows", "2"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**MODULES, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     shutil.copytree(home / "adapter", home / "cli" / "adapter")
     shutil.copytree(home / "base", home / "cli" / "base")
     shutil.copy(home / "rows.jsonl", home / "cli")
@@ -688,8 +687,8 @@ def test_a_killed_run_goes_on_where_it_stopped(home, monkeypatch):
     whole = many(home, ["full"], "--batch_size", 2, out="whole")
     script = f"""
 import os, signal, sys
-sys.path.insert(0, {str(ROOT / "eval")!r})
-import compare
+sys.path.insert(0, {str(ROOT)!r})
+from eval import compare
 real, calls = compare.models.answered, []
 def answered(*args):
     calls.append(1)

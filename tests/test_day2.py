@@ -133,8 +133,8 @@ class Probe(TrainerCallback):
 
 FEWER = """
 import sys
-sys.path.insert(0, "eval")
-from in_training import InTraining
+sys.path.insert(0, ".")
+from eval.in_training import InTraining
 
 
 class Fewer(InTraining):

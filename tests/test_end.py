@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import runpy
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.common.run_folder import plot_log, read_log
+from eval import compare
 
 
 def said(text):
@@ -50,8 +50,8 @@ def test_one_picture(tmp_path):
         plot_log(read_log(tmp_path), compared)
         assert compared.getvalue() == pictures[-1]
     assert pictures[0] == pictures[1] != pictures[2]
-    compare = (REPO / "eval" / "compare.py").read_text()
-    assert "from data_prep.common.run_folder import plot_log, read_log" in compare and "matplotlib" not in compare
+    source = (REPO / "eval" / "compare.py").read_text()
+    assert "from data_prep.common.run_folder import plot_log, read_log" in source and "matplotlib" not in source
 
 
 def test_a_run_does_not_fail_over_its_picture(tmp_path, monkeypatch):
@@ -99,9 +99,8 @@ def test_measure_command_parses_and_names_this_run(run_recipe, demo, capsys, mon
     found = said(capsys.readouterr().out)
     assert "merge" not in found and found["model"].startswith(str(folder))
     words = found["measure"].split()
-    assert words[:2] == ["python", "eval/compare.py"]
-    monkeypatch.syspath_prepend(REPO / "eval")
-    args = runpy.run_path(str(REPO / "eval" / "compare.py"))["parse_args"](words[2:])
+    assert words[:3] == ["python", "-m", "eval.compare"]
+    args = compare.parse_args(words[3:])
     assert (args.base, args.tuned, args.data) == (str(demo / "init"), [folder], demo / "rows" / "chat")
     assert (demo / "rows" / "chat" / args.split).is_dir()
 
@@ -134,4 +133,4 @@ def test_commands_survive_the_shell(path, tmp_path, monkeypatch):
     model_args = SimpleNamespace(model_name_or_path="base")
     command = next_commands(out, [], script_args, model_args)["merge"].replace("python ", "printf '%s\\n' ", 1)
     words = subprocess.run(command, shell=True, capture_output=True, text=True).stdout.splitlines()
-    assert words[1:] == [path, "--out", f"{path}/merged"]
+    assert words[2:] == [path, "--out", f"{path}/merged"]

@@ -11,16 +11,11 @@ asked of a run where calls were not measured.
 """
 
 import json
-import sys
 
 import pytest
-from conftest import REPO
 
-sys.path.insert(0, str(REPO / "eval"))
-import compare
-import gate
-import metrics
-import scores
+from eval import compare, gate
+from eval.common import metrics, scores
 
 CHINESE, ENGLISH = "今天天气很好，我们去公园。", "The weather is fine, we go to the park."
 QUESTIONS = {"sums": "How much is three plus four?", "zh": "今天的天气怎么样？", "json": "Give it as JSON, please."}

@@ -13,7 +13,6 @@ padding (the mask saves its head) and the seed of a bootstrap that is not logged
 
 import json
 import random
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,14 +22,13 @@ from conftest import EXACT, REPO
 from datasets import Dataset, DatasetDict, load_from_disk
 from engines import ENGINES, PROBE, ranks, run
 from safetensors.torch import load_file
+from test_compare import STOP, chat, make_model, make_tokenizer, rigged, save, write_rows
 from transformers import GenerationConfig
 from trl.trainer import add_fused_lm_head
 
-sys.path.insert(0, str(REPO / "eval"))
-import compare
-import in_training
-import models
-from test_compare import STOP, chat, make_model, make_tokenizer, rigged, save, write_rows
+from data_prep.common.errors import UsageError
+from eval import compare, in_training
+from eval.common import models
 
 EVALUATED = ["--eval_strategy", "steps", "--eval_steps", "2"]
 SETTINGS = {"every": 0, "rows": 8, "data": None, "split": "validation", "max_new_tokens": 64, "batch_size": 3}
@@ -38,7 +36,7 @@ SETTINGS = {"every": 0, "rows": 8, "data": None, "split": "validation", "max_new
 
 def watching(hook, name="watch.py", **settings):
     """Flags for a hook of a user's own with these settings, written as the docstring says."""
-    lines = ["import sys", f"sys.path.insert(0, {str(REPO / 'eval')!r})", "from in_training import InTraining"]
+    lines = ["import sys", f"sys.path.insert(0, {str(REPO)!r})", "from eval.in_training import InTraining"]
     lines += ["class Mine(InTraining):", *(f"    {key} = {value!r}" for key, value in (SETTINGS | settings).items())]
     return hook("\n".join(lines), name)
 
@@ -367,7 +365,7 @@ def test_everything_is_put_back():
 
 def test_what_cannot_be_measured_does_not_end_the_run(run_recipe, hook, monkeypatch, capsys):
     def broken(*_, **__):
-        raise models.BadInput("the loss on row 7 is not a number")
+        raise UsageError("the loss on row 7 is not a number")
 
     monkeypatch.setattr(in_training, "measure", broken)
     out = run_recipe("qwen3_qlora", *EVALUATED, *watching(hook))

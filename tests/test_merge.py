@@ -31,11 +31,10 @@ from safetensors.torch import load_file, save_file
 from test_compare import ROOT, make_model, make_tokenizer, rigged, write_rows
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, Qwen3ForCausalLM
 
-sys.path.insert(0, str(ROOT / "eval"))
-import endpoint  # noqa: E402
-import merge  # noqa: E402
-import round_trip  # noqa: E402
-from models import Output  # noqa: E402
+from data_prep.common.errors import UsageError
+from eval import endpoint, merge
+from eval.common import round_trip
+from eval.common.models import Output
 
 QUIET = ["--prompts", "0"]
 ALL = "all-linear"
@@ -668,7 +667,7 @@ def test_a_server_that_fails_on_a_prompt_costs_that_prompt(monkeypatch, capsys, 
     args = SimpleNamespace(engine="transformers", engine_python=None, device="cpu", dtype="float32", max_new_tokens=8)
     outputs, chosen = [Output(ids, True)] * len(asked), [[-0.5] * len(ids)] * len(asked)
     if not proven:
-        with pytest.raises(endpoint.BadInput, match="answers 500.*first at prompt row-1, 3 times"):
+        with pytest.raises(UsageError, match="answers 500.*first at prompt row-1, 3 times"):
             round_trip.ask_served("out", asked, outputs, chosen, tokenizer, args)
         return
     found = round_trip.ask_served("out", asked, outputs, chosen, tokenizer, args)

@@ -1,4 +1,4 @@
-"""eval/metrics.py against other implementations (data_prep's n-grams and languages, jsonschema's equality, Unicode's
+"""eval/common/metrics.py against other implementations (data_prep's n-grams and languages, jsonschema's equality, Unicode's
 properties), hand-worked values, and answers of planted bad models.
 
 Each of these turns the suite red (tried): n-grams of 9 words; 10 for single characters; code fences not cut, or left
@@ -15,20 +15,17 @@ import json
 import math
 import random
 import string
-import sys
 import urllib.request
 
 import pytest
-from conftest import REPO, SHARED
+from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-sys.path.insert(0, str(REPO / "eval"))
-import metrics  # noqa: E402
-
 from data_prep import filter as filtering
 from data_prep.common import language, ngrams
+from eval.common import metrics
 
 GOOD = "The cat sat on the mat. It was warm there, and it slept until the evening came."
 CHINESE = "北京是中国的首都。"

@@ -17,7 +17,6 @@ import itertools
 import json
 import random
 import re
-import sys
 from collections import Counter
 from decimal import getcontext
 from functools import cache
@@ -39,12 +38,10 @@ from test_tool_calls import (
     write_rows,
 )
 
+from eval import multi_turn, tool_calls
+from eval.common import execute_calls, models
+
 bfcl_eval = pytest.importorskip("bfcl_eval", reason="bfcl-eval is not installed (make test installs it)")
-sys.path.insert(0, str(REPO / "eval"))
-import execute_calls  # noqa: E402
-import models  # noqa: E402
-import multi_turn  # noqa: E402
-import tool_calls  # noqa: E402
 from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_checker, multi_turn_utils  # noqa: E402
 
 DATA = Path(bfcl_eval.__file__).parent / "data"
@@ -610,8 +607,8 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, monkeypatch, cap
         return says
 
     cases = [
-        (ROW | {"id": "multi_turn_miss_all_0"}, TRUTH, "row 1 is of multi_turn_miss_all, .* eval/tool_calls.py"),
-        (ROW | {"id": "simple_python_0"}, TRUTH, "row 1 is of simple_python, .* eval/tool_calls.py"),
+        (ROW | {"id": "multi_turn_miss_all_0"}, TRUTH, "row 1 is of multi_turn_miss_all, .* python -m eval.tool_calls"),
+        (ROW | {"id": "simple_python_0"}, TRUTH, "row 1 is of simple_python, .* python -m eval.tool_calls"),
         (ROW | {"involved_classes": ["MemoryAPI_kv"]}, TRUTH, "row 1 involves MemoryAPI_kv"),
         (ROW | {"initial_config": {"GorillaFileSystem": {"root": 3}}}, TRUTH, "row 1 is not as BFCL 4 writes it"),
         ({key: ROW[key] for key in ROW if key != "initial_config"}, TRUTH, "row 1 is not as BFCL 4 writes it"),

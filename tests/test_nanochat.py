@@ -18,7 +18,6 @@ import random
 import re
 import runpy
 import shutil
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -30,7 +29,6 @@ from engines import ENGINES, curve, gap, ranks
 from engines import PROBE as LOOK
 from engines import run as run_command
 
-sys.path.insert(0, str(REPO / "eval"))
 SPECIAL = ("bos", "user_start", "user_end", "assistant_start", "assistant_end", "python_start", "python_end",
            "output_start", "output_end")  # fmt: skip
 SPECIAL = [f"<|{name}|>" for name in SPECIAL]
@@ -432,7 +430,7 @@ def test_published_values_of_both_recipes():
 
 
 def test_chat_core_of_the_published_accuracies():
-    import chat_eval
+    from eval import chat_eval
 
     published = {"arc_easy": 0.2546, "arc_challenge": 0.2278, "mmlu": 0.2686, "gsm8k": 0.0174, "humaneval": 0.0061,
                  "spelling_bee": 0.8359}  # fmt: skip
@@ -596,8 +594,9 @@ def look(folder):
 def test_two_stages_from_raw_rows(train, nano, tmp_path, capsys):
     """Held-out loss of the answers: at least 2 nats below its start after mid-training, at least 0.2 lower again after
     SFT, that of the user's text not; answers that end and stay the assistant's: at most 0.1 before, 0.9 after SFT."""
-    import chat_eval
     from transformers import AutoTokenizer
+
+    from eval import chat_eval
 
     short = ["--global_batch_size", 8, "--per_device_train_batch_size", 4, "--max_length", 320]
     found, mid = train("mid", *short[:-1], 128, out="mid")

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from eval import sandbox
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "eval"))
-import sandbox  # noqa: E402
 
 WAYS = ("bubblewrap", "namespaces")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux")
@@ -250,9 +250,9 @@ def test_a_python_that_lies_in_tmp(run, request):
         Path(folder, "secret").touch()
         program = f"import os; assert os.listdir({folder!r}) == ['venv'] and os.listdir('/tmp') == [{folder[5:]!r}]"
         way = request.node.callspec.params["run"]
-        source = f"import sandbox; print(sandbox.run_by({way!r}, {program!r}, 5, 256))"
+        source = f"from eval import sandbox; print(sandbox.run_by({way!r}, {program!r}, 5, 256))"
         command = [Path(folder, "venv", "bin", "python"), "-c", source]
-        done = subprocess.run(command, cwd=ROOT / "eval", capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.startswith("Result(ok=True"), done
 
 

@@ -42,8 +42,7 @@ from jinja2 import TemplateError
 from test_chat_templates import FAMILIES, expected, render, samples, serving, template, tool
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-sys.path.insert(0, str(REPO / "eval"))
-import endpoint  # noqa: E402
+from eval import endpoint
 
 FAMILY = {family.name: family for family in FAMILIES}
 NAMES = ["qwen3_instruct_2507", "qwen3", "chatml"]

@@ -20,8 +20,7 @@ import time
 import pytest
 from conftest import EXACT, REPO, TINY
 
-sys.path.insert(0, str(REPO / "eval"))
-import sweep  # noqa: E402
+from eval import sweep
 
 RECIPE = '''"""A recipe by contract, without a model: the loss falls by a tenth of the rate a step."""
 
@@ -204,7 +203,7 @@ def test_a_recipe_that_is_not_there(tmp_path, capsys):
 def test_a_real_recipe_is_stopped_resumed_and_diverges(demo, tmp_path):
     """SIGTERM to the sweep: its arm saves and is resumed from there; a huge rate is ended by recipes/hooks."""
     out = tmp_path / "sweep"
-    command = [sys.executable, REPO / "eval" / "sweep.py", REPO / "recipes" / "qwen3_full.py", *TINY, *EXACT]
+    command = [sys.executable, "-m", "eval.sweep", REPO / "recipes" / "qwen3_full.py", *TINY, *EXACT]
     at = command.index("--learning_rate")
     del command[at : at + 2]
     command += ["--model_name_or_path", demo / "init", "--dataset_name", demo / "rows" / "chat", "--max_steps", 30]
@@ -212,7 +211,7 @@ def test_a_real_recipe_is_stopped_resumed_and_diverges(demo, tmp_path):
     command += ["--activation_checkpointing", "false", "--lr_scheduler_type", "constant", "--values", "1e-2", "1e4"]
     command += ["1e-3", "--config_file", REPO / "accelerate_configs" / "cpu.yaml", "--out", out]
     command = [*map(str, command)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = out / "learning_rate-1e-2" / "log.jsonl"
     while not log.is_file() or len(log.read_text().splitlines()) < 3:
         assert process.poll() is None, process.stdout.read()
@@ -222,7 +221,7 @@ def test_a_real_recipe_is_stopped_resumed_and_diverges(demo, tmp_path):
     assert process.returncode == 1 and "learning_rate-1e-2: stopped" in said, said
     saved = [path.name for path in (out / "learning_rate-1e-2").glob("checkpoint-*")]
     assert len(saved) == 1 and int(saved[0].split("-")[1]) < 30
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((out / "report.json").read_text())
     assert [arm["state"] for arm in report["arms"]] == ["finished", "diverged", "finished"]

@@ -13,7 +13,6 @@ seeds; the rows' own flags stay; one followed turn is enough for follow_all; a r
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the hub is never asked
@@ -23,9 +22,9 @@ from conftest import SHARED
 from template_oracle import FAMILIES
 from test_tool_calls import counts, last_message, rows_of, scripted, tokenizer_of, write_rows
 
+from eval import think_follow
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "eval"))
-import think_follow  # noqa: E402
 
 BENCH = SHARED / "data" / "chat" / "mt_bench_question.jsonl"
 real = pytest.mark.skipif(not BENCH.is_file(), reason="no ../shared/data/chat: MT-Bench's questions not at hand")

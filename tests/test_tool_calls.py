@@ -38,10 +38,11 @@ from template_oracle import FAMILIES
 from test_chat_templates import serving, small_tokenizer, template
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from data_prep.common.errors import UsageError
+from eval import tool_calls
+from eval.common import models
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "eval"))
-import models  # noqa: E402
-import tool_calls  # noqa: E402
 
 BFCL = SHARED / "data" / "tools" / "bfcl"
 CATEGORIES = ("simple_python", "multiple", "irrelevance", "multi_turn_base")
@@ -129,11 +130,11 @@ def test_a_call_is_read_as_the_template_writes_it(family):
 def test_every_family_with_tools_has_a_form_and_every_form_a_family():
     assert {tool_calls.form_of(tokenizer_of(family.name)) for family in callers} == set(tool_calls.FORMS)
     for name in ("gemma3", "phi4", "nanochat"):
-        with pytest.raises(tool_calls.BadInput, match="renders no tool call"):
+        with pytest.raises(UsageError, match="renders no tool call"):
             tool_calls.form_of(tokenizer_of(name))
     tokenizer = tokenizer_of("chatml")
     tokenizer.chat_template = tokenizer.chat_template.replace("<tool_call>", "<call>")
-    with pytest.raises(tool_calls.BadInput, match="no known form"):
+    with pytest.raises(UsageError, match="no known form"):
         tool_calls.form_of(tokenizer)
 
 

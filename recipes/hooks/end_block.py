@@ -11,7 +11,7 @@ from .loss_name import describe_validation_loss, name_loss
 from .messages import relative_path
 from .trainer import SFTTrainer
 
-EVAL = Path(__file__).resolve().parents[2] / "eval"
+REPO = Path(__file__).resolve().parents[2]
 RUN_FILES = ("log.jsonl", "loss.png", "config.yaml", "versions.json")
 
 
@@ -37,6 +37,14 @@ def quote_path(path: str | Path) -> str:
     return shlex.quote(relative_path(path))
 
 
+def module_command(name: str) -> str:
+    """Return what runs a command of this repository from the working folder."""
+    command = f"python -m {name}"
+    if Path.cwd() != REPO:
+        command = f"PYTHONPATH={shlex.quote(str(REPO))} {command}"
+    return command
+
+
 def find_test_split(dataset: Path, validation_split: str) -> str | None:
     """Return the split of a dataset folder to measure on, None if it has none or is no folder."""
     for name in ("test", validation_split):
@@ -57,15 +65,16 @@ def next_commands(
     is_chat = "messages" in columns
 
     commands = {}
-    if is_chat and (EVAL / "compare.py").is_file():
-        script = quote_path(EVAL / "compare.py")
+    has_eval = (REPO / "eval").is_dir()
+    if is_chat and has_eval:
         base = quote_path(model_args.model_name_or_path)
-        commands["measure"] = f"python {script} --base {base} --tuned {quote_path(folder)} {data_flags}"
+        compare = module_command("eval.compare")
+        commands["measure"] = f"{compare} --base {base} --tuned {quote_path(folder)} {data_flags}"
     if not is_adapter(folder):
         commands["serve"] = f"transformers serve {quote_path(folder)}"
-    elif (EVAL / "merge.py").is_file():
+    elif has_eval:
         merged = quote_path(folder / "merged")
-        merge = f"python {quote_path(EVAL / 'merge.py')} {quote_path(folder)} --out {merged}"
+        merge = f"{module_command('eval.merge')} {quote_path(folder)} --out {merged}"
         if is_chat and split:
             merge += f" {data_flags}"
         commands["merge"] = merge

@@ -72,7 +72,7 @@ def suggest_smaller_evaluations(training_args: SFTConfig, is_evaluating: bool) -
     if batch_size > 1:
         return [Suggestion("--per_device_eval_batch_size 1", str(batch_size), "the same figures", "")]
     if is_evaluating:
-        return [Suggestion("--eval_strategy no", strategy, "eval/compare.py measures afterwards", "")]
+        return [Suggestion("--eval_strategy no", strategy, "python -m eval.compare measures afterwards", "")]
     steps = training_args.eval_steps
     if strategy == "steps" and steps >= 1:
         return [Suggestion(f"--eval_steps {steps * 2:g}", f"{steps:g}", "each fragments the free memory", "")]

@@ -1,7 +1,7 @@
 """Run the calls of a conversation on BFCL's own Python classes; with the ground truth too, give BFCL's verdict on them.
 
     echo '{"id": "multi_turn_base_0", "classes": ["MathAPI"], "config": {}, "turns": [[[{"name": "power",
-        "arguments": {"base": 2, "exponent": 5}}]]]}' | tr -d '\n' | python eval/execute_calls.py
+        "arguments": {"base": 2, "exponent": 5}}]]]}' | tr -d '\n' | python -m eval.common.execute_calls
 
 A line of standard input is a conversation up to now: its turns, lists of steps, lists of calls {name, arguments}. A
 line of output is {"replies": [text]} of the last step; where the line has truth (turns of BFCL's own texts), {"error",

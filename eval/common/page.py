@@ -1,9 +1,4 @@
-"""report.html of compare.py: one page that needs no network and no script, with curves, table and changed answers.
-
-    python -c "from page import changed; help(changed)"
-
-No command.
-"""
+"""report.html of compare.py: one page that needs no network and no script, with curves, table and changed answers."""
 
 import html
 import math

@@ -1,6 +1,6 @@
 """The round trip of a merge: does the merged model, and the server of it, answer as the adapter did?
 
-    python eval/merge.py runs/qwen3_qlora --out models/mine
+    python -m eval.merge runs/qwen3_qlora --out models/mine
 
 No command of its own; merge.py's docstring defines what is compared. One model is in memory at a time: the adapter's
 logits wait on the disk (positions x vocabulary x 4 bytes; 50 answers of 32 tokens, 151,936 entries of Qwen3: 1 GB).
@@ -12,12 +12,14 @@ import subprocess
 
 import numpy as np
 import torch
-from endpoint import NEUTRAL, ServerError, post, serving
 from jinja2 import TemplateError
-from measure import clean_row, read_rows
-from metrics import final_text
-from models import BadInput, fill_of, generate, load_model, load_tokenizer, render
-from scores import rate
+
+from data_prep.common.errors import UsageError
+from eval.common.measure import clean_row, read_rows
+from eval.common.metrics import final_text
+from eval.common.models import fill_of, generate, load_model, load_tokenizer, render
+from eval.common.scores import rate
+from eval.endpoint import NEUTRAL, ServerError, post, serving
 
 # (float32?, 4-bit base, --into): largest logit difference, least top-1 agreement. Measured on the demo's QLoRA adapter,
 # 50 held-out prompts, float32: 1.5e-5 and 1.000 dequantized; 2.55 and 0.993 original (5.3 and 0.858 on the neutral
@@ -45,7 +47,7 @@ def rendered(tokenizer, row):
 
 def questions(data, split, count, tokenizer, room):
     """(rows to ask, how many cannot be): the prompts of the data's last answers, at most room tokens, else neutral
-    ones; each {id, messages, tools, kwargs, text, prompt (ids)}. Raises BadInput."""
+    ones; each {id, messages, tools, kwargs, text, prompt (ids)}. Raises UsageError."""
     rows = [
         {"id": f"neutral {i + 1}", "messages": [{"role": "user", "content": text}]} for i, text in enumerate(NEUTRAL)
     ]
@@ -65,7 +67,7 @@ def questions(data, split, count, tokenizer, room):
         else:
             refused += 1
     if count and not asked:
-        raise BadInput(f"{data or 'the neutral prompts'}: none of {refused} can be asked: pass other --data")
+        raise UsageError(f"{data or 'the neutral prompts'}: none of {refused} can be asked: pass other --data")
     return asked, refused
 
 
@@ -74,7 +76,7 @@ def answers(model, tokenizer, stops, asked, max_new_tokens, label):
     prompts = [row["prompt"] for row in asked]
     outputs = generate(model, prompts, stops, 1, fill_of(tokenizer, stops), max_new_tokens, label)
     if failed := [(row["id"], output.failed) for row, output in zip(asked, outputs, strict=True) if output.failed]:
-        raise BadInput(f"the {label} model failed on {len(failed)} prompts (the first is {failed[0][0]}: "
+        raise UsageError(f"the {label} model failed on {len(failed)} prompts (the first is {failed[0][0]}: "
                        f"{failed[0][1]}): pass shorter --data or a smaller --max_new_tokens")  # fmt: skip
     return outputs
 
@@ -99,7 +101,9 @@ def ask_merged(out, asked, outputs, stops, folder, args):
     folder, loaded anew."""
     tokenizer, own_stops = load_tokenizer(out)
     if other := [row["id"] for row in asked if rendered(tokenizer, row)[1] != row["prompt"]]:
-        raise BadInput(f"the template in {out} renders {other[0]} otherwise than the adapter's: save the adapter again")
+        raise UsageError(
+            f"the template in {out} renders {other[0]} otherwise than the adapter's: save the adapter again"
+        )
     model = load_model(str(out), tokenizer, getattr(torch, args.dtype), args.device)
     again = answers(model, tokenizer, own_stops, asked, args.max_new_tokens, "merged")
     largest, total, values, same, ends, chosen = 0.0, 0.0, 0, [], [], []
@@ -127,13 +131,13 @@ def split(text):
 
 
 def gguf(folder, args):
-    """The GGUF file of a model, made in its folder by llama.cpp's converter, in the proof's type. Raises BadInput."""
+    """The GGUF file of a model, made in its folder by llama.cpp's converter, in the proof's type. Raises UsageError."""
     path, kind = folder / "model.gguf", {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[args.dtype]
     words = [args.engine_python, args.converter, folder, "--outfile", path, "--outtype", kind]
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
     if done.returncode or not path.is_file():
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise BadInput(f"{args.converter} does not convert the merged model ({last}): see what it supports")
+        raise UsageError(f"{args.converter} does not convert the merged model ({last}): see what it supports")
     return path
 
 
@@ -172,7 +176,7 @@ def ask_served(out, asked, again, chosen, tokenizer, args):
             except ServerError as error:  # transformers serve ends so where an answer's tool call does not parse
                 errors.append(row["id"])
                 if len(errors) > len(asked) // 10:
-                    raise BadInput(f"{error}; first at prompt {errors[0]}, {len(errors)} times") from None
+                    raise UsageError(f"{error}; first at prompt {errors[0]}, {len(errors)} times") from None
                 continue
             choice, usage = reply["choices"][0], reply["usage"]
             said = choice["message"]

@@ -1,8 +1,6 @@
 """Models in this room: weights and tokenizer of a run folder, losses and greedy answers of token sequences.
 
-    python -c "from models import *; model, tokenizer, stops = open_model('runs/qwen3_qlora')"
-
-No command. What the user can repair is raised as BadInput with one sentence; a command prints it and exits 2.
+What the user can repair is raised as UsageError with one sentence; a command prints it and exits 2.
 """
 
 import argparse
@@ -21,12 +19,10 @@ from rich.console import Console
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
+from data_prep.common.errors import UsageError
+
 LOGIT_ROWS = 2048  # padded tokens a forward pass: 2,048 x 151,936 x 4 bytes = 1.2 GB of float32 logits for Qwen3
 TIMEOUT = 600  # seconds that the answers of one batch may take, unless --timeout says otherwise
-
-
-class BadInput(Exception):
-    """One sentence: what, where, what to do."""
 
 
 def first_line(error):
@@ -37,19 +33,19 @@ def load_tokenizer(tuned):
     """The tokenizer of a run folder, and its stop tokens: its eos and those of the folder's generation_config."""
     tuned = Path(tuned)
     if not (tuned / "tokenizer_config.json").is_file():  # transformers would make up an empty one from config.json
-        raise BadInput(f"{tuned} has no tokenizer: save the tokenizer with the run")
+        raise UsageError(f"{tuned} has no tokenizer: save the tokenizer with the run")
     try:
         tokenizer = AutoTokenizer.from_pretrained(tuned)
     except Exception as error:  # one type for each missing file and each backend
-        raise BadInput(f"{tuned} has no readable tokenizer ({first_line(error)}): save it again") from None
+        raise UsageError(f"{tuned} has no readable tokenizer ({first_line(error)}): save it again") from None
     if not tokenizer.chat_template:
-        raise BadInput(f"{tuned} has no chat template: save the tokenizer with the template the run was trained on")
+        raise UsageError(f"{tuned} has no chat template: save the tokenizer with the template the run was trained on")
     stops = {tokenizer.eos_token_id} - {None}
     if (tuned / "generation_config.json").is_file():
         eos = json.loads((tuned / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
         stops |= set(eos if isinstance(eos, list) else [eos]) - {None}
     if not stops:
-        raise BadInput(f"{tuned} names no stop token: set the tokenizer's eos_token")
+        raise UsageError(f"{tuned} names no stop token: set the tokenizer's eos_token")
     return tokenizer, stops
 
 
@@ -63,7 +59,7 @@ def check_vocabulary(base, tokenizer):
         return
     ours = tokenizer.get_vocab()
     if wrong := sorted(token for token, number in vocabulary.items() if ours.get(token, number) != number):
-        raise BadInput(
+        raise UsageError(
             f"the vocabularies of {base} and of the tuned folder differ ({len(wrong)} tokens have another id, "
             f"the first is {wrong[0]!r}): pass the --base that the run started from"
         )
@@ -88,16 +84,16 @@ def load_model(name, tokenizer, dtype, device, load_in_4bit=False):
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if Path(name).is_dir():
-            raise BadInput(f"{name} does not load as a causal language model: {first_line(error)}") from None
-        raise BadInput(
+            raise UsageError(f"{name} does not load as a causal language model: {first_line(error)}") from None
+        raise UsageError(
             f"{name} is neither a folder here nor a model that the hub gives now ({first_line(error)}): pass a local "
             "folder, or set HF_ENDPOINT to a mirror"
         ) from None
     if missing := info["missing_keys"]:  # transformers would go on with random numbers in their place
-        raise BadInput(f"{name} lacks {len(missing)} weights, the first is {min(missing)}: save the model whole")
+        raise UsageError(f"{name} lacks {len(missing)} weights, the first is {min(missing)}: save the model whole")
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
-        raise BadInput(f"the tuned tokenizer has {len(tokenizer)} tokens but {name} embeds {rows}: they do not match")
+        raise UsageError(f"the tuned tokenizer has {len(tokenizer)} tokens but {name} embeds {rows}: they do not match")
     # bitsandbytes computes 4-bit layers in bfloat16 on a CPU with AVX-512-BF16, whatever was asked for
     [vars(layer).update(support_avx512bf16_for_cpu=False) for layer in model.modules()]
     return model.eval()
@@ -117,25 +113,25 @@ def add_adapter(model, tuned, name="default"):
             model.load_adapter(tuned, name)
             return model.eval()
     except (OSError, ValueError, KeyError, RuntimeError, UserWarning) as error:
-        raise BadInput(f"the adapter in {tuned} does not fit the base ({first_line(error)}): pass its base") from None
+        raise UsageError(f"the adapter in {tuned} does not fit the base ({first_line(error)}): pass its base") from None
 
 
 def adapter_base(folder):
-    """The base that an adapter names, None of a folder that holds a whole model. Raises BadInput."""
+    """The base that an adapter names, None of a folder that holds a whole model. Raises UsageError."""
     config = Path(folder, "adapter_config.json")
     if not config.is_file():
         return None
     base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
-        raise BadInput(f"{config} names no base: pass --base")
+        raise UsageError(f"{config} names no base: pass --base")
     return base
 
 
 def open_model(name, base=None, dtype="auto", load_in_4bit=False):
     """(model, tokenizer, ids of its stop tokens) of a run folder: a model, or an adapter on `base` (default: the one
-    that it names). dtype: auto is bfloat16 on CUDA, float32 elsewhere. Raises BadInput."""
+    that it names). dtype: auto is bfloat16 on CUDA, float32 elsewhere. Raises UsageError."""
     if not Path(name).is_dir():
-        raise BadInput(f"{name} does not exist: pass a run folder, a model with its tokenizer or an adapter")
+        raise UsageError(f"{name} does not exist: pass a run folder, a model with its tokenizer or an adapter")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"auto": "bfloat16" if device == "cuda" else "float32"}.get(dtype, dtype)
     base = (base or adapter_base(name)) if adapter_base(name) else None

@@ -1,7 +1,5 @@
 """The numbers of this room as pure functions: no model, no files.
 
-    python -c "import metrics; print(metrics.wilson(81, 263))"
-
 A *record* is what one model did with one row; its keys count nothing (None) where they do not apply:
     nll, tokens, turns              summed loss (nats) of the scored assistant outputs, their tokens, how many outputs
     all_nll, all_tokens, texts      the same over every predicted token of the whole conversation (texts: 0 or 1)

@@ -1,11 +1,9 @@
 """What a benchmark of this room leaves behind: NAME.json and NAME.jsonl in the folder eval/ of a run.
 
-    python -c "from scores import rate; print(rate([True, True, False]))"
-
-No command. NAME.json: {benchmark, settings, versions, data_sha256, metrics, groups}; metrics is {metric: {value, low,
+NAME.json: {benchmark, settings, versions, data_sha256, metrics, groups}; metrics is {metric: {value, low,
 high, count, total}} with 95% intervals, groups {kind: {group: metrics}}, a kind is mode (think, no_think), source, …
 NAME.jsonl: a line a prompt with its id, answer, why it failed and the flags that the metrics count. gate.py and card.py
-read both of any benchmark. A benchmark whose data is missing raises BadInput, exits 2 and leaves nothing.
+read both of any benchmark. A benchmark whose data is missing raises UsageError, exits 2 and leaves nothing.
 """
 
 import argparse
@@ -15,10 +13,11 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-from metrics import rate
-from models import BadInput
 from rich.console import Console
 from rich.table import Table
+
+from data_prep.common.errors import UsageError
+from eval.common.metrics import rate
 
 
 def rates(lines, names):
@@ -38,7 +37,7 @@ def grouped(lines, names, *kinds):
 
 
 def write_scores(folder, name, settings, metrics, groups=None, lines=(), data_sha256=""):
-    """Write NAME.json and NAME.jsonl to a folder, aside first; the report. Raises BadInput."""
+    """Write NAME.json and NAME.jsonl to a folder, aside first; the report. Raises UsageError."""
     report = {"benchmark": name, "settings": settings}
     report |= {"versions": {one: version(one) for one in ("torch", "transformers", "tokenizers")}}
     report |= {"data_sha256": data_sha256, "metrics": metrics, "groups": groups or {}}
@@ -48,7 +47,7 @@ def write_scores(folder, name, settings, metrics, groups=None, lines=(), data_sh
 
 
 def write_files(folder, files):
-    """Write {name: text or bytes} to a folder: all beside their places first, then renamed. Raises BadInput."""
+    """Write {name: text or bytes} to a folder: all beside their places first, then renamed. Raises UsageError."""
     aside = {name: folder / f".{name}.part" for name in files}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +57,7 @@ def write_files(folder, files):
             part.replace(folder / name)
     except OSError as error:
         sentence = f"cannot write to {folder} ({error.strerror}): make room or pass another --out"
-        raise BadInput(sentence) from None
+        raise UsageError(sentence) from None
     finally:
         for part in aside.values():
             with suppress(OSError):
@@ -86,13 +85,13 @@ def parser_of(doc, **more):
 
 
 def command(name, run, args):
-    """The exit code of a command: that of run(args), or 2 with BadInput's sentence on stderr."""
+    """The exit code of a command: that of run(args), or 2 with UsageError's sentence on stderr."""
     import transformers
 
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     try:
         return run(args) or 0
-    except BadInput as error:
+    except UsageError as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -1,9 +1,7 @@
 """From rows and a model to records: what the commands of this room share.
 
-    python -c "from measure import *; print(len(read_rows(Path('test.jsonl'), 'test')))"
-
 The order of use: read_rows, clean_row, prepare, measure, with a model and tokenizer of models.py. Whatever the user can
-repair is raised as BadInput with one sentence; a command prints it and exits 2.
+repair is raised as UsageError with one sentence; a command prints it and exits 2.
 """
 
 import json
@@ -15,8 +13,10 @@ import pyarrow.parquet
 from datasets import Dataset, DatasetDict, List, load_from_disk
 from jinja2 import TemplateError
 from jsonschema import SchemaError
-from metrics import RATES, controls, judge, schema_valid, strict_json, validator
-from models import BadInput, fill_of, first_line, generate, render, token_losses
+
+from data_prep.common.errors import UsageError
+from eval.common.metrics import RATES, controls, judge, schema_valid, strict_json, validator
+from eval.common.models import fill_of, first_line, generate, render, token_losses
 
 PROMPT_TAIL = 200  # characters of the prompt kept beside each answer
 ANSWER = ("answer", "answer_tokens", "reference_tokens", "json_equal", "json_fields", *RATES.values())  # of a record
@@ -33,20 +33,20 @@ def read_rows(path, split):
         try:
             table = load_from_disk(str(path))
         except FileNotFoundError:
-            raise BadInput(
+            raise UsageError(
                 f"{path} is not a dataset folder: pass one that save_to_disk wrote, or a .jsonl file"
             ) from None
         if isinstance(table, DatasetDict):
             if split not in table:
-                raise BadInput(f"{path} has no split {split!r}: pass --split with one of {', '.join(table)}")
+                raise UsageError(f"{path} has no split {split!r}: pass --split with one of {', '.join(table)}")
             table = table[split]
     elif not path.is_file():
-        raise BadInput(f"the data {path} does not exist: pass a .jsonl, .json or .parquet file or a dataset folder")
+        raise UsageError(f"the data {path} does not exist: pass a .jsonl, .json or .parquet file or a dataset folder")
     elif path.suffix == ".parquet":
         try:
             table = Dataset(pyarrow.parquet.read_table(path))
         except (OSError, ValueError) as error:
-            raise BadInput(f"{path} is not a readable parquet file ({first_line(error)}): write it again") from None
+            raise UsageError(f"{path} is not a readable parquet file ({first_line(error)}): write it again") from None
     else:
         return read_json(path)
     return [without_fill(row, table.features) for row in table]
@@ -64,7 +64,7 @@ def read_json(path):
             number += 1
         return rows
     except ValueError as error:
-        raise BadInput(f"{path}, line {number} is not JSON ({first_line(error)}): repair or remove it") from None
+        raise UsageError(f"{path}, line {number} is not JSON ({first_line(error)}): repair or remove it") from None
 
 
 def without_fill(value, feature):
@@ -82,16 +82,16 @@ def clean_row(row, number):
     where = f"row {number}" + (f" ({row['id']})" if isinstance(row, dict) and row.get("id") else "")
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list) or not messages:
-        raise BadInput(f"{where} of the data has no messages: run data_prep on the set first")
+        raise UsageError(f"{where} of the data has no messages: run data_prep on the set first")
     if not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages):
-        raise BadInput(f"{where} of the data has a message without a role: write messages as {{role, content}}")
+        raise UsageError(f"{where} of the data has a message without a role: write messages as {{role, content}}")
     tools = row.get("tools") or None
     try:
         tools = json.loads(tools) if isinstance(tools, str) else tools
         if not isinstance(tools or [], list):
             raise ValueError("not a list")
     except ValueError as error:
-        raise BadInput(
+        raise UsageError(
             f"{where} of the data has tools that are not a JSON list ({first_line(error)}): repair them"
         ) from None
     schema = row.get("json_schema")
@@ -99,7 +99,7 @@ def clean_row(row, number):
         schema = json.loads(schema) if isinstance(schema, str) else schema
         validator(True if schema is None else schema)
     except (ValueError, SchemaError) as error:
-        raise BadInput(
+        raise UsageError(
             f"{where} of the data has a json_schema that is no JSON schema ({first_line(error)}): repair it"
         ) from None
     kwargs = {key: value for key, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
@@ -217,7 +217,7 @@ def measure(
         whole = own[0] if row["all"] else np.zeros(0)
         nll, all_nll = float(sum(span.sum() for span in spans)), float(whole.sum())
         if not np.isfinite(nll + all_nll):
-            raise BadInput(f"the {name} model's loss on row {row['id']} is not a number: repair its weights or dtype")
+            raise UsageError(f"the {name} model's loss on row {row['id']} is not a number: repair its weights or dtype")
         record = {"nll": nll, "tokens": sum(map(len, spans)), "turns": len(spans)}
         record |= {"all_nll": all_nll, "all_tokens": len(whole), "texts": int(len(whole) > 0), **dict.fromkeys(ANSWER)}
         if row["prompt"]:
