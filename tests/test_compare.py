@@ -593,7 +593,7 @@ def test_the_time_limit_reaches_every_command(home, tmp_path, monkeypatch, name)
     seen, limited = [], compare.models.limited
     monkeypatch.setattr(compare.models, "limited", lambda seconds: seen.append(seconds) or limited(seconds))
     save(tmp_path / "hybrid", make_model(0), "qwen3")
-    module = importlib.import_module(name)
+    module = importlib.import_module(f"eval.{name}")
     for flags, seconds in ((["--timeout", 7], 7), ([], 600)):
         command = [tmp_path / "hybrid", *words, "--max_new_tokens", 2, "--out", tmp_path / "out", *flags]
         assert module.main([str(word) for word in command]) == 0
