@@ -21,15 +21,19 @@ looked for:
   language        with --lang: the answer's or the row's is none of these
   persona         a system message (or custom_instructions) that the template leaves out of the text it renders
   template        a row that the template refuses, with its words
+  untrained       a row of which no token is trained: loss_mask or train_turns leaves no answer; not with a recipe that
+                  trains every token, nor with a template without {% generation %}
   too long        more tokens than --max_length, which a recipe would truncate
-The last three need a template, which is that of --chat_template_path, else the tokenizer's own, too long a tokenizer as
-well; --recipe takes all from the recipe's DEFAULTS.
+The last four need a template, which is that of --chat_template_path, else the tokenizer's own, too long a tokenizer as
+well; --recipe takes all from the recipe's DEFAULTS. A template of another family than the tokenizer's is a finding of
+its own, not one a row.
 
 --fix mends what has one right answer (newlines at an answer's start, mojibake that reverses) and writes OUT (a .jsonl
 file, or a folder with report.json, rejected.jsonl, card.md): the mended rows and the clean ones as they are; rows that
 it cannot mend go to rejected.jsonl.
 
-Exit 0: nothing found, or all of it mended. 1: something is left. 2: bad input, one sentence.
+Exit 0: nothing found, or all of it mended. 1: something is left, or the template does not fit. 2: bad input, one
+sentence.
 """
 
 import hashlib
@@ -49,13 +53,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from data_prep.common.chunks import Chunk
 from data_prep.common.command_line import add_num_proc, make_parser, run_command
 from data_prep.common.errors import InvalidRow, UsageError
+from data_prep.common.json_text import dump_json
 from data_prep.common.language import UNKNOWN, conversation_text, detect_language
 from data_prep.common.loader_changes import JSON_FILES, Loader, can_be_loaded, may_change
 from data_prep.common.parallel import parallel_map
 from data_prep.common.readers import find_inputs, is_dataset_folder, open_splits, read_chunks
 from data_prep.common.recipe_settings import LENGTH_REMEDY, read_settings
 from data_prep.common.rendering import Renderer, find_control_tokens, find_lost_personas, load_renderer
-from data_prep.common.rows import Message, check_messages, check_shape, complete_row, get_tools
+from data_prep.common.rows import COLUMNS, Message, check_messages, check_shape, complete_row, get_tools
 from data_prep.common.writer import ChunkResult, DatasetWriter, check_output_path, encode_rows, row_location, write_text
 
 if TYPE_CHECKING:
@@ -66,11 +71,13 @@ REASONING_NEWLINE = "reasoning begins with a newline"
 MOJIBAKE = "mojibake"
 FIXABLE = (ANSWER_NEWLINE, REASONING_NEWLINE, MOJIBAKE)
 CHANGED = "value that the loader changes"
+UNTRAINED = "no trained token"
 REMEDIES = {  # what helps, said below the reason
     "row without messages": "python -m data_prep.normalize auto finds the source that reads these rows",
     "unknown role": "python -m data_prep.normalize messages reads developer and other names of the roles (--roles)",
     "text that is not a string": "python -m data_prep.normalize messages reads content in parts",
     CHANGED: "python -m data_prep.normalize messages FILE --out data/NAME writes a folder that keeps every value",
+    UNTRAINED: "TRL stops at such a row: leave it out (--fix does), or change its loss_mask or train_turns",
     "too long": LENGTH_REMEDY,
 }
 SHOWN_ROWS = 3  # of a reason, in the table
@@ -101,6 +108,7 @@ class CheckOptions:
     renderer: Renderer
     languages: tuple[str, ...] = ()  # any, where there are none
     max_length: int | None = None  # tokens
+    answers_only: bool = True  # what the template marks is trained, and nothing else
 
 
 @cache
@@ -116,6 +124,8 @@ def load_options(flags: CheckFlags, quiet: bool = False) -> CheckOptions:
     settings = read_settings(flags.recipe, flags={**named, "max_length": flags.max_length})
     renderer = load_renderer(settings, lenient=model is None and flags.max_length is None, quiet=quiet)
     options = CheckOptions(renderer, flags.languages)
+    if flags.recipe:
+        options.answers_only = settings.assistant_only_loss
     if flags.recipe or flags.max_length is not None:
         options.max_length = settings.max_length
     if flags.max_length is not None:
@@ -165,15 +175,12 @@ def list_texts(turns: list[Message]) -> list[Text]:
 
 
 def check_roles(row: dict, options: CheckOptions) -> Iterator[Fault]:
-    turns = row["messages"]
-    if any([turn.get("content") is None for turn in turns]):
-        turns = [{**turn, "content": turn.get("content") or ""} for turn in turns]
     try:
-        check_messages(turns)
+        check_messages(row["messages"])
     except InvalidRow as error:
         yield Fault(error.reason, error.detail)
         return
-    if any(["tool_calls" in turn for turn in turns]):
+    if any(["tool_calls" in turn for turn in row["messages"]]):
         yield from check_tools(row)
 
 
@@ -349,10 +356,12 @@ def check_template(row: dict, options: CheckOptions) -> Iterator[Fault]:
     if renderer.template is None:
         return
     try:
-        text = renderer.render(row, row["messages"]).text
+        text, spans = renderer.render(row, row["messages"])
     except InvalidRow as error:
         yield Fault(error.reason, error.detail)
         return
+    if options.answers_only and renderer.marked and not any([span.end > span.start for span in spans]):
+        yield Fault(UNTRAINED, "the template marks no answer")
     if not options.max_length or renderer.tokenizer is None:
         return
     if len(text.encode()) <= options.max_length:  # no tokenizer makes more tokens than bytes
@@ -369,6 +378,17 @@ def check_personas(row: dict, options: CheckOptions) -> Iterator[Fault]:
         yield Fault("persona lost", f"{place}: {text[:60]!r} is not in the rendered text")
 
 
+def check_other_columns(row: dict, options: CheckOptions) -> Iterator[Fault]:
+    """Nothing reads them, but a recipe loads the whole file: of one row that holds half a surrogate pair it makes
+    rows of messages, of more it loads none."""
+    for name, value in row.items():
+        if name not in COLUMNS:
+            try:
+                dump_json({name: value}, default=str)
+            except InvalidRow as error:
+                yield Fault(error.reason, f"{name}: {error.detail}, and no recipe loads the file")
+
+
 RULES = (
     check_roles,
     check_control_tokens,
@@ -378,6 +398,7 @@ RULES = (
     check_language,
     check_template,
     check_personas,
+    check_other_columns,
 )
 
 
@@ -530,18 +551,16 @@ class Summary:
     def add(self, rows: int, findings: list[Finding]) -> None:
         """Count the findings of a chunk of rows."""
         self.rows += rows
-        by_row = {}
+        self.rows_found += len({finding.line for finding in findings})
+        counted = {}
         for finding in findings:
-            reasons = by_row.setdefault(finding.line, {})
-            reasons.setdefault(finding.reason, finding)
-        self.rows_found += len(by_row)
-        for reasons in by_row.values():
-            for reason, finding in reasons.items():
-                self.reasons[reason] += 1
-                self.mended[reason] += finding.mended
-                first = self.first.setdefault(reason, [])
-                if len(first) < SHOWN_ROWS:
-                    first.append(finding)
+            counted.setdefault((finding.line, finding.reason), finding)
+        for finding in counted.values():
+            self.reasons[finding.reason] += 1
+            self.mended[finding.reason] += finding.mended
+            first = self.first.setdefault(finding.reason, [])
+            if len(first) < SHOWN_ROWS:
+                first.append(finding)
         if self.keep:
             self.findings += findings
 
@@ -577,8 +596,10 @@ class Check:
         self.args = args
         self.paths = paths
         self.flags = read_flags(args)
-        self.options = load_options(self.flags)
+        self.renderer = load_options(self.flags).renderer
         load_options.cache_clear()  # one of the chunks may be worked on in this process
+        if self.renderer.mismatch is not None:
+            print(f"the template does not fit: {self.renderer.mismatch}")
         self.summary = Summary(args.json is not None)
         self.input_hashes: dict[str, str] = {}
         self.loader = None
@@ -614,11 +635,14 @@ class Check:
         if self.loader is not None and self.loader.failure and not self.summary.rows_found:
             raise UsageError(f"a recipe cannot load the rows, though each is sound: {self.loader.failure}")
 
-    def template_hash(self) -> dict[str, str]:
-        template = self.options.renderer.template
-        if not template:
-            return {}
-        return {"template": hashlib.sha256(template.encode()).hexdigest()}
+    def describe_template(self) -> dict[str, str]:
+        """Return what the reports say of the template: its hash, and why it does not fit the tokenizer."""
+        facts = {}
+        if self.renderer.template:
+            facts["template"] = hashlib.sha256(self.renderer.template.encode()).hexdigest()
+        if self.renderer.mismatch is not None:
+            facts["template_mismatch"] = self.renderer.mismatch
+        return facts
 
     def write_fixed(self) -> int:
         """Write the sound rows; return the number of those that are not. Raises UsageError."""
@@ -631,7 +655,7 @@ class Check:
             kept = writer.rows_out.total()
             self.summary.print_table(args.path)
             if kept:
-                writer.close({"mended": self.summary.mended_counts(), **self.template_hash()})
+                writer.close({"mended": self.summary.mended_counts(), **self.describe_template()})
                 print(f"{args.out}: {kept:,} rows, {refused:,} left out")
             else:
                 print(f"no row of {args.path} is sound: see {writer.close_rejected()}", file=sys.stderr)
@@ -643,7 +667,7 @@ class Check:
             "script": "check.py",
             "in": self.summary.rows,
             "found": dict(sorted(self.summary.reasons.items())),
-            **self.template_hash(),
+            **self.describe_template(),
             "mended": self.summary.mended_counts(),
             "versions": {"python": platform.python_version(), "pyarrow": version("pyarrow")},
             "input": self.input_hashes,
@@ -684,7 +708,7 @@ def run(args: Namespace) -> int:
         left = check.summary.rows_found
     if args.json is not None:
         check.write_findings(args.json)
-    return 1 if left else 0
+    return 1 if left or check.renderer.mismatch is not None else 0
 
 
 if __name__ == "__main__":

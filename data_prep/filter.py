@@ -14,7 +14,7 @@ PATH is a dataset folder or a file of rows. Each flag is a rule; a row stays tha
   --min_chars    characters that every answer has at least; --max_chars that all messages have together at most
   --min_turns, --max_turns    messages of user and assistant
   --max_length   tokens, as the template renders the row; --recipe brings template, tokenizer and length, and the rows
-                 that the template refuses are left out, too
+                 that the template refuses, or of which nothing would be trained, are left out, too
   --lang         the row's and its answers' language is one of these
   --agreement    Blossom's rules on columns that data_prep/generate.py writes to .jsonl rows, one letter a model:
     {"answers": {"A": str, "B": str, "C": str}, "answers_reasoning"?: {"B": str}, "reference"?: str or number,

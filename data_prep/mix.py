@@ -31,8 +31,9 @@ less means equal. `shuffle: numpy` (default of resample and subsample), `python`
 split off at the end; its weights then change nothing where sources are used up (tests show it), hence the option.
 
 A source's own validation split is not trained on. `use` makes it part of the validation split, towards its share,
-with every row of its prompts; `leave` (default under `validation: 0` and `literal`) leaves it out. Any other split is
-named with its rows. What a strategy draws nowhere is named with the option that changes it.
+with every row of its prompts, and once, however many sources name its folder; `leave` (default under `validation: 0`
+and `literal`) leaves it out. Any other split is named with its rows. What a strategy draws nowhere is named with the
+option that changes it.
 
 OUT is a dataset folder with train and validation, the same as .jsonl, report.json (realised shares by source),
 rejected.jsonl (duplicates, rows not drawn) and card.md. in + added = out + refused; added rows are repeats.
@@ -92,14 +93,13 @@ FACTS = np.dtype(
 
 @dataclass
 class Part:
-    """One split of one source."""
+    """One split of a folder."""
 
-    source: int  # its number
     name: str  # as reports name it
     folder: Path
-    split: str
     data: Split
-    is_validation: bool  # the source's own validation split
+    wheres: dict[int, dict]  # {number of a source: its `where`}: a row is that of the first source that asks for it
+    is_validation: bool  # the sources' own validation split
 
 
 @dataclass
@@ -108,9 +108,8 @@ class PartChunk:
 
     files: tuple[str, ...]
     first: int
-    source: int
+    wheres: dict[int, dict]  # of the part
     is_validation: bool
-    where: dict
 
 
 @dataclass
@@ -153,24 +152,29 @@ class RendererFlags:
 
 
 def open_parts(mix: Mix, pools: Path) -> tuple[list[Part], dict[str, int]]:
-    """Return the splits that are read (of each source its split, and its own validation split), and {split: rows} of
-    those that are not. Raises UsageError."""
-    chosen = {(Path(source.path), source.split) for source in mix.sources}
+    """Return the splits that are read (of each source its split, and of each folder its own validation split, once),
+    and {split: rows} of those that are not. Raises UsageError."""
+    chosen = {((pools / source.path).resolve(), source.split) for source in mix.sources}
     parts = []
+    validations = {}  # {folder: its own validation split}
     not_read = {}
     for number, source in enumerate(mix.sources):
-        folder = pools / source.path
-        splits = open_splits(folder)
+        path = pools / source.path
+        splits = open_splits(path)
         if source.split not in splits:
-            raise UsageError(f"{folder}: no split {source.split}, only {', '.join(splits)}: name one as `split`")
-        parts.append(Part(number, source.name, folder, source.split, splits[source.split], False))
+            raise UsageError(f"{path}: no split {source.split}, only {', '.join(splits)}: name one as `split`")
+        parts.append(Part(source.name, path, splits[source.split], {number: source.where}, False))
+        folder = path.resolve()
         for split, data in splits.items():
-            if (Path(source.path), split) in chosen:
+            if (folder, split) in chosen:
                 continue
-            if split == VALIDATION:
-                parts.append(Part(number, f"{source.name}/{split}", folder, split, data, True))
-            else:
+            if split != VALIDATION:
                 not_read[f"{source.path}/{split}"] = len(data.table)
+            elif folder in validations:
+                validations[folder].wheres[number] = source.where
+            else:
+                validations[folder] = Part(f"{source.name}/{split}", path, data, {number: source.where}, True)
+                parts.append(validations[folder])
     for part in parts:
         if not part.data.table.schema.equals(SCHEMA):
             raise UsageError(f"{part.folder}: other columns than a mix needs: python -m data_prep.normalize messages")
@@ -183,7 +187,7 @@ def read_parts(mix: Mix, parts: list[Part], flags: RendererFlags | None, writer:
     lines = writer.staging / "rows"
     facts = [np.zeros(0, FACTS)]
     with explain_os_errors(writer.out), open(lines, "wb") as file:
-        for known in parallel_map(read_chunk, part_chunks(mix, parts), num_proc, "read"):
+        for known in parallel_map(read_chunk, part_chunks(parts), num_proc, "read"):
             facts.append(known.facts)
             file.write(known.lines)
     for part in parts:
@@ -195,12 +199,11 @@ def read_parts(mix: Mix, parts: list[Part], flags: RendererFlags | None, writer:
     return Rows(parts, facts, sizes, np.array(REFUSALS, object)[facts["refusal"]], lines)
 
 
-def part_chunks(mix: Mix, parts: list[Part]) -> Iterator[PartChunk]:
+def part_chunks(parts: list[Part]) -> Iterator[PartChunk]:
     """Yield the chunks of all parts, in order."""
     for part in parts:
-        where = mix.sources[part.source].where
         for first in range(0, len(part.data.table), ROWS):
-            yield PartChunk(tuple(part.data.files), first, part.source, part.is_validation, where)
+            yield PartChunk(tuple(part.data.files), first, part.wheres, part.is_validation)
 
 
 @cache
@@ -215,14 +218,18 @@ def read_rows(chunk: PartChunk, flags: RendererFlags | None, kwargs: dict) -> Kn
         rows += batch_to_rows(batch)
     lines = [dump_json(row) for row in rows]
     facts = np.zeros(len(rows), FACTS)
-    facts["source"] = chunk.source
     facts["is_validation"] = chunk.is_validation
     facts["key"] = [row_key(row) for row in rows]
     facts["prompt"] = [prompt_key(row) for row in rows]
     facts["turns"] = [count_turns(row) for row in rows]
     facts["think"] = [shows_reasoning(row) for row in rows]
-    if chunk.where:
-        facts["refusal"][[not matches(row, chunk.where) for row in rows]] = REFUSALS.index("not asked for")
+    for number, row in enumerate(rows):
+        asking = [source for source, where in chunk.wheres.items() if matches(row, where)]
+        if asking:
+            facts["source"][number] = asking[0]
+        else:
+            facts["source"][number] = min(chunk.wheres)
+            facts["refusal"][number] = REFUSALS.index("not asked for")
     if flags is not None:
         count_tokens(rows, facts, flags, kwargs)
     facts["bytes"] = [len(line) for line in lines]
@@ -239,6 +246,8 @@ def shows_reasoning(row: Row) -> bool:
 
 def matches(row: Row, where: dict) -> bool:
     """Return whether a row is what `where` asks for; a list names alternatives."""
+    if not where:
+        return True
     values = {"source": [row["source"]], "lang": [row["lang"]], "tags": row["tags"]}
     values["mode"] = ["think" if shows_reasoning(row) else "no_think"]
     for name, wanted in where.items():
@@ -501,20 +510,25 @@ def report_sources(mix: Mix, rows: Rows, plan: Plan) -> list[SourceReport]:
         )
         if mix.strategy in ("interleave", "resample"):
             report.wanted = round(float(shares[number]), 6)
-            report.note = explain_share(report, mix)
+            report.note = explain_share(report, mix, len(candidates.rows), len(plan.train.rows))
         reports.append(report)
     return reports
 
 
-def explain_share(report: SourceReport, mix: Mix) -> str:
-    """Return why the share of a source is not the one that its weight asks for."""
-    if abs(report.share - report.wanted) <= 0.01:
+def explain_share(report: SourceReport, mix: Mix, candidates: int, drawn: int) -> str:
+    """Return why the share of a source is not the one that its weight asks for.
+
+    candidates: rows that could have been drawn of the source; drawn: rows that were, of all sources.
+    """
+    if abs(report.share - report.wanted) <= max(0.01, 1 / drawn):  # rows are whole
         return ""
+    if not candidates:
+        return "none of its rows is left to train on"
     if mix.literal:
         return "literal: duplicates are removed after mixing, which undoes weights"
     if report.share < report.wanted:
         return "used up: raise epochs, or stop: all_exhausted"
-    return "more, as others are used up"
+    return "more, as others give less"
 
 
 def print_reports(reports: list[SourceReport]) -> None:
@@ -608,11 +622,13 @@ def run(args: argparse.Namespace) -> int:
         open_lines.cache_clear()
         parts, not_read = open_parts(mix, Path(args.pools or "."))
         rows = read_parts(mix, parts, flags, writer, args.num_proc)
-        plan = make_plan(mix, rows)
+        try:
+            plan = make_plan(mix, rows)
+        except UsageError as error:
+            raise UsageError(f"{args.mix}: {error}") from None
         if not len(plan.train.rows):
-            print(
-                f"{args.mix}: no rows are left to train on: see where, rows and weight of its sources", file=sys.stderr
-            )
+            advice = "see size, and where, rows, weight and epochs of its sources"
+            print(f"{args.mix}: no rows are left to train on: {advice}", file=sys.stderr)
             return 1
         write_plan(plan, rows, mix, writer, args.num_proc)
         reports = report_sources(mix, rows, plan)
@@ -627,7 +643,8 @@ def run(args: argparse.Namespace) -> int:
     trained = len(plan.train.rows)
     print(f"{args.out}: {trained:,} rows to train, {len(plan.validation):,} to validate, of {len(rows.facts):,}")
     print_reports(reports)
-    if mix.size is not None and drawn < 0.99 * mix.size:
+    # rows are whole: a source may give half a row less than it was asked for
+    if mix.size is not None and mix.size - drawn > max(0.01 * mix.size, len(mix.sources) * rows.sizes.max() / 2):
         print(f"size {mix.size:,} is not reached, the sources give {drawn:,} {mix.by} (raise epochs, or lower size)")
     print_left_out(reports, writer, not_read)
     return 0

@@ -10,8 +10,9 @@ rendered, tokenised, masked, cut and packed as TRL would; the first --rows are s
 row of every finding. Trained text stands in brackets, and is green and underlined where there is colour. Where loading
 changes a value of the file, it says so.
 
-Exit 0: fine. 1: a run on this would go wrong: nothing trained, stop token untrained, answers cut in more than --max_cut
-of the rows, persona lost, control tokens in text, a value changed by loading. 2: bad input, one sentence.
+Exit 0: fine. 1: a run on this would go wrong: a template of another family than the tokenizer's, nothing trained, stop
+token untrained, answers cut in more than --max_cut of the rows, persona lost, control tokens in text, a value changed
+by loading. 2: bad input, one sentence.
 """
 
 import argparse
@@ -30,6 +31,8 @@ from data_prep.common.errors import UsageError
 from data_prep.common.loader_changes import JSON_FILES, Loader, can_be_loaded, may_change
 from data_prep.common.preview_rows import (
     FAULTS,
+    OTHER_FAMILY,
+    Finding,
     Packing,
     Plan,
     RowChecks,
@@ -167,6 +170,8 @@ def run(args: argparse.Namespace) -> int:
     plan = plan_run(measured.rows, measured.spans, order, settings, packing)
     is_chat = bool(get_turns(loaded.rows[0])) and not packing.is_compiled
     verdict = judge(measured.rows, totals, plan, settings, args.max_cut, is_chat)
+    if is_chat and renderer.mismatch is not None:
+        verdict.findings.insert(0, Finding(OTHER_FAMILY, renderer.mismatch, []))
     changes = find_changes(Path(args.data), loaded.rows, settings.dataset_train_split)
     judge_changes(verdict, changes, args.data)
     template = Path(settings.chat_template_path or "the model's own template").name

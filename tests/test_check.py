@@ -31,6 +31,7 @@ from transformers import AutoTokenizer
 
 from data_prep import check, normalize
 from data_prep.common import json_text, loader_changes, readers, recipe_rows, rendering, row_keys, text_files, writer
+from data_prep.common.errors import UsageError
 from data_prep.common.rows import complete_row
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -301,6 +302,63 @@ def test_reserved_arguments_do_not_crash(key):
     assert {reason for reason, _ in found(row, TEMPLATES / "chatml.jinja")} <= {"template refuses the row"}
 
 
+# -- what is trained --------------------------------------------------------------------------------------------------
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'assistant' and m.loss_mask != 0 %}{% generation %}{{ m.content }}"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("mask", "kwargs", "template", "untrained"),
+    [
+        ([0, 0], {"train_turns": "flagged"}, TEMPLATES / "chatml.jinja", True),
+        ([0, 1], {"train_turns": "flagged"}, TEMPLATES / "chatml.jinja", False),
+        ([1, 0], {"train_turns": "last"}, TEMPLATES / "chatml.jinja", False),  # which does not read loss_mask
+        ([0, 0], {}, TEMPLATES / "chatml.jinja", False),
+        ([0, 0], {}, MARKED, True),
+        ([0, 1], {}, MARKED, False),
+        ([0, 0], {}, MARKED.replace(" generation ", " if 1 ").replace(" endgeneration ", " endif "), False),
+        ([0, 0], {}, None, False),
+    ],
+)
+def test_rows_without_a_trained_token(mask, kwargs, template, untrained):
+    """By which answers the template marks; without marks, or a template, nobody can tell."""
+    turns = [*chat(loss_mask=mask[0]), *chat(loss_mask=mask[1])]
+    reasons = [reason for reason, _ in found(row_of(turns, chat_template_kwargs=kwargs), template)]
+    assert reasons == [check.UNTRAINED] * untrained
+
+
+def test_rows_without_a_trained_token_are_named_where_answers_alone_are_trained(demo, tmp_path):
+    masked = row_of(chat(loss_mask=0), chat_template_kwargs={"train_turns": "flagged"})
+    path = write(tmp_path / "rows.jsonl", [row_of(chat()), masked])
+    flags = ["--model_name_or_path", demo / "init", "--chat_template_path", TEMPLATES / "chatml.jinja"]
+    done = run(path, *flags)
+    assert done.returncode == 1 and re.search(r"no trained token +1 +0 +rows.jsonl:2", done.stdout)
+    assert "change its loss_mask or train_turns" in done.stdout
+    for recipe, code in (("qwen3_full", 1), ("smollm3_midtrain", 0)):  # the second one trains every token
+        done = run(path, *flags, "--recipe", REPO / "recipes" / f"{recipe}.py")
+        assert (done.returncode, "no trained token" in done.stdout) == (code, bool(code)), recipe
+    assert run(path, *flags, "--fix", "--out", tmp_path / "out.jsonl").returncode == 1
+    assert len(lines(tmp_path / "out.jsonl")) == 1
+
+
+# -- a template of another family -------------------------------------------------------------------------------------
+def test_a_template_of_another_family_is_said_once(demo, tmp_path):
+    """Though every row is sound, and in the file for machines, too; its own words stand in rendering's tests."""
+    path = write(tmp_path / "rows.jsonl", [row_of(chat())] * 3)
+    flags = ["--model_name_or_path", demo / "init", "--json", tmp_path / "found.json"]
+    done = run(path, *flags, "--chat_template_path", TEMPLATES / "llama3.jinja")
+    report = json.loads((tmp_path / "found.json").read_text())
+    mismatch = report["template_mismatch"]
+    assert done.returncode == 1 and done.stdout.count(mismatch) == 1 and "3 rows, 0 with findings" in done.stdout
+    assert "llama3.jinja writes <|start_header_id|>, " in mismatch and "another family" in mismatch
+    assert report["found"] == {} and report["findings"] == []
+    done = run(path, *flags, "--chat_template_path", TEMPLATES / "chatml.jinja")
+    assert done.returncode == 0 and "does not fit" not in done.stdout
+    assert "template_mismatch" not in json.loads((tmp_path / "found.json").read_text())
+
+
 # -- newlines ---------------------------------------------------------------------------------------------------------
 blanks = st.text(st.sampled_from(" \n\r\t\u00a0\u3000\u2028"), max_size=4)
 
@@ -389,6 +447,19 @@ def test_fix_mends_leaves_and_counts(tmp_path, suffix):
     assert done.returncode == 0 and "0 with findings" in done.stdout
     second = json.loads((again / "report.json" if not suffix else tmp_path / "again.report.json").read_text())
     assert second["output"] == report["output"] and (not suffix or again.read_bytes() == out.read_bytes())
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ""])
+def test_fix_writes_the_values_of_the_file(tmp_path, own_cache, typed_loader, suffix):
+    """Whatever `datasets` would make of them: they are compared with what Python's json reads in the file."""
+    values = [*EXACT, 2**53 + 1, "2024-01-02", "7", {"to": "a"}, [1, 0.1 + 0.2], True]
+    path = write(tmp_path / "rows.jsonl", [calling(value, every_key=True) for value in values])
+    out = tmp_path / f"out{suffix}"
+    assert run(path, "--fix", "--out", out).returncode == 0
+    rows = lines(out) if suffix else [row for _, row in readers.read_rows(out)]
+    written = [row["messages"][1]["tool_calls"][0]["function"]["arguments"]["x"] for row in rows]
+    in_file = [row["messages"][1]["tool_calls"][0]["function"]["arguments"]["x"] for row in lines(path)]
+    assert list(map(repr, written)) == list(map(repr, in_file)) == list(map(repr, values))
 
 
 def test_all_mended_is_exit_0(tmp_path):
@@ -648,6 +719,36 @@ def test_nulls_that_the_loader_fills_in():
         loader = loader_changes.Loader(Path(path))
         loader.sets = {"train": [loaded]}
         assert loader.find_change("train", 0, row) == words
+
+
+HALF = "\\ud83d"
+PLAIN = '"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]'
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        f"{{{PLAIN.replace('Hi?', 'Hi ' + HALF)}}}",
+        f'{{{PLAIN}, "id": "{HALF}"}}',
+        f'{{{PLAIN}, "note": "{HALF}"}}',
+        f'{{{PLAIN}, "{HALF}": 1}}',
+    ],
+    ids=["text", "id", "other column", "name of a column"],
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_half_a_surrogate_pair_that_no_recipe_loads(tmp_path, own_cache, row, count):
+    """Of one row a recipe's loader makes rows of messages, without a word; of more it loads none."""
+    path = write(tmp_path / "rows.jsonl", [f"{{{PLAIN}}}"] * (count - 1) + [row])
+    if count == 1:
+        assert len(recipe_rows.load_sets(path)["train"]) == 2
+    else:
+        with pytest.raises(UsageError, match="half a surrogate pair"):
+            recipe_rows.load_sets(path)
+    done = run(path, "--json", tmp_path / "found.json")
+    (finding,) = json.loads((tmp_path / "found.json").read_text())["findings"]
+    assert done.returncode == 1 and (finding["line"], finding["reason"]) == (count, "text that is not Unicode")
+    assert run(path, "--fix", "--out", tmp_path / "out.jsonl").returncode == 1
+    assert not (tmp_path / "out.jsonl").exists() or len(lines(tmp_path / "out.jsonl")) == count - 1
 
 
 def test_plain_text_is_not_loaded(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import REPO
-from datasets import Dataset, interleave_datasets, load_from_disk
+from datasets import Dataset, DatasetDict, interleave_datasets, load_from_disk
 
 from data_prep import mix
 from data_prep.common import writer
@@ -321,11 +321,25 @@ def test_the_same_bytes_with_any_number_of_processes(tmp_path):
 
 
 def test_an_interrupted_mix_leaves_nothing(tmp_path):
+    """Nor the folders that OUT was to lie in, unless others have written there meanwhile."""
     make(tmp_path, a=rows_of("a", 300))
     before = {*tmp_path.iterdir()} | {tmp_path / "mix.yaml"}
-    with mock.patch.object(mix, "make_card", side_effect=KeyboardInterrupt):
-        assert "interrupted: nothing was written" in mixed(tmp_path, [{"path": "a"}], code=130)
-    assert {*tmp_path.iterdir()} == before
+    for out in ("out", "new/deep/out"):
+        with mock.patch.object(mix, "make_card", side_effect=KeyboardInterrupt):
+            assert "interrupted: nothing was written" in mixed(tmp_path, [{"path": "a"}], out=out, code=130)
+        assert {*tmp_path.iterdir()} == before
+        mixed(tmp_path, [{"path": "a", "rows": 1, "where": {"lang": "xx"}}], out=out, code=1)
+        mixed(tmp_path, [{"path": "a", "split": "none"}], out=out, code=2)
+        mixed(tmp_path, [{"path": "a"}], out=f"{out}/{'x' * 250}", code=2)  # too long a name: it cannot be written
+        assert {*tmp_path.iterdir()} == before
+
+    def write_beside(*_):
+        (tmp_path / "new" / "other").touch()
+        raise KeyboardInterrupt
+
+    with mock.patch.object(mix, "make_card", write_beside):
+        mixed(tmp_path, [{"path": "a"}], out="new/deep/out", code=130)
+    assert [*(tmp_path / "new").iterdir()] == [tmp_path / "new" / "other"]
 
 
 @pytest.mark.parametrize(
@@ -354,6 +368,63 @@ def test_bad_mixes_get_one_sentence(tmp_path, text, words):
     code, out, err = run(tmp_path / "mix.yaml", "--pools", tmp_path, "--out", tmp_path / "out")
     assert code == 2 and err.count("\n") == 1 and not out and all(word in err for word in words), err
     assert not (tmp_path / "out").exists() and not [*tmp_path.glob(".*")]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seed: 1\nsize: 20\nseed: 2\nsources: [{path: a}]", ["mix.yaml:3: seed stands twice"]),
+        ("sources:\n- path: a\n  weight: 1\n  weight: 2", ["mix.yaml:4: weight stands twice"]),
+        ("chat_template_kwargs: {a: {b: 1, b: 2}}\nsources: [{path: a}]", ["mix.yaml:1: b stands twice"]),
+        ("chat_template_kwargs: {today: 2024-01-02}\nsources: [{path: a}]",
+         ["mix.yaml: chat_template_kwargs: today is 2024-01-02", "put it in quotes"]),
+        ("chat_template_kwargs: {at: [{x: 2024-01-02 10:00:00}]}\nsources: [{path: a}]", ["at: x is", "in quotes"]),
+        ("chat_template_kwargs: {on: 1}\nsources: [{path: a}]", ["chat_template_kwargs: True is no text", "in quotes"]),
+        ("chat_template_kwargs: {x: !!binary aGk=}\nsources: [{path: a}]", ["chat_template_kwargs: x is", "in quotes"]),
+        ("chat_template_kwargs: {x: [.nan]}\nsources: [{path: a}]", ["chat_template_kwargs: x is nan", "no such"]),
+        ("chat_template_kwargs: &a {x: *a}\nsources: [{path: a}]", ["mix.yaml: nested too deep"]),
+        ("validation: {share: 1.2}\nsources: [{path: a}]", ["mix.yaml: validation: share is 1.2", "at most 1"]),
+        ("validation: {share: -0.1}\nsources: [{path: a}]", ["mix.yaml: validation: share is -0.1", "at least 0"]),
+        ("validation: {min: -1}\nsources: [{path: a}]", ["mix.yaml: validation: min is -1", "at least 0"]),
+        ("validation: {share: .nan}\nsources: [{path: a}]", ["mix.yaml: validation: share is nan", "a number"]),
+        ("validation: {min: 10}\nsources: [{path: a}]", ["mix.yaml: validation: 10 of 10 rows would be held out"]),
+        ("validation: {share: 1}\nsources: [{path: a}]", ["mix.yaml: validation: 10 of 10 rows would be held out"]),
+        ("validation: {min: 1}\nsources: [{path: twice}]", ["mix.yaml: validation: rows of one prompt would all be"]),
+        ("validation: 5\nsources: [{path: a}]", ["mix.yaml: validation is 5", "{share: …, min: …} or 0"]),
+        ("validation: {shares: 0.1}\nsources: [{path: a}]", ["validation: shares is no option", "nearest is share"]),
+        ("sources: [{path: a, wieght: 1}]", ["source 1: wieght is no option", "the nearest is weight"]),
+        ("source: [{path: a}]", ["source is no option", "the nearest is sources"]),
+        ("strategy: interleaved\nsources: [{path: a}]", ["strategy is 'interleaved'", "the nearest is interleave"]),
+        ("stop: all_exausted\nsources: [{path: a}]", ["stop is 'all_exausted'", "the nearest is all_exhausted"]),
+        ("by: token\nsources: [{path: a}]", ["by is 'token'", "the nearest is tokens"]),
+        ("sources: [{path: a, where: {tag: x}}]", ["where knows source, tags", "not tag, the nearest is tags"]),
+        ("sources: [{path: a, where: {mode: nothink}}]", ["where mode is nothink", "the nearest is no_think"]),
+        ("sources: [{path: a, where: {lang: []}}]", ["where lang names no value"]),
+        ("sources: [{path: a, where: {lang: 2024-01-02}}]", ["where lang is", "in quotes"]),
+        ("sources: [{path: 2024}]", ["source 1: path is 2024, it must be text, in quotes"]),
+        ("sources: [{path: a, shuffle: -1, rows: 3}]", ["source 1: shuffle is -1", "at least 0"]),
+    ],
+)  # fmt: skip
+def test_slips_in_the_yaml(tmp_path, text, words):
+    """Each is named with its file, and with what was most likely meant."""
+    make(tmp_path, a=rows_of("a", 10), twice=[row("b-1", "Question?", "yes"), row("b-2", "Question?", "no")])
+    (tmp_path / "mix.yaml").write_text(text)
+    code, out, err = run(tmp_path / "mix.yaml", "--pools", tmp_path, "--out", tmp_path / "out")
+    assert code == 2 and err.count("\n") == 1 and not out and all(word in err for word in words), err
+    assert err.startswith(f"{tmp_path / 'mix.yaml'}:") and not (tmp_path / "out").exists()
+
+
+def test_what_yaml_repeats_by_itself_is_no_slip(tmp_path):
+    """A merge key brings names that stand there again, to be replaced; names may stand again in another mapping."""
+    make(tmp_path, a=rows_of("a", 10), b=rows_of("b", 10))
+    text = "sources:\n- &first {path: a, weight: 1}\n- {<<: *first, path: b, name: b}\nvalidation: 0\n"
+    (tmp_path / "mix.yaml").write_text(
+        text + "chat_template_kwargs: {x: 1, y: {x: null}, z: [1.5, true, '2024-01-02']}"
+    )
+    code, _, err = run(tmp_path / "mix.yaml", "--pools", tmp_path, "--out", tmp_path / "out")
+    assert code == 0, err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [(one["name"], one["weight"]) for one in report["sources"]] == [("a", 1), ("b", 1)]
 
 
 SMOLLM3 = {"smollm3_instruct": 66_227, "smollm3_thinking": 30_328, "smollm3_hybrid": 96_555}
@@ -509,10 +580,11 @@ def test_concatenate_by_tokens_ends_at_a_size_in_tokens(tmp_path):
         pytest.skip("no tokenizer: ../shared is not here")
     make(tmp_path, a=rows_of("a", 40, answer="word " * 7), b=rows_of("b", 40, answer="word " * 70))
     flags = ["--recipe", REPO / "recipes" / "qwen3_qlora.py", "--model_name_or_path", model]
-    settings = {"strategy": "concatenate", "by": "tokens", "size": 3000, "shuffle": "none", **NONE}
-    train, _, report, _ = mixed(tmp_path, [{"path": "a"}, {"path": "b"}], flags=flags, **settings)
+    settings = {"strategy": "concatenate", "by": "tokens", "size": 1500, "shuffle": "none", **NONE}
+    train, _, report, said = mixed(tmp_path, [{"path": "a"}, {"path": "b"}], flags=flags, **settings)
     tokens = sum(one["tokens"] for one in report["sources"])
-    assert abs(tokens - 3000) <= 60 and counts(train)["a"] == 40 and 0 < counts(train)["b"] < 40
+    assert "is not reached" not in said  # as closely as whole rows can
+    assert 1500 - 60 <= tokens < 0.99 * 1500 and counts(train)["a"] == 40 and 0 < counts(train)["b"] < 40
 
 
 @pytest.mark.parametrize(
@@ -573,6 +645,28 @@ def test_own_validation_rows_are_used_and_never_trained(tmp_path):
     sources = [{"path": "a"}, {"path": "a", "name": "b", "split": "validation"}]
     got, validation, report, _ = mixed(tmp_path, sources, out="named", strategy="concatenate", **NONE)
     assert len(got) == 203 and not validation and report["refused"] == {"duplicate of another pool": 1}
+
+
+def test_a_folder_that_stands_twice_has_its_validation_split_used_once(tmp_path):
+    """By whatever path, and whichever of its splits are trained; a row is that of the first source that asks for it."""
+    tongues = [row(f"v-{n}", lang="zh" if n % 2 else "en") for n in range(6)] + [row("v-ja", lang="ja")]
+    splits = {"train": rows_of("a", 30), "test": rows_of("t", 30), "validation": tongues}
+    writer.write_rows(tmp_path / "a", "own", splits)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    settings = {"strategy": "concatenate", "dedup": False, "validation": 0, "pool_validation": "use"}
+    held_out = sorted(one["id"] for one in tongues)
+    for number, second in enumerate(
+        ({"path": "a"}, {"path": "./a/"}, {"path": "link"}, {"path": "a", "split": "test"})
+    ):
+        sources = [{"path": "a"}, second | {"name": "again"}]
+        train, validation, report, _ = mixed(tmp_path, sources, out=f"out{number}", **settings)
+        assert sorted(one["id"] for one in validation) == held_out and len(train) == 60
+        assert report["in"] == 67 and [one["own_validation"] for one in report["sources"]] == [7, 0]
+    sources = [{"path": "a", "name": lang, "where": {"lang": lang}} for lang in ("zh", "en")]
+    _, validation, report, _ = mixed(tmp_path, sources, out="langs", **settings)
+    assert sorted(one["id"] for one in validation) == [f"v-{n}" for n in range(6)]
+    assert [one["own_validation"] for one in report["sources"]] == [3, 3]
+    assert ("zh/validation", 7, "v-ja") in [(one["file"], one["line"], one["id"]) for one in report["rejected"]]
 
 
 def test_splits_that_are_not_read_are_named(tmp_path):
@@ -643,7 +737,85 @@ def test_a_folder_that_was_made_again_is_read_again(tmp_path):
         assert counts(train) == {f"run{number}": 20}
 
 
-def test_a_size_beyond_all_memory_is_one_sentence(tmp_path):
-    make(tmp_path, a=rows_of("a", 20))
-    said = mixed(tmp_path, [{"path": "a"}], code=2, stop="all_exhausted", size=10**11, **NONE)
-    assert said == "size: a would be repeated 5,000,000,001 times: write a smaller size\n"
+# -- odd mixes --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("settings", "a", "b"),
+    [
+        ({"size": 10**11, "stop": "all_exhausted"}, {}, {}),
+        ({"size": 10**30, "stop": "all_exhausted"}, {}, {}),
+        ({"size": 10**11, "strategy": "resample"}, {}, {}),
+        ({"size": 10**30, "strategy": "resample"}, {}, {}),
+        ({}, {"epochs": 1e10}, {"epochs": 1e10}),
+        ({}, {"epochs": 1e300}, {"epochs": 1e300}),
+        ({"strategy": "subsample"}, {"epochs": 1e9}, {}),
+        ({"strategy": "concatenate"}, {"epochs": 1e300}, {}),
+        ({"stop": "all_exhausted"}, {"weight": 1e-300}, {}),
+    ],
+)
+def test_more_rows_than_memory_holds_are_one_sentence(tmp_path, settings, a, b):
+    make(tmp_path, a=rows_of("a", 20), b=rows_of("b", 20))
+    said = mixed(tmp_path, [{"path": "a"} | a, {"path": "b"} | b], code=2, **settings, **NONE)
+    assert re.fullmatch(r".*mix.yaml: [ab]: \S+e\+\d+ rows would be drawn of it: write a smaller size, .*\n", said), (
+        said
+    )
+
+
+@pytest.mark.parametrize("strategy", ["interleave", "resample", "concatenate"])
+def test_a_size_beyond_what_the_sources_give(tmp_path, strategy):
+    """Only resample draws rows again of itself."""
+    make(tmp_path, a=rows_of("a", 20), b=rows_of("b", 30))
+    sources = [{"path": "a"}, {"path": "b"}]
+    train, _, report, said = mixed(tmp_path, sources, strategy=strategy, size=1000, **NONE)
+    drawn = 1000 if strategy == "resample" else 50
+    assert len(train) == drawn and report["size"] == {"asked": 1000, "drawn": drawn}
+    assert ("size 1,000 is not reached, the sources give 50 rows" in said) == (strategy != "resample")
+
+
+@pytest.mark.parametrize("strategy", ["interleave", "resample"])
+def test_a_source_without_rows_leaves_its_share_to_the_others(tmp_path, strategy):
+    make(tmp_path, a=rows_of("a", 40), b=rows_of("b", 60))
+    sources = [{"path": "a", "weight": 3, "where": {"lang": "xx"}}, {"path": "b", "weight": 1}]
+    train, _, report, said = mixed(tmp_path, sources, strategy=strategy, size=20, **NONE)
+    assert counts(train) == {"b": 20} and report["size"] == {"asked": 20, "drawn": 20}
+    assert report["sources"][0]["note"] == "none of its rows is left to train on"
+    assert "is not reached" not in said and "used up" not in said
+
+
+@pytest.mark.parametrize("weights", [(0, 0), (-1, 0), (1e308, 1e308), (1e-300, 1e-300)])
+@pytest.mark.parametrize("strategy", ["interleave", "resample"])
+def test_equal_weights_of_any_size(tmp_path, strategy, weights):
+    make(tmp_path, a=rows_of("a", 40), b=rows_of("b", 60))
+    sources = [{"path": name, "weight": weight} for name, weight in zip("ab", weights, strict=True)]
+    train, _, report, said = mixed(tmp_path, sources, strategy=strategy, size=20, **NONE)
+    assert counts(train) == {"a": 10, "b": 10} and "Warning" not in said
+    assert [one["wanted"] for one in report["sources"]] == [0.5, 0.5]
+    if strategy == "interleave":
+        weight = weights[0] if weights[0] > 0 else 1  # as it is counted
+        assert f"30 rows of a not drawn: its weight {weight:g} asks for 10 rows of size 20" in said
+
+
+def test_the_smallest_mixes(tmp_path):
+    """One row; one row of two sources: a share cannot be met by half a row, and nobody has to raise epochs."""
+    make(tmp_path, a=rows_of("a", 1), b=rows_of("b", 9))
+    for number, strategy in enumerate(("interleave", "resample", "subsample", "concatenate")):
+        train, *_ = mixed(tmp_path, [{"path": "a"}], out=f"one{number}", strategy=strategy, **NONE)
+        assert [one["id"] for one in train] == ["a-0"]
+    for number, strategy in enumerate(("interleave", "resample")):
+        out = f"two{number}"
+        train, *_, said = mixed(tmp_path, [{"path": "a"}, {"path": "b"}], out=out, strategy=strategy, size=1, **NONE)
+        assert len(train) == 1 and "used up" not in said
+    assert (
+        "9 rows of b not drawn: its weight 1 asks for 0 rows of size 1 (raise weight or size)"
+        in mixed(tmp_path, [{"path": "a"}, {"path": "b"}], out="none", size=1, **NONE)[3]
+    )
+    said = mixed(tmp_path, [{"path": "b", "epochs": 0.01}], out="part", code=1, **NONE)
+    assert "no rows are left to train on: see size, and where, rows, weight and epochs of its sources" in said
+
+
+def test_a_folder_without_a_row_is_named(tmp_path):
+    make(tmp_path, a=rows_of("a", 10))
+    DatasetDict({"train": load_from_disk(tmp_path / "a")["train"].select([])}).save_to_disk(tmp_path / "none")
+    said = mixed(tmp_path, [{"path": "a"}, {"path": "none"}], code=2, **NONE)
+    assert (
+        said == f"{tmp_path / 'none'}: holds no rows, or a split of it none, which datasets cannot load: leave it out\n"
+    )

@@ -323,6 +323,20 @@ def test_persona_lost(look, tmp_path):
     assert code == 1 and "Be brief as a telegram." in out
 
 
+def test_a_template_of_another_family_stands_at_the_top(look, tmp_path):
+    page = tmp_path / "p.html"
+    code, out, _, report = look(FINE, "--html", page, template=TEMPLATES / "llama3.jinja")
+    (name, sentence, rows), *_ = report["findings"]
+    assert code == 1 and name == "template of another family" and rows == []
+    assert "llama3.jinja writes <|start_header_id|>, " in sentence and "chat_templates/chatml.jinja" in sentence
+    assert out.startswith(f"FAILED, {name}: {sentence}\n") and out.count(sentence) == 2  # and among all, at the end
+    tree = ET.fromstring(page.read_text().removeprefix("<!DOCTYPE html>"))
+    assert "".join(tree.find(".//p[@class='say bad']").itertext()) == f"{name} {sentence}"
+    texts = [{"text": "one"}, {"text": "two"}]  # which no template renders
+    flags = ["--assistant_only_loss", "false"]
+    assert look(texts, *flags, template=TEMPLATES / "llama3.jinja")[0] == 0
+
+
 def test_our_templates_pass_on_the_demo(look, demo, tmp_path):
     from datasets import load_from_disk
 
@@ -390,18 +404,20 @@ def call(arguments, **kwargs):
 def test_a_value_that_loading_changes(look, typed_loader, tmp_path, values, changed):
     """`datasets` takes a date in every row for a timestamp, and 1 beside 0.5 for 1.0; a folder keeps both."""
     rows = [chat(("user", "q"), ("assistant", "a"), chat_template_kwargs={"at": value}) for value in values]
+    template = tmp_path / "t.jinja"
+    template.write_text(marked(WHOLE) + "{% if at %}{% endif %}")
     path = save(tmp_path / "rows.jsonl", rows)
     loaded = Dataset.from_json(str(path), cache_dir=tmp_path / "cache")
     loaded = [row["at"] for row in loaded["chat_template_kwargs"]]
     assert [n for n in (0, 1) if repr(loaded[n]) != repr(values[n])] == changed
-    code, out, _, report = look(path, "--rows", 0)
+    code, out, _, report = look(path, "--rows", 0, template=template)
     assert code == 1 and [(name, numbers) for name, _, numbers in report["findings"]] == [("value changed", changed)]
     first = changed[0]
     assert f"chat_template_kwargs.at: {values[first]!r} in the file, {loaded[first]!r} as it is loaded" in out
     assert "python -m data_prep.check" in out and "python -m data_prep.normalize messages" in out
     rows = [row_shape.complete_row(row, "rows", number) for number, row in enumerate(rows)]
     writer.write_rows(tmp_path / "set", "test", {"train": rows})
-    assert look(tmp_path / "set", "--rows", 0)[0] == 0
+    assert look(tmp_path / "set", "--rows", 0, template=template)[0] == 0
 
 
 def test_numbers_of_calls_are_shown_as_they_stand(look, tmp_path):
@@ -433,7 +449,7 @@ def test_exit_2(look, tiny, tmp_path):
 
     Dataset.from_list(FINE).save_to_disk(tmp_path / "single")
     DatasetDict({"dev": Dataset.from_list(FINE)}).save_to_disk(tmp_path / "dev")
-    null = [chat(("user", "q"), ("assistant", "a"), chat_template_kwargs={"x": 1}), *FINE]
+    null = [chat(("user", "q"), ("assistant", "a"), chat_template_kwargs={"train_turns": "last"}), *FINE]
     reasons = chat(("user", "q"), ("assistant", "a"))
     reasons["messages"][1]["reasoning_content"] = "because"
     at = lambda name: tmp_path / name  # noqa: E731

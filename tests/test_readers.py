@@ -5,9 +5,11 @@ a line taken for an array; text behind an array, or half a character at the end,
 by chunk; the nulls of tool schemas left in parquet.
 """
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import random
 from unittest import mock
 
@@ -311,9 +313,16 @@ def test_cut_files_are_one_sentence(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "data", "advice"),
     [
-        ("a.jsonl", gzip.compress(LINES), "a.jsonl: is compressed by gzip: name it .gz"),
-        ("a.json", zstd(LINES), "a.json: is compressed by zstd: name it .zst"),
-        ("a.jsonl", parquet_bytes(), "a.jsonl: is a parquet file: name it .parquet"),
+        ("a.jsonl", gzip.compress(LINES), "a.jsonl: is compressed by gzip: name it .gz, as with mv "),
+        ("a.json", zstd(LINES), "a.json: is compressed by zstd: name it .zst, as with mv "),
+        (
+            "a.jsonl.gz",
+            gzip.compress(gzip.compress(LINES)),
+            "a.jsonl.gz: is compressed by gzip: unpack it, as with zcat",
+        ),
+        ("a.jsonl", bz2.compress(LINES), "a.jsonl: is compressed by bzip2: unpack it, as with bzcat "),
+        ("a.jsonl.gz", LINES, "a.jsonl.gz: is not compressed by gzip: name it a.jsonl, or download it again"),
+        ("a.jsonl", parquet_bytes(), "a.jsonl: is a parquet file: pass it as a file named .parquet"),
         ("a.csv", b"PK\x03\x04sheet", "a.csv: is a zip file or a sheet: unpack it, or save the sheet as .csv"),
         ("a.csv", "ticket,agent\n1,Grüße\n".encode("latin-1"), "a.csv: not utf-8 (byte 0xfc): save it as UTF-8"),
         ("a.csv", b"a,b,a\n1,2,3\n", "a.csv: its first line names no columns (a, b, a): write one name a column"),
@@ -324,6 +333,42 @@ def test_what_is_named_wrongly_is_named(tmp_path, name, data, advice):
     with pytest.raises(UsageError) as error:
         read(tmp_path / name)
     assert str(error.value).startswith(f"{tmp_path}/{advice}")
+
+
+WIDE = {  # without a byte order mark; the table's first characters are no ASCII
+    "lines.jsonl": LINES.decode(),
+    "array.json": json.dumps(ROWS, indent=1, ensure_ascii=False),
+    "texts.jsonl": '"你好"\n"你"\n',
+    "table.csv": "问题,答案\n你好,好\n",
+    "table.tsv": "question\tanswer\n你好\t好\n",
+}
+
+
+@pytest.mark.parametrize("encoding", ["UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE"])
+@pytest.mark.parametrize("name", WIDE)
+def test_wide_text_without_a_byte_order_mark_is_named(tmp_path, name, encoding):
+    (tmp_path / name).write_bytes(WIDE[name].encode(encoding))
+    with pytest.raises(UsageError) as error:
+        read(tmp_path / name)
+    advice = f"is {encoding} without a byte order mark: save it as UTF-8, as with iconv -f {encoding} -t UTF-8"
+    assert str(error.value) == f"{tmp_path / name}: {advice}"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (gzip.compress(LINES), "stdin: is compressed by gzip: unpack it on the way, as with zcat FILE | python"),
+        (zstd(LINES), "stdin: is compressed by zstd: unpack it on the way, as with zstdcat FILE | python"),
+        (lzma.compress(LINES), "stdin: is compressed by xz: unpack it on the way, as with xzcat FILE | python"),
+        (LINES.decode().encode("utf-16-le"), "stdin: is UTF-16LE without a byte order mark"),
+        (b'{\n"a": 1\n}\n}', "stdin:4: not JSON (} where a value is expected)"),
+    ],
+)
+def test_what_stdin_cannot_hold_is_named(monkeypatch, data, message):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+    with pytest.raises(UsageError) as error:
+        read("-")
+    assert str(error.value).startswith(message)
 
 
 def test_lines_of_another_encoding_are_named(tmp_path):
@@ -379,7 +424,32 @@ ALONE = {  # text of a file: its rows
     json.dumps({"conversations": ["a", "b"]}): [{"conversations": ["a", "b"]}],
     json.dumps({"data": [PAIR]}) + "\n" + json.dumps(PAIR): [{"data": [PAIR]}, PAIR],
     '{"cut": \n' + json.dumps(PAIR) + "\n" + json.dumps(PAIR): ["not JSON", PAIR, PAIR],
+    '{"cut": \n' + json.dumps(PAIR): ["not JSON", PAIR],
+    '{"messages": [\n' + json.dumps(PAIR) + "\n" + json.dumps(PAIR): ["not JSON", PAIR, PAIR],
+    '{"cut": "\n' + json.dumps(PAIR) + '\n{"cut": ': ["not JSON", PAIR, "not JSON"],
 }
+
+
+UNINDENTED = {  # pretty-printed, each line at the margin: a part that stands on a line of its own is no row
+    '{\n"messages": [\n{"a": 1},\n{"b": 2}\n]\n}\n': [{"messages": [{"a": 1}, {"b": 2}]}],
+    '{"messages": [\n{"a": 1},\n{"b": 2}\n]\n}\n{"messages": [\n{"c": 3}\n]\n}': [
+        {"messages": [{"a": 1}, {"b": 2}]},
+        {"messages": [{"c": 3}]},
+    ],
+    '{\r\n"a":\r\n{"b": 2}\r\n}\r\n': [{"a": {"b": 2}}],
+    '{"a":\n{"b": 2}\n}': [{"a": {"b": 2}}],
+    '{\n"data": [\n' + '{"a": "x"}\n,\n' * 9 + '{"a": "y"}\n]\n}': [*[{"a": "x"}] * 9, {"a": "y"}],
+    '{\n"a": [\n{"b": 2}\n],\n}': ["not JSON"],  # one fault, not one a line
+}
+
+
+@pytest.mark.parametrize("text", UNINDENTED, ids=range(len(UNINDENTED)))
+def test_objects_without_indentation(tmp_path, text):
+    """Also where the first piece of the file ends within one."""
+    (tmp_path / "a.json").write_bytes(text.encode())
+    for size in (text_files.HEAD, 40, 33):
+        with mock.patch("data_prep.common.text_files.HEAD", size):
+            assert read(tmp_path / "a.json") == [*enumerate(UNINDENTED[text], 1)]
 
 
 @pytest.mark.parametrize("text", ALONE, ids=range(len(ALONE)))

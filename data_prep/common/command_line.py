@@ -6,9 +6,9 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 
+from .. import INTERRUPT_MESSAGE, INTERRUPTED, end_at_interrupt
 from .errors import UsageError
 
-INTERRUPTED = 130
 TERMINATED = 143
 
 
@@ -29,16 +29,18 @@ def run_command(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespa
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a row may hold what no terminal can show
-    if is_command():
-        signal.signal(signal.SIGTERM, stop_at_signal)
     try:
+        if is_command():
+            signal.signal(signal.SIGTERM, stop_at_signal)
+        if signal.getsignal(signal.SIGINT) is end_at_interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if getattr(args, "num_proc", None) is not None and args.num_proc < 1:
             raise UsageError(f"--num_proc {args.num_proc}: pass a number of at least 1")
         return run(args)
     except UsageError as error:
         return print_error(str(error))
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        print(INTERRUPT_MESSAGE, file=sys.stderr)
         return INTERRUPTED
 
 

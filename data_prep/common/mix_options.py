@@ -1,8 +1,10 @@
 """The YAML of a mix: its options, their types, and which of them a strategy reads."""
 
+import difflib
 import math
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -10,8 +12,7 @@ from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from .errors import InvalidRow, UsageError
-from .json_text import check_numbers
+from .errors import UsageError
 from .readers import is_dataset_folder
 
 Options = TypeVar("Options")
@@ -69,9 +70,10 @@ class Mix:
 
 
 # -- read and compare with the types ----------------------------------------------------------------------------------
-LEAST = {"seed": 0, "size": 1, "rows": 1, "share": 0, "min": 0}
+LEAST = {"seed": 0, "size": 1, "rows": 1, "shuffle": 0, "share": 0, "min": 0}
+MOST = {"share": 1}
 TYPE_NAMES = {
-    str: "text",
+    str: "text, in quotes",
     int: "a whole number",
     float: "a number",
     bool: "true or false",
@@ -100,14 +102,14 @@ def read_mix(path: str, pools: str | None, seed: int | None) -> Mix:
     if mix.literal and (mix.strategy not in ("interleave", "resample") or mix.by != "rows"):
         raise UsageError(f"{path}: literal mixes by rows with interleave or resample, as the tutorial does")
     refuse_unread(unread_options(mix), options, path, mix)
-    try:
-        check_numbers(mix.chat_template_kwargs)
-    except InvalidRow as error:
-        raise UsageError(f"{path}: chat_template_kwargs: {error}: write another value") from None
+    check_json(mix.chat_template_kwargs, f"{path}: chat_template_kwargs")
     if not isinstance(sources, list) or not sources:
         raise UsageError(f"{path}: names no sources: write `sources:` and lines of `- {{path: …, weight: …}}`")
     for number, entry in enumerate(sources, 1):
         mix.sources.append(read_source(entry, mix, Path(pools or "."), f"{path}: source {number}"))
+    if not any([source.weight for source in mix.sources]):
+        for source in mix.sources:
+            source.weight = 1.0
     for name, count in Counter([source.name for source in mix.sources]).items():
         if count > 1:
             raise UsageError(f"{path}: two sources are called {name}: give them a `name` each")
@@ -117,16 +119,53 @@ def read_mix(path: str, pools: str | None, seed: int | None) -> Mix:
 def read_yaml(path: str) -> dict:
     """Return the options of a YAML file, without those left empty. Raises UsageError."""
     try:
-        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        check_keys(node, path)
+        options = loader.construct_document(node) if node is not None else None
     except OSError as error:
         raise UsageError(
             f"{path}: cannot be read ({error.strerror}): pass a mix like those of data_prep/mixes"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not YAML ({' '.join(str(error).split())}): mend it") from None
+    except RecursionError:
+        raise UsageError(f"{path}: nested too deep: write a mix like those of data_prep/mixes") from None
     if not isinstance(options, dict):
         raise UsageError(f"{path}: names no sources: pass a mix like those of data_prep/mixes")
     return {name: value for name, value in options.items() if value is not None or name == "validation"}
+
+
+def check_keys(node: yaml.Node | None, path: str) -> None:
+    """Raise UsageError where a key stands twice in one mapping: YAML would take the last one without a word."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            check_keys(item, path)
+    elif isinstance(node, yaml.MappingNode):
+        keys = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in keys:
+                    line = key.start_mark.line + 1
+                    raise UsageError(f"{path}:{line}: {key.value} stands twice: leave one of the two out")
+                keys.add(key.value)
+            check_keys(value, path)
+
+
+def check_json(value: object, location: str) -> None:
+    """Raise UsageError for a value that YAML knows and JSON does not. location: what the sentence begins with."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if not isinstance(name, str):
+                raise UsageError(f"{location}: {name} is no text: put it in quotes")
+            check_json(item, f"{location}: {name}")
+    elif isinstance(value, list):
+        for item in value:
+            check_json(item, location)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{location} is {value}, JSON has no such number: write another value")
+    elif not isinstance(value, (str, int, float, NoneType)):  # a date, say
+        raise UsageError(f"{location} is {value}, which is no text to YAML: put it in quotes")
 
 
 def read_source(entry: object, mix: Mix, pools: Path, location: str) -> Source:
@@ -137,8 +176,6 @@ def read_source(entry: object, mix: Mix, pools: Path, location: str) -> Source:
     source.name = source.name or source.path
     if source.epochs <= 0:
         raise UsageError(f"{location}: epochs is {source.epochs}, it must be above 0")
-    if source.shuffle is not None and source.shuffle < 0:
-        raise UsageError(f"{location}: shuffle is {source.shuffle}, it must be at least 0")
     if mix.strategy == "subsample" and source.weight > 1:
         raise UsageError(f"{location}: weight is {source.weight}, under subsample it is a share, at most 1: use epochs")
     check_where(source.where, location)
@@ -158,12 +195,15 @@ def check_where(where: dict, location: str) -> None:
     """Raise UsageError for a condition that no row could meet."""
     for name, value in where.items():
         if name not in WHERE:
-            raise UsageError(f"{location}: where knows {', '.join(WHERE)}, not {name}")
+            raise UsageError(f"{location}: where knows {', '.join(WHERE)}, not {name}{describe_nearest(name, WHERE)}")
+        if value == []:
+            raise UsageError(f"{location}: where {name} names no value: write one, or leave {name} out")
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, bool) or not isinstance(item, (str, int, float)):  # YAML reads no and on as booleans
                 raise UsageError(f"{location}: where {name} is {item!r}, it must be text: put it in quotes")
             if name == "mode" and item not in MODES:
-                raise UsageError(f"{location}: where mode is {item}, it must be one of {', '.join(MODES)}")
+                nearest = describe_nearest(item, MODES)
+                raise UsageError(f"{location}: where mode is {item}, it must be one of {', '.join(MODES)}{nearest}")
 
 
 def read_options(kind: type[Options], options: dict, location: str) -> Options:
@@ -171,12 +211,24 @@ def read_options(kind: type[Options], options: dict, location: str) -> Options:
     hints = get_type_hints(kind)
     for name, value in options.items():
         if name not in hints:
-            raise UsageError(f"{location}: {name} is no option: write one of {', '.join(hints)}")
-        if not has_type(value, hints[name]):
-            raise UsageError(f"{location}: {name} is {value!r}, it must be {describe_type(hints[name])}")
-        if name in LEAST and value is not None and value < LEAST[name]:
+            nearest = describe_nearest(name, hints)
+            raise UsageError(f"{location}: {name} is no option: write one of {', '.join(hints)}{nearest}")
+        hint = hints[name]
+        if not has_type(value, hint):
+            nearest = describe_nearest(value, list_choices(hint))
+            raise UsageError(f"{location}: {name} is {value!r}, it must be {describe_type(hint)}{nearest}")
+        is_number = isinstance(value, (int, float))
+        if is_number and value < LEAST.get(name, -math.inf):
             raise UsageError(f"{location}: {name} is {value}, it must be at least {LEAST[name]}")
+        if is_number and value > MOST.get(name, math.inf):
+            raise UsageError(f"{location}: {name} is {value}, it must be at most {MOST[name]}")
     return kind(**options)
+
+
+def describe_nearest(word: object, known: Iterable[str]) -> str:
+    """Return ", the nearest is WORD" for a misspelt word, "" where none is near."""
+    near = difflib.get_close_matches(str(word), known, n=1)
+    return f", the nearest is {near[0]}" if near else ""
 
 
 def has_type(value: object, hint: object) -> bool:
@@ -193,12 +245,23 @@ def has_type(value: object, hint: object) -> bool:
 
 
 def describe_type(hint: object) -> str:
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(get_args(hint))
+    choices = list_choices(hint)
+    if choices:
+        return "one of " + ", ".join(choices)
     for kind in get_args(hint):
         if kind is not NoneType:
-            return describe_type(kind)
+            return TYPE_NAMES[kind]
     return TYPE_NAMES[hint]
+
+
+def list_choices(hint: object) -> tuple[str, ...]:
+    """Return the words that a hint, or a part of it, allows; none where it is no Literal."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    choices = ()
+    for kind in get_args(hint):
+        choices += list_choices(kind)
+    return choices
 
 
 # -- options that a strategy does not read ----------------------------------------------------------------------------
@@ -239,7 +302,7 @@ def unread_options(mix: Mix) -> dict[str, str]:
 
 def unread_source_options(mix: Mix, source: Source) -> dict[str, str]:
     """Return {option: reason} of what this mix would not read of a source."""
-    unread = {name: reason for name, reason in UNREAD[mix.strategy].items() if name in ("weight", "epochs")}
+    unread = dict(UNREAD[mix.strategy])
     if mix.literal:
         unread["epochs"] = "the tutorial's script knows none, write rows instead"
     elif mix.strategy == "interleave" and mix.stop == "all_exhausted" and mix.size is not None:

@@ -10,7 +10,8 @@ from .errors import UsageError
 from .mix_options import Mix, Source
 from .splitting import round_to_total
 
-MOST_DRAWS = 1 << 30  # rows of a mix: their numbers lie in memory
+MOST_DRAWS = 1 << 30  # of a source's rows: their numbers lie in memory
+MOST_WANTED = 1 << 50  # rows or tokens: more are counted as these, which no source can give
 
 
 @dataclass
@@ -27,7 +28,7 @@ class Candidates:
 
     def available(self) -> float:
         """Return how many rows or tokens its epochs allow."""
-        return self.sizes.sum() * self.source.epochs
+        return self.total() * self.source.epochs
 
 
 @dataclass
@@ -40,6 +41,8 @@ class Draw:
 
 def draw_rows(sources: list[Candidates], mix: Mix) -> Draw:
     """Return what the strategy of the mix draws of its sources, shuffled; their `cause` is filled in."""
+    if not drawable_shares(sources).any():
+        return Draw(np.zeros(0, int), np.zeros(0, int))
     draw = STRATEGIES[mix.strategy](sources, mix)
     shuffle = mix.shuffle
     if shuffle is None and mix.strategy in ("resample", "subsample"):
@@ -56,20 +59,13 @@ def draw_rows(sources: list[Candidates], mix: Mix) -> Draw:
 # -- the strategies ---------------------------------------------------------------------------------------------------
 def interleave(sources: list[Candidates], mix: Mix) -> Draw:
     """Draw each source's share, evenly spread, until the first or the last of them is used up."""
-    shares = shares_of(sources)
-    ends = np.zeros(len(sources))  # size of the result when a source is used up
-    for number, share in enumerate(shares):
-        if share > 0:
-            ends[number] = sources[number].available() / share
-    used = np.flatnonzero(ends)
-    if not len(used):
-        return no_draw()
+    shares = drawable_shares(sources)
+    used = np.flatnonzero(shares)
     repeats = mix.stop == "all_exhausted"
-    last = used[np.argmax(ends[used])] if repeats else used[np.argmin(ends[used])]
-    wanted = mix.size or ends[last]
-    quotas = wanted * shares
-    if mix.by == "rows":
-        quotas = round_to_total(int(wanted + 1e-6), shares)
+    ends = np.array([sources[number].available() / float(shares[number]) for number in used])
+    place = np.argmax(ends) if repeats else np.argmin(ends)
+    last = used[place]
+    quotas = divide(mix.size or ends[place], shares, mix)  # the result ends where the source `last` is used up
     rows = []
     passes = []
     positions = []
@@ -88,7 +84,7 @@ def interleave(sources: list[Candidates], mix: Mix) -> Draw:
 
 def explain_quota(candidates: Candidates, quota: float, mix: Mix, last: Source) -> str:
     source = candidates.source
-    if not quota:
+    if not source.weight:
         return f"its weight {source.weight:g} asks for none (raise weight)"
     asks = f"its weight {source.weight:g} asks for {quota:,.0f} {mix.by}"
     if mix.stop == "all_exhausted" and mix.size is None:
@@ -102,20 +98,13 @@ def explain_quota(candidates: Candidates, quota: float, mix: Mix, last: Source) 
 
 def resample(sources: list[Candidates], mix: Mix) -> Draw:
     """Draw each source's share with replacement."""
-    shares = shares_of(sources)
-    for number, candidates in enumerate(sources):
-        if not len(candidates.rows):
-            shares[number] = 0
-    if not shares.any():
-        return no_draw()
-    shares = shares / shares.sum()
-    total = mix.size or int(0.9 * sum([candidates.total() for candidates in sources]))
-    quotas = total * shares
-    if mix.by == "rows":
-        quotas = round_to_total(total, shares)
+    total = mix.size or max(1, int(0.9 * sum([candidates.total() for candidates in sources])))
+    quotas = divide(total, drawable_shares(sources), mix)
     rng = np.random.default_rng(mix.seed)
     drawn = []
     for candidates, quota in zip(sources, quotas, strict=True):
+        if quota:
+            check_draws(quota / candidates.sizes.mean(), candidates.source)
         places = draw_with_replacement(candidates.sizes, quota, rng)
         drawn.append(candidates.rows[places])
         candidates.cause = f"{len(places):,} draws with replacement at weight {candidates.source.weight:g} missed them"
@@ -139,14 +128,12 @@ def draw_with_replacement(sizes: np.ndarray, quota: float, rng: np.random.Genera
 
 def subsample(sources: list[Candidates], mix: Mix) -> Draw:
     """Keep the share of each source that its weight is, `epochs` times."""
-    weights = [candidates.source.weight for candidates in sources]
-    if not any(weights):
-        weights = [1.0] * len(sources)
     drawn = []
-    for candidates, weight in zip(sources, weights, strict=True):
+    for candidates in sources:
+        weight = candidates.source.weight
         epochs = candidates.source.epochs
         kept = candidates.rows[: count_repeated(candidates, int(candidates.total() * weight + 1e-9))]
-        drawn.append(repeat(kept, epochs))
+        drawn.append(repeat(kept, candidates.source))
         candidates.cause = f"its weight {weight:g} keeps {len(kept):,} rows of {len(candidates.rows):,} (raise weight)"
         if epochs < 1:
             candidates.cause = f"its weight {weight:g} and epochs {epochs:g} keep {len(drawn[-1]):,} rows"
@@ -160,9 +147,8 @@ def concatenate(sources: list[Candidates], mix: Mix) -> Draw:
     drawn = []
     sizes = []
     for candidates in sources:
-        epochs = candidates.source.epochs
-        drawn.append(repeat(candidates.rows, epochs))
-        sizes.append(repeat(candidates.sizes, epochs))
+        drawn.append(repeat(candidates.rows, candidates.source))
+        sizes.append(repeat(candidates.sizes, candidates.source))
     rows = np.concatenate(drawn)
     count = len(rows)
     if mix.size is not None:
@@ -209,16 +195,26 @@ def draw_literally(sources: list[Candidates], mix: Mix) -> np.ndarray:
 
 
 # -- counting ---------------------------------------------------------------------------------------------------------
-def no_draw() -> Draw:
-    return Draw(np.zeros(0, int), np.zeros(0, int))
-
-
 def shares_of(sources: list[Candidates]) -> np.ndarray:
-    """Return the weights of the sources as shares of 1; all zero means equal."""
+    """Return the weights of the sources as shares of 1."""
     weights = np.array([candidates.source.weight for candidates in sources], float)
-    if not weights.any():
-        weights += 1
+    weights /= weights.max()  # the sum of large ones is no number
     return weights / weights.sum()
+
+
+def drawable_shares(sources: list[Candidates]) -> np.ndarray:
+    """Return the shares among the sources that have a row, 0 of the others; all 0 where none with a weight has one."""
+    shares = shares_of(sources)
+    shares[[not len(candidates.rows) for candidates in sources]] = 0
+    return shares / max(shares.sum(), np.finfo(float).tiny)
+
+
+def divide(wanted: float, shares: np.ndarray, mix: Mix) -> np.ndarray:
+    """Return the rows or tokens of each source; rows are whole and add up."""
+    wanted = min(wanted, MOST_WANTED)
+    if mix.by == "rows":
+        return round_to_total(int(wanted + 1e-6), shares)
+    return wanted * shares
 
 
 def middles_of(sizes: np.ndarray) -> np.ndarray:
@@ -236,14 +232,23 @@ def count_repeated(candidates: Candidates, quota: float) -> int:
     if quota <= 0 or not len(candidates.rows):
         return 0
     passes = int(quota // candidates.total()) + 1
-    if passes * len(candidates.rows) > MOST_DRAWS:
-        raise UsageError(f"size: {candidates.source.name} would be repeated {passes:,} times: write a smaller size")
+    check_draws(passes * len(candidates.rows), candidates.source)
     return count_within(np.tile(candidates.sizes, passes), quota)
 
 
-def repeat(values: np.ndarray, epochs: float) -> np.ndarray:
-    """Return values `epochs` times, the last pass up to the nearest whole row."""
-    return np.resize(values, round(len(values) * epochs))
+def repeat(values: np.ndarray, source: Source) -> np.ndarray:
+    """Return values as often as the epochs of their source say, the last pass up to the nearest whole row."""
+    check_draws(len(values) * source.epochs, source)
+    return np.resize(values, round(len(values) * source.epochs))
+
+
+def check_draws(count: float, source: Source) -> None:
+    """Raise UsageError where a source would give more rows than memory holds the numbers of."""
+    if count > MOST_DRAWS:
+        raise UsageError(
+            f"{source.name}: {count:.3g} rows would be drawn of it: write a smaller size, fewer epochs, or weights "
+            "that are less far apart"
+        )
 
 
 def count_passes(rows: np.ndarray) -> np.ndarray:

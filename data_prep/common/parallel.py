@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import chain, islice
 from typing import TypeVar
 
@@ -27,6 +28,19 @@ def count_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back in the block: a process that starts there never sees it, not even while it imports."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def start_worker() -> None:
@@ -65,16 +79,20 @@ def parallel_map(
 def map_over_processes(function: Callable[[Item], Result], items: Iterator[Item], num_proc: int) -> Iterator[Result]:
     # spawned: a fork would copy the locks that Arrow's threads hold
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_proc, context, start_worker) as executor:
-        pending = deque()
-        try:
-            for item in items:
+    executor = ProcessPoolExecutor(num_proc, context, start_worker)
+    pending = deque()
+    is_done = False
+    try:
+        for item in items:
+            with interrupts_held():
                 pending.append(executor.submit(function, item))
-                if len(pending) == 2 * num_proc:  # no more: memory does not grow with the input
-                    yield pending.popleft().result()
-            while pending:
+            if len(pending) == 2 * num_proc:  # no more: memory does not grow with the input
                 yield pending.popleft().result()
-        except BrokenProcessPool:
-            raise UsageError("a process died, most likely out of memory: pass a smaller --num_proc") from None
-        finally:
-            executor.shutdown(wait=False, cancel_futures=True)
+        while pending:
+            yield pending.popleft().result()
+        is_done = True
+    except BrokenProcessPool:
+        raise UsageError("a process died, most likely out of memory: pass a smaller --num_proc") from None
+    finally:
+        # processes that are still ending when Python does print a fault of theirs; those that work are not waited for
+        executor.shutdown(wait=is_done, cancel_futures=True)

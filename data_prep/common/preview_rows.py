@@ -16,6 +16,7 @@ from .tokens import Document, count_within
 
 SHOWN_ROWS = 9  # of a finding
 BINS = 24  # of the histogram, at most
+OTHER_FAMILY = "template of another family"  # the name of a finding
 FAULTS = ("untrained", "cut", "no_stop", "persona", "control", "newline", "straddle")  # of a row
 
 
@@ -47,8 +48,8 @@ class RowChecks:
         self.renderer = renderer
         self.settings = settings
         self.eos_token = renderer.tokenizer.eos_token or ""
-        config_stops = read_config_stops(settings)
-        self.stops = find_stop_ids(renderer.tokenizer, settings.eos_token, config_stops)
+        config = read_json(Path(settings.model_name_or_path) / "generation_config.json")
+        self.stops = find_stop_ids(renderer.tokenizer, settings.eos_token, config.get("eos_token_id"))
         self.is_blank = cache(lambda token: not renderer.tokenizer.decode([token]).strip())
 
     def stop_is_trained(self, document: Document) -> bool:
@@ -118,11 +119,6 @@ def find_kept(tokens: int, settings: Settings) -> Span:
     if settings.truncation_mode == "keep_end" and not settings.packing:
         return Span(tokens - limit, tokens)
     return Span(0, limit)
-
-
-def read_config_stops(settings: Settings) -> object:
-    """Return eos_token_id of the model folder's generation config, None where it has none."""
-    return read_json(Path(settings.model_name_or_path) / "generation_config.json").get("eos_token_id")
 
 
 def read_json(path: Path) -> dict:

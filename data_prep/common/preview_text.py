@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .preview_rows import Bin, Finding, RowFigures, Verdict
+from .preview_rows import OTHER_FAMILY, Bin, Finding, RowFigures, Verdict
 from .tokens import Document, row_name
 
 if TYPE_CHECKING:
@@ -166,6 +166,9 @@ def print_preview(console: Console, preview: Preview) -> None:
     """Print coloured rows, one table, and the findings."""
     is_unicode = "utf" in (console.encoding or "").lower()
     signs = UNICODE_SIGNS if is_unicode else PLAIN_SIGNS
+    for finding in preview.verdict.findings:
+        if finding.name == OTHER_FAMILY:  # whatever stands below is no run's
+            print_finding(console, "FAILED", "bold red", finding)
     if preview.rows:
         console.print(make_legend(signs), soft_wrap=True)
     for row in preview.rows:

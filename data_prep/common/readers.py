@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -144,38 +145,33 @@ def read_rows(path: Path | str) -> Iterator[tuple[int, object]]:
 
 def read_text(path: Path, name: str, input_hashes: dict[str, str]) -> Iterator[Chunk]:
     """Yield the chunks of a file of text, whose kind its first lines show."""
+    place = Path("stdin") if path == STDIN else path
     digest = hashlib.sha256()
     try:
         pieces = read_pieces(path, digest)
         head = read_head(pieces)
-        pieces = prepend(head, pieces)
+        pieces = chain([head], pieces)
         if path.name.removesuffix(".gz").removesuffix(".zst").endswith((".csv", ".tsv")):
-            yield from chunk_values(read_table(decode_pieces(pieces), path), name)
+            yield from chunk_values(read_table(decode_pieces(pieces), place), name)
         elif is_array(head):
-            yield from chunk_values(read_array(decode_pieces(pieces, "surrogateescape"), path), name)
+            yield from chunk_values(read_array(decode_pieces(pieces, "surrogateescape"), place), name)
         elif is_document(head):
-            yield from chunk_values(read_documents(decode_pieces(pieces, "surrogateescape"), path), name)
+            yield from chunk_values(read_documents(decode_pieces(pieces, "surrogateescape"), place), name)
         else:
             yield from chunk_lines(pieces, name)
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"{path}: not {error.encoding} (byte 0x{error.object[error.start]:02x}): save it as UTF-8, as with "
+            f"{place}: not {error.encoding} (byte 0x{error.object[error.start]:02x}): save it as UTF-8, as with "
             "iconv -f ENCODING -t UTF-8"
         ) from None
     except (OSError, EOFError, pa.ArrowInvalid) as error:
-        raise unreadable(path, error) from None
+        raise unreadable(place, error) from None
     input_hashes[name] = digest.hexdigest()
 
 
 def unreadable(path: Path | str, error: Exception) -> UsageError:
     message = " ".join(str(error).split())
     return UsageError(f"{path}: cannot be read ({message}): download or make it again")
-
-
-def prepend(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
-    if first:
-        yield first
-    yield from rest
 
 
 def read_head(pieces: Iterator[bytes]) -> bytes:
@@ -206,8 +202,24 @@ def is_document(head: bytes) -> bool:
     first, *others = head.split(b"\n")
     if is_json(first):
         return not others
-    # a broken first line is a row of its own where others that begin like it are whole
-    return not any(is_json(line) for line in others[:100] if line.startswith(b"{"))
+    if first.strip() == b"{" or not any(is_json(line) for line in others[:100] if line.startswith(b"{")):
+        return True
+    # a broken first line is a row of its own, unless the whole lines below it are parts of the value that it begins
+    return len(others) > 1 and begins_value(head)
+
+
+def begins_value(text: bytes) -> bool:
+    """Return whether a text is a JSON value, or could be the beginning of one: its last line may be cut."""
+    whole, _, last = text.rpartition(b"\n")
+    bracket = last.lstrip()[:1].strip(b'"-0123456789ntf')
+    text = (whole + bracket).decode("utf-8", "replace").rstrip()
+    try:
+        json.JSONDecoder().raw_decode(text)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def is_json(text: bytes) -> bool:
@@ -293,6 +305,10 @@ def open_splits(path: Path) -> dict[str, Split]:
 
     try:
         loaded = load_from_disk(str(path))
+    except IndexError:
+        raise UsageError(
+            f"{path}: holds no rows, or a split of it none, which datasets cannot load: leave it out"
+        ) from None
     except Exception as error:  # what datasets, fsspec and Arrow raise: all mean the same here
         message = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UsageError(f"{path}: cannot be read ({message}): make it again (python -m data_prep.normalize)") from None

@@ -4,7 +4,7 @@ import codecs
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 import pyarrow as pa
 
@@ -12,20 +12,34 @@ from .errors import UsageError
 
 HEAD = 1 << 20  # bytes that show what a file holds
 BLOCK = 256 << 10  # bytes of the other pieces: what a step makes of them stays in a core's cache
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 BYTE_ORDER_MARKS = {  # the longer ones first: UTF-32's begins with UTF-16's
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-BINARY = {  # how files begin that are no text, and what to do with them
-    b"\x1f\x8b": "is compressed by gzip: name it .gz, as rows.jsonl.gz",
-    b"\x28\xb5\x2f\xfd": "is compressed by zstd: name it .zst, as rows.jsonl.zst",
-    b"PAR1": "is a parquet file: name it .parquet",
+WIDE_ENCODINGS = ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE")  # the longer ones first here, too
+SIGNS = set('[{",;\t|')  # one of them stands early in JSON and in tables
+
+
+class Compression(NamedTuple):
+    """A compression of whole files."""
+
+    name: str
+    magic: bytes  # the file begins with it
+    command: str  # writes the text to stdout
+    suffix: str = ""  # of the files that are read, "" where none are
+
+
+COMPRESSIONS = (
+    Compression("gzip", b"\x1f\x8b", "zcat", ".gz"),
+    Compression("zstd", b"\x28\xb5\x2f\xfd", "zstdcat", ".zst"),
+    Compression("bzip2", b"BZh", "bzcat"),
+    Compression("xz", b"\xfd7zXZ", "xzcat"),
+)
+BINARY = {  # how other files begin that are no text, and what to do with them
+    b"PAR1": "is a parquet file: pass it as a file named .parquet",
     b"PK\x03\x04": "is a zip file or a sheet: unpack it, or save the sheet as .csv",
-    b"BZh": "is compressed by bzip2: unpack it",
-    b"\xfd7zXZ": "is compressed by xz: unpack it",
     b"ARROW1": "is an Arrow file: pass the folder that save_to_disk wrote",
 }
 
@@ -37,10 +51,21 @@ class Digest(Protocol):
 
 
 def open_bytes(path: Path) -> BinaryIO | pa.NativeFile:
-    """Open a file, or stdin for -, and decompress it by its name."""
+    """Open a file, or stdin for -, and decompress it by its name. Raises UsageError for a name that is wrong."""
     if str(path) == "-":
         return sys.stdin.buffer
-    return pa.input_stream(str(path), compression=COMPRESSIONS.get(path.suffix))
+    for compression in COMPRESSIONS:
+        if path.suffix and path.suffix == compression.suffix:
+            check_is_compressed(path, compression)
+            return pa.input_stream(str(path), compression=compression.name)
+    return pa.input_stream(str(path), compression=None)
+
+
+def check_is_compressed(path: Path, compression: Compression) -> None:
+    with open(path, "rb") as file:
+        head = file.read(len(compression.magic))
+    if head and head != compression.magic:
+        raise UsageError(f"{path}: is not compressed by {compression.name}: name it {path.stem}, or download it again")
 
 
 def read_pieces(path: Path, digest: Digest) -> Iterator[bytes]:
@@ -51,9 +76,7 @@ def read_pieces(path: Path, digest: Digest) -> Iterator[bytes]:
     """
     with open_bytes(path) as file:
         piece = file.read(HEAD)
-        for magic, advice in BINARY.items():
-            if piece.startswith(magic):
-                raise UsageError(f"{path}: {advice}")
+        check_is_text(piece, path)
         decoder = None
         for mark, encoding in BYTE_ORDER_MARKS.items():
             if decoder is None and piece.startswith(mark):
@@ -71,6 +94,40 @@ def read_pieces(path: Path, digest: Digest) -> Iterator[bytes]:
             piece = file.read(BLOCK)
         if decoder is not None:
             decoder.decode(b"", final=True)  # raises where the last character is cut
+
+
+def check_is_text(head: bytes, path: Path) -> None:
+    """Raise UsageError where a file, or stdin for -, begins as no text does that can be read."""
+    is_stdin = str(path) == "-"
+    name = "stdin" if is_stdin else str(path)
+    for compression in COMPRESSIONS:
+        if not head.startswith(compression.magic):
+            continue
+        advice = f"unpack it, as with {compression.command} {path} > rows.jsonl"
+        if is_stdin:
+            advice = f"unpack it on the way, as with {compression.command} FILE | python -m data_prep…"
+        elif compression.suffix not in ("", path.suffix):
+            advice = f"name it {compression.suffix}, as with mv {path} {path}{compression.suffix}"
+        raise UsageError(f"{name}: is compressed by {compression.name}: {advice}")
+    for magic, advice in BINARY.items():
+        if head.startswith(magic):
+            raise UsageError(f"{name}: {advice}")
+    encoding = find_wide_encoding(head)
+    if encoding:
+        raise UsageError(
+            f"{name}: is {encoding} without a byte order mark: save it as UTF-8, as with iconv -f {encoding} -t UTF-8"
+        )
+
+
+def find_wide_encoding(head: bytes) -> str:
+    """Return UTF-16LE or the like where a text without a byte order mark is in it, else "": there alone has one of
+    SIGNS zero bytes beside it."""
+    if head.startswith(tuple(BYTE_ORDER_MARKS)):
+        return ""
+    for encoding in WIDE_ENCODINGS:
+        if not SIGNS.isdisjoint(head[:256].decode(encoding, "ignore")):
+            return encoding
+    return ""
 
 
 def decode_pieces(pieces: Iterator[bytes], errors: str = "strict") -> Iterator[str]:

@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib.metadata import version
@@ -139,6 +139,19 @@ def explain_os_errors(out: Path) -> Iterator[None]:
         raise UsageError(f"{out}: not written ({error}): make room or pass another --out") from None
 
 
+@contextmanager
+def made_parents(path: Path) -> Iterator[None]:
+    """Make the folders that a path lies in; those that are still empty behind the block go again."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+
+
 class DatasetWriter:
     """Writes OUT: a dataset folder (for load_from_disk, with report.json, rejected.jsonl and card.md), or a .jsonl file
     with NAME.report.json and NAME.rejected.jsonl beside it.
@@ -166,9 +179,11 @@ class DatasetWriter:
         self.last_numbers: dict[str, int] = {}  # of ids that came again
 
     def __enter__(self) -> "DatasetWriter":
-        with explain_os_errors(self.out):
-            self.staging.mkdir(parents=True)
+        with explain_os_errors(self.out), ExitStack() as parents:
+            parents.enter_context(made_parents(self.out))
+            self.staging.mkdir()
             self.rejected = open(self.staging / "rejected.jsonl", "wb")
+            self.parents = parents.pop_all()  # until __exit__
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -176,6 +191,7 @@ class DatasetWriter:
             with suppress(OSError, pa.ArrowInvalid):
                 file.close()
         shutil.rmtree(self.staging, ignore_errors=True)
+        self.parents.close()
 
     def add(self, result: ChunkResult) -> None:
         """Write a result. An id that is taken becomes ID-2, ID-3 …"""
@@ -491,16 +507,18 @@ def write_utf8(path: Path, text: str) -> None:
 def write_files(files: dict[Path, str]) -> None:
     """Write {path: text} aside and rename all when all are written, the last one last: it vouches for the others."""
     staged = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
-    try:
-        for path, text in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_utf8(staged[path], text)
+    with ExitStack() as parents:
         for path in files:
-            staged[path].replace(path)
-    finally:
-        for path in staged.values():
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
+            parents.enter_context(made_parents(path))
+        try:
+            for path, text in files.items():
+                write_utf8(staged[path], text)
+            for path in files:
+                staged[path].replace(path)
+        finally:
+            for path in staged.values():
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -511,13 +529,13 @@ def staged_folder(out: Path) -> Iterator[Path]:
     """
     check_output_path(out)
     staging = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        with explain_os_errors(out):
-            staging.mkdir(parents=True)
+    with explain_os_errors(out), made_parents(out):
+        try:
+            staging.mkdir()
             yield staging
             staging.rename(out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
