@@ -43,9 +43,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a recipe loads this file from anywhere
+from data_prep.common.arrow_rows import batch_to_rows
 from data_prep.common.errors import UsageError
-from eval.common.measure import clean_row, measure, read_rows, without_fill
-from eval.common.measure import prepare as prepare_row
+from eval.common.measure import PreparedRow, clean_row, measure, prepare, read_rows
 from eval.common.metrics import summarize
 from eval.common.models import batches, pad
 
@@ -79,6 +79,7 @@ class InTraining(TrainerCallback):
         self.seconds = 0.0  # spent on measuring
         self.measured_step: int | None = None
         self.figures: dict[str, float] = {}  # of that step
+        self.prepared: list[PreparedRow] = []  # of the rows, those of which something is scored
         try:
             self.drawn_rows = draw_rows(self.validation_rows(), self.rows, trainer.args.seed)
         except UsageError as error:
@@ -117,21 +118,24 @@ class InTraining(TrainerCallback):
         def skip(reason: str, place: str) -> None:
             skipped.append(reason)
 
-        rendered = [row for row in self.drawn_rows if prepare_row(row, tokenizer, self.stops, limit, skip)]
-        self.drawn_rows = [row for row in rendered if row["spans"]]
+        self.prepared = []
         for row in self.drawn_rows:
-            _, start, end = row["spans"][-1]
-            if self.sharded or end - start > self.max_new_tokens:
-                row["prompt"] = None
+            prepared = prepare(row, tokenizer, self.stops, limit, skip)
+            if prepared is not None and prepared.spans:
+                self.prepared.append(prepared)
+        for prepared in self.prepared:
+            last = prepared.spans[-1]
+            if self.sharded or last.end - last.start > self.max_new_tokens:
+                prepared.asked = None
         self.say(self.describe_rows(skipped))
 
     def describe_rows(self, skipped: list[str]) -> str:
         """Return how many rows are measured. skipped: why turns are not scored."""
-        answers = sum(row["prompt"] is not None for row in self.drawn_rows)
-        text = f"perplexity of {len(self.drawn_rows)} rows, answers to {answers}"
-        if answers < len(self.drawn_rows) and self.sharded:
+        answers = len([row for row in self.prepared if row.asked])
+        text = f"perplexity of {len(self.prepared)} rows, answers to {answers}"
+        if answers < len(self.prepared) and self.sharded:
             text += " (the weights are sharded)"
-        elif answers < len(self.drawn_rows):
+        elif answers < len(self.prepared):
             text += f" (the others need more than {self.max_new_tokens} tokens)"
         if skipped:
             text += f"; {len(skipped)} turns are not scored (first: {skipped[0]})"
@@ -188,13 +192,20 @@ class InTraining(TrainerCallback):
         # sharded: each pass gathers the weights, so that all processes must make the same passes
         parts = 1 if self.sharded else args.world_size
         model = self.trainer.model_wrapped if self.sharded else self.trainer.model
-        own_rows = self.drawn_rows[args.process_index % parts :: parts]
+        own_rows = self.prepared[args.process_index % parts :: parts]
         tokenizer = self.trainer.processing_class
         records: list[dict] = []
         failure = ""
         try:
             records = measure(
-                model, own_rows, tokenizer, self.stops, self.batch_size, self.max_new_tokens, losses=fused_losses
+                model,
+                own_rows,
+                tokenizer,
+                self.stops,
+                self.batch_size,
+                self.max_new_tokens,
+                losses=fused_losses,
+                languages="language_retention" in self.metrics,  # whose models take memory
             )
         except UsageError as error:
             failure = str(error)
@@ -204,7 +215,7 @@ class InTraining(TrainerCallback):
             if reason:
                 raise UsageError(reason)
         whole = []
-        for number in range(len(self.drawn_rows)):
+        for number in range(len(self.prepared)):
             part, _ = gathered[number % parts]
             whole.append(part[number // parts])
         return whole
@@ -224,17 +235,21 @@ def refuse_split_rows(trainer: Trainer) -> None:
 
 
 def draw_rows(rows: Sequence[dict], count: int, seed: int) -> list[dict]:
-    """Return `count` rows by seed, in their order, as measure.py wants them. Raises UsageError."""
-    numbers = range(len(rows))
+    """Return `count` rows by seed, in their order, as clean_row has them. Raises UsageError."""
+    numbers: Sequence[int] = range(len(rows))
     if len(rows) > count:
         numbers = sorted(random.Random(seed).sample(numbers, count))
-    drawn = []
-    for number in numbers:
-        row = rows[number]
-        if isinstance(rows, Dataset):
-            row = without_fill(row, rows.features)
-        drawn.append(clean_row(row, number + 1))
-    return drawn
+    if isinstance(rows, Dataset):
+        chosen = arrow_rows(rows.select(numbers))
+    else:
+        chosen = [rows[number] for number in numbers]
+    return [clean_row(row, number + 1) for row, number in zip(chosen, numbers, strict=True)]
+
+
+def arrow_rows(rows: Dataset) -> list[dict]:
+    """Return the rows of a Dataset without what Arrow fills in, numbers as they are."""
+    table = rows.with_format("arrow")[:]
+    return [row for batch in table.to_batches() for row in batch_to_rows(batch)]
 
 
 def stop_tokens(eos_token_id: int, model: PreTrainedModel) -> set[int]:

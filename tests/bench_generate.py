@@ -47,7 +47,7 @@ def main() -> None:
 def time_answers(args: argparse.Namespace, demo: Path) -> None:
     """Generate the answers and print how long it took."""
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}  # before transformers is imported
-    sys.path.insert(0, str(REPO / "eval"))
+    sys.path.insert(0, str(REPO))
     import torch
 
     from eval.common.measure import clean_row, prepare, read_rows
@@ -57,10 +57,9 @@ def time_answers(args: argparse.Namespace, demo: Path) -> None:
     tokenizer, stops = load_tokenizer(args.adapter or name)
     prompts = []
     for number, row in enumerate(read_rows(demo / "rows" / "chat", "test")):
-        row = clean_row(row, number)
-        prepare(row, tokenizer, stops, sys.maxsize, lambda *_: None)
-        if row["prompt"]:
-            prompts.append(row["prompt"])
+        prepared = prepare(clean_row(row, number), tokenizer, stops, sys.maxsize, lambda *_: None)
+        if prepared and prepared.asked:
+            prompts.append(prepared.asked.prompt_ids)
     prompts = list(islice(cycle(prompts), args.answers))
     model = load_model(str(name), tokenizer, torch.float32, "cpu")
     if args.adapter:

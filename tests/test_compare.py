@@ -31,8 +31,10 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from data_prep.common.answers import parse_answer
 from eval import compare
-from eval.common import measure, metrics, page
+from eval.common import before_after, measure, metrics, page
+from eval.common import models as models_
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -226,9 +228,12 @@ def prepared(row, template="qwen3_instruct_2507", limit=10_000, serving=True):
     if not serving:
         tokenizer.chat_template = (ROOT / "chat_templates" / f"{template}.jinja").read_text(encoding="utf-8")
     row = measure.clean_row(row, 1)
-    measure.prepare(row, tokenizer, {STOP}, limit, lambda reason, place: reasons.append((reason, place)))
-    pairs = [(row["sequences"][s][:start], row["sequences"][s][start:end]) for s, start, end in row["spans"]]
-    return row, reasons, [tuple(map(tokenizer.decode, pair)) for pair in pairs]
+    row = measure.prepare(row, tokenizer, {STOP}, limit, lambda reason, place: reasons.append((reason, place)))
+    texts = []
+    for span in row.spans:
+        ids = row.sequences[span.sequence]
+        texts.append((tokenizer.decode(ids[: span.start]), tokenizer.decode(ids[span.start : span.end])))
+    return row, reasons, texts
 
 
 def test_every_answer_is_scored_under_its_own_prompt():
@@ -243,8 +248,8 @@ def test_every_answer_is_scored_under_its_own_prompt():
         (first, "<think>\nhm\n</think>\n\none<|im_end|>"),
         (second, "<think>\nhm\n</think>\n\ntwo<|im_end|>"),
     ]
-    assert len(row["sequences"]) == 2  # the second answer shares the conversation's forward pass
-    assert row["reference"] == "<think>\nhm\n</think>\n\ntwo"
+    assert len(row.sequences) == 2  # the second answer shares the conversation's forward pass
+    assert row.asked.reference == "<think>\nhm\n</think>\n\ntwo"
 
 
 def test_no_think_prompts_hold_the_empty_block():
@@ -361,6 +366,8 @@ def test_groups_add_up(home):
     assert set(report["results"]["tag"]) == {"json"} and not report["results"]["persona"]
     for model in ("base", "tuned"):
         for metric, whole in overall(report, model).items():
+            if metric in ("distinct_answers", "most_common_answer"):  # of a set, no sums over rows
+                continue
             parts = [group[model][metric] for group in report["results"]["source"].values() if metric in group[model]]
             for key in whole.keys() & {"nll", "tokens", "turns", "texts", "rows", "count", "total"}:
                 assert sum(part[key] for part in parts) == pytest.approx(whole[key]), (metric, key)
@@ -380,7 +387,9 @@ def test_the_same_input_gives_the_same_bytes(home):
     assert str(home) not in (home / "one" / "report.json").read_text()
     assert (home / "one" / "loss.png").read_bytes()[:4] == b"\x89PNG"
     report = (home / "one" / "report.md").read_text(encoding="utf-8")
-    assert "| all | assistant perplexity |" in report and "| source: sums |" in report and "loss.png" in report
+    assert "| all | assistant perplexity |" in report and "loss.png" in report
+    few = "Groups of fewer than 10 rows, in report.json and report.html: source: json (1), source: sums (3), "
+    assert few in report and "| source: sums |" not in report
     (home / "full" / "log.jsonl").unlink()
 
 
@@ -461,7 +470,8 @@ def planted(home, text, rows, *more, stops=True, budget=8):
     return {name: (m["count"], m["total"]) for name, m in overall(report).items() if "count" in m}, report
 
 
-ZH, EN = ("首都是哪里？", "首都是北京。"), ("What is the capital?", "It is Bern.")
+ZH = ("首都是哪里？", "首都是北京。")
+EN = ("What is the capital of this country?", "The capital of this country is Bern.")
 
 
 def test_a_model_that_never_stops_loops(home):
@@ -475,14 +485,20 @@ def test_a_model_that_never_stops_loops(home):
 
 def test_a_model_that_forgets_chinese(home):
     rows = [row_of(*ZH, 1), row_of(*ZH, 2), row_of(*EN, 3)]
-    assert planted(home, "My joke", rows)[0]["language_retention"] == (1, 3)
-    assert planted(home, "你是。", rows, budget=16)[0]["language_retention"] == (2, 3)
+    rows.append(row_of("2 + 2?", "4", 4))
+    counts, report = planted(home, "my dog", rows, budget=16)
+    assert counts["language_retention"] == (0, 3)  # two words are no language
+    assert planted(home, "你是在。", rows, budget=16)[0]["language_retention"] == (2, 3)
+    assert overall(report)["language_retention"]["not_measured"] == 1
+    text = (home / "planted out" / "report.md").read_text(encoding="utf-8")
+    assert "- language retention: 1 rows not measured, whose question and reference are not both clearly in one" in text
+
+
+CALL = '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'
 
 
 def test_a_model_that_writes_control_tokens(home):
-    counts, report = planted(
-        home, "a<|im_start|>b.", [row_of(*EN, 1), row_of("Call", "<tool_call>\n{}\n</tool_call>", 2)]
-    )
+    counts, report = planted(home, "a<|im_start|>b.", [row_of(*EN, 1), row_of("Call", CALL, 2)])
     assert counts["control_token_rate"] == (2, 2) and counts["usability"] == (0, 2) and counts["stop_rate"] == (2, 2)
     assert overall(report, "base")["control_token_rate"]["total"] == 2
 
@@ -496,7 +512,8 @@ def test_a_model_that_drops_the_persona(home):
     _, report = planted(home, "Ada", rows)
     groups = {group: models["tuned"]["exact_match"] for group, models in report["results"]["persona"].items()}
     assert {group: (m["count"], m["total"]) for group, m in groups.items()} == {"persona": (0, 1), "no persona": (2, 2)}
-    assert "| persona: persona |" in (home / "planted out" / "report.md").read_text(encoding="utf-8")
+    assert "persona: no persona (2), persona: persona (1)." in (home / "planted out" / "report.md").read_text()
+    assert "persona: persona" in "".join(Page((home / "planted out" / "report.html").read_text()).text)
 
 
 SCHEMA = {"type": "object", "properties": {"k": {"type": "integer"}}, "required": ["k"]}
@@ -529,6 +546,96 @@ def test_json_models(home, monkeypatch, text, expected):
     fields = overall(report)["json_field_match"]
     names = ("json_valid", "json_negative", "json_schema_valid", "json_exact_match")
     assert (*(counts[name] for name in names), (fields["equal"], fields["fields"])) == expected
+
+
+@pytest.mark.parametrize("tag", ["json", "json-only", "json_only", "strict", "JSON"])
+def test_tags_that_ask_for_json(tag):
+    row, reasons, _ = prepared(chat("Give JSON", '{"k": 1}', id="j", tags=[tag]))
+    assert row.asked.question.json is True and not reasons
+    row, reasons, _ = prepared(chat("Give JSON", "No.", id="j", tags=[tag]))
+    assert row.asked.question.json is None and reasons == [("JSON row whose own answer is not JSON", "j")]
+    row, reasons, _ = prepared(chat("Give JSON", "No.", id="j", tags=[tag, "json_negative"]))
+    assert row.asked.question.json is False and not reasons
+    row, reasons, _ = prepared(chat("Give JSON", "{}", id="j", tags=[tag, "json_negative"]))
+    assert row.asked.question.json is None and reasons == [("negative JSON example whose own answer is JSON", "j")]
+
+
+FAMILIES = {  # template: (its special tokens, those that end an answer)
+    "gpt_oss": (["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"], ["<|return|>"]),
+    "gemma4": (["<bos>", "<|turn>", "<turn|>", "<|channel>", "<channel|>"], ["<turn|>"]),
+    "command_a_reasoning": (
+        [
+            f"<|{name}|>"
+            for name in (
+                "START_OF_TURN_TOKEN",
+                "END_OF_TURN_TOKEN",
+                "START_THINKING",
+                "END_THINKING",
+                "START_RESPONSE",
+                "END_RESPONSE",
+                "SYSTEM_TOKEN",
+                "USER_TOKEN",
+                "CHATBOT_TOKEN",
+            )
+        ],
+        ["<|END_OF_TURN_TOKEN|>"],
+    ),
+    "qwen3": (["<|im_start|>"], ["<|im_end|>"]),
+}
+
+
+@pytest.mark.parametrize("template", FAMILIES)
+def test_the_data_of_every_family_is_read_as_its_template_writes_it(template):
+    """A JSON row with a thought asks for JSON; a refusal, a cut object and an empty answer are none of it."""
+    special, ends = FAMILIES[template]
+    tokenizer = make_tokenizer(template)
+    tokenizer.add_special_tokens({"additional_special_tokens": [*special, *ends]})
+    tokenizer.bos_token = "<bos>" if "<bos>" in special else None
+    stops = set(tokenizer.convert_tokens_to_ids(ends))
+    row = chat("Give JSON", '{"k": 1}', id="j", tags=["json"], chat_template_kwargs={"enable_thinking": True})
+    row["messages"][1]["reasoning_content"] = "hm"
+    reasons = []
+    row = measure.prepare(measure.clean_row(row, 1), tokenizer, stops, 9999, lambda *why: reasons.append(why))
+    assert not reasons
+    question = row.asked.question
+    assert (question.json, question.reference.content, question.reference.reasoning) == (True, '{"k": 1}', "hm")
+    whole = row.asked.reference
+    measure.allow_own_tokens([row.asked], tokenizer)
+    for text, is_valid in (
+        (whole, True),
+        (whole.replace('{"k": 1}', "I can not do that."), False),
+        (whole.replace('{"k": 1}', '{"k": 1'), False),
+        (whole.replace('{"k": 1}', ""), False),
+        (whole[: whole.index("hm") + 2], False),
+        ("", False),
+    ):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        found = measure.judge_output(row, tokenizer, models_.Output(ids, True), languages=False)
+        assert (found["json_valid"], found["json_negative"]) == (is_valid, None), text
+        assert not found["control"]
+
+
+def test_a_family_that_is_not_known_is_said(home):
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}assistant: "
+    shutil.copytree(home / "full", home / "unknown")
+    (home / "unknown" / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(home / "unknown")
+    for tuned, said in (("unknown", True), ("full", False)):
+        report, _ = run(home, "base", tuned, out=f"family {tuned}")
+        assert report["settings"]["family"] == ("generic" if said else "qwen3_instruct_2507")
+        text = (home / f"family {tuned}" / "report.md").read_text(encoding="utf-8")
+        assert ("- the template's family is not known" in text) is said
+
+
+def test_an_answer_of_the_data_that_does_not_parse_is_counted_and_not_asked():
+    for text, why in (
+        ("<think>\nhm", "its thought does not end"),
+        ("<tool_call>\n{}\n</tool_call>", "tool call without a"),
+    ):
+        row, [(reason, place)], texts = prepared(chat("a", text, id="p"), "chatml")
+        assert reason == "answer of the data that does not parse" and place.startswith(f"p, message 1: {why}")
+        assert row.asked is None and len(texts) == 1  # its perplexity is measured
 
 
 def test_a_schema_that_the_data_contradicts_is_counted(home):
@@ -649,7 +756,10 @@ def test_one_more_model_measures_only_that_one(home, monkeypatch):
         assert overall_of(report)[name] == overall(one) and overall_of(report)["base"] == overall(one, "base")
     assert report["settings"]["adapter"] == {"merged": False, "full": False, "adapter": True}
     text = (home / "many" / "report.md").read_text(encoding="utf-8")
-    assert "| base (95%) | merged (95%) | change | full (95%) | change | adapter (95%) | change | n |" in text
+    assert (
+        "| base (95%) | merged (95%) | change (95%) | full (95%) | change (95%) | adapter (95%) | change (95%) | n |"
+        in text
+    )
     assert text.count("|") == text.count("\n|") * 11  # every line has every column
     many(home, ["merged", "full", "adapter"])
     assert count() == {"load_model": 1, "add_adapter": 0, "answered": 0}
@@ -790,10 +900,97 @@ def test_the_answers_that_changed_most_come_first():
         answer_line("lost", ("abcd", True, True), ("abcx", False, True)),
         answer_line("lost both", ("abcd", True, True), ("", False, False)),
     ]
-    order = [line["id"] for line in page.changed(lines, ["base", "tuned"])]
+    order = [line["id"] for line in page.list_changed(lines, ["base", "tuned"])]
     assert order == ["lost both", "lost", "gained", "all letters", "one letter"]
     more = [answer_line(str(n), ("a", False, True), ("b", False, True)) for n in range(50)]
-    assert [line["id"] for line in page.changed(more, ["base", "tuned"])] == [str(n) for n in range(page.CHANGED)]
+    assert [line["id"] for line in page.list_changed(more, ["base", "tuned"])] == [str(n) for n in range(page.CHANGED)]
+
+
+def side_flags(answer, reference="7", compared="text", **more):
+    flags = (
+        dict.fromkeys((*page.WRONG, "exact", "cut"), False) | {"stopped": True, "failed": "", "answer": answer} | more
+    )
+    return [(flag.kind, flag.text) for flag in page.list_flags(flags, reference, compared)]
+
+
+def test_exact_on_the_page_means_equal_texts_or_says_what_was_compared():
+    assert side_flags("7", exact=True) == [("yes", "exact")]
+    assert side_flags("4 + 3\n#### 7", "#### 7", "number behind ####", exact=True) == [
+        ("yes", "same number behind ####")
+    ]
+    assert side_flags("<think>\nhm\n</think>\n\n7", exact=True) == [("yes", "same text")]
+    assert side_flags("8") == []
+    assert side_flags("7", stopped=False, cut=True, loops=True) == [("no", "loops"), ("no", "did not stop")]
+    assert side_flags("7", cut=True) == [("no", "breaks off")]
+    assert side_flags("", failed="timeout", empty=True) == [("no", "failed: timeout")]
+
+
+# -- the table -----------------------------------------------------------------------------------------
+
+
+SETTINGS = ("base", "tuned", "data", "max_new_tokens", "dtype", "device", "family")
+
+
+def scripted_results(sources):
+    """Results over rows of these sources: the tuned model is right, the base is not."""
+    rows, records = [], {"base": [], "tuned": []}
+    for number, source in enumerate(sources):
+        row = measure.clean_row(chat("Give it.", "7", id=str(number), source=source), number + 1)
+        rows.append(measure.PreparedRow(row))
+        for name, answer in (("base", f"{number}"), ("tuned", "7")):
+            answer = parse_answer(answer, "generic", "")
+            question = metrics.Question(parse_answer("7", "generic", ""), "7", "Give it.")
+            found = metrics.judge(
+                question, answer, answer.content, True, "timeout" if name == "base" and not number else ""
+            )
+            sizes = {"answer_tokens": 1, "reference_tokens": 1, "tokens": 10, "turns": 1, "texts": 1, "all_tokens": 10}
+            records[name].append(found | sizes | {"nll": 1.0 + number % 3, "all_nll": 2.0})
+    return before_after.compute_results(rows, records, 0)
+
+
+def test_groups_of_few_rows_are_folded_and_n_is_rows(capsys):
+    results = scripted_results(["many"] * 12 + ["few"] * 9)
+    groups = list(before_after.list_groups(results))
+    assert [(group.title, group.size, group.is_few) for group in groups] == [
+        ("all", 21, False),
+        ("source: few", 9, True),
+        ("source: many", 12, False),
+    ]
+    n = {line.label: line.n for line in groups[0].lines}
+    assert n["assistant perplexity"] == n["exact match"] == "21"
+    assert n["answer length (tokens)"] == "20, 21"  # one of the base's answers failed
+    report = {
+        "results": results,
+        "settings": dict.fromkeys(SETTINGS, "x"),
+    }
+    report |= {"not_scored": {}, "failed": {}, "rows": {"measured": 21}, "data_sha256": "0"}
+    text = compare.make_markdown(report, False)
+    assert "| source: many |" in text and "| source: few |" not in text
+    assert "Groups of fewer than 10 rows, in report.json and report.html: source: few (9)." in text
+    found = Page(render(report))
+    assert "1 groups of fewer than 10 rows" in "".join(found.text) and "details" in found.tags
+
+
+def render(report):
+    return compare.make_page(report, [], {}, make_tokenizer("chatml"))
+
+
+def test_the_terminal_is_coloured_as_the_page(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    results = scripted_results(["many"] * 30)
+    report = {
+        "results": results,
+        "settings": dict.fromkeys(SETTINGS, "x"),
+    }
+    report |= {"not_scored": {}, "failed": {}, "rows": {"measured": 30}, "data_sha256": "0"}
+    [line] = [line for line in next(before_after.list_groups(results)).lines if line.label == "exact match"]
+    assert [cell.verdict for cell in line.cells] == ["", "better", "better"]
+    compare.print_table(report)
+    out = capsys.readouterr().out
+    for cell in line.cells[1:]:
+        assert re.search(rf"\x1b\[32m{re.escape(str(cell))} *\x1b\[0m", out)
+    assert "\x1b[31m" not in out
+    assert f'<td class="better">{line.cells[1].text}<small>{line.cells[1].interval}</small></td>' in render(report)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 3.4), (0, 0.003), (1, 354), (2.31, 2.32), (5, 6), (0, 1e5)])
@@ -801,78 +998,6 @@ def test_ticks_are_few_and_round(low, high):
     found = page.ticks(low, high)
     assert 2 <= len(found) <= 6 and all(low <= tick <= high for tick in found)
     assert all(len(f"{tick:g}".replace(".", "").strip("0")) <= 4 for tick in found)
-
-
-# -- definitions ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("count", "total", "low", "high"),
-    # R. G. Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
-)
-def test_wilson_has_the_published_values(count, total, low, high):
-    assert metrics.wilson(count, total) == pytest.approx((low, high), abs=5e-5)
-    mirror = metrics.wilson(total - count, total)
-    assert mirror == pytest.approx((1 - high, 1 - low), abs=5e-5) and mirror[1] <= 1
-
-
-def test_bootstrap_resamples_rows():
-    """500 rows of one token, nll 0 or 1: the mean nll has standard error sqrt(1/4 / 500), hence the interval."""
-
-    def interval(nll, tokens, seed):
-        return metrics.bootstrap(nll, tokens, seed, metrics.perplexity)
-
-    nll = [0.0, 1.0] * 250
-    low, high = interval(nll, [1] * 500, 42)
-    half = metrics.Z95 * math.sqrt(0.25 / 500)
-    assert (math.log(low), math.log(high)) == pytest.approx((0.5 - half, 0.5 + half), abs=0.005)
-    # the same tokens in 10 long rows of one kind each: rows are what is drawn, so the interval is far wider
-    wide = interval([0.0, 50.0] * 5, [50] * 10, 42)
-    assert math.log(wide[1] / wide[0]) > 3 * math.log(high / low)
-    assert interval(nll, [1] * 500, 42) == (low, high)
-    assert interval(nll, [1] * 500, 43) != (low, high)
-    assert interval([2.0], [1], 0) == pytest.approx((math.exp(2),) * 2)
-
-
-@pytest.mark.parametrize("text", ['{"a": [1, null, "x"]}', " 3 ", '"s"', "null", '<think>{{</think>\n{"a": 1}', "[]"])
-def test_strict_json_takes(text):
-    assert metrics.strict_json(text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("", "NaN", "[Infinity]", '{"a": -Infinity}', '{"a": 1, "a": 2}', '[{"b": {"a": 1, "a": 1}}]', "{'a': 1}"),
-        *('{"a": 1}.', '```json\n{"a": 1}\n```', '{"a": 1,}', "[" * 100_000, '<think>{"a": 1}', "// c\n1"),
-    ],
-)
-def test_strict_json_refuses(text):
-    assert not metrics.strict_json(text)
-
-
-@pytest.mark.parametrize(
-    ("reference", "answer", "same"),
-    [
-        ("It is 1200.\n#### 1,200", "thus\n#### 1200.0", True),
-        ("#### 7", "#### 3, no:\n####7 ", True),
-        ("#### 7", "7", False),
-        ("#### 7", "<think>so #### 7", False),
-        ("#### 7", "#### 7 apples", False),
-        ("#### 0.5", "#### 0.50", True),
-        ("#### -3", "#### 3", False),
-        ("#### Paris", "so: #### Paris", True),
-        ("7", "7.0", False),  # without the mark, the whole text
-        ("## A\n#### Part\nText", "#### Part\nText", False),  # a heading is no mark
-        ("<think>\nx\n</think>\n\nyes", "<think>\nother\n</think>\n\n yes\n", True),
-        ("yes", "<think>yes", False),  # never came to an answer
-        ("yes", "Yes", False),
-        ("", "", False),
-        ('<tool_call>\n{"name": "f"}\n</tool_call>', '<tool_call>\n{"name": "g"}\n</tool_call>', False),
-    ],
-)
-def test_exact_match(reference, answer, same):
-    assert metrics.exact_match(reference, answer) is same
 
 
 # -- bad input -----------------------------------------------------------------------------------------
@@ -932,10 +1057,10 @@ def test_bad_input_is_one_sentence_and_writes_nothing(home, capsys, monkeypatch)
         ({"--base": "some/model"}, "some/model is neither a folder here nor .*hub.*local"),
         ({"--data": home / "gone.jsonl"}, "gone.jsonl does not exist"),
         ({"--data": home / "nothing"}, "nothing is not a dataset folder"),
-        ({"--data": home / "train only"}, "no split 'test'.*train"),
+        ({"--data": home / "train only"}, "no split test, only train"),
         ({"--data": home / "empty.jsonl"}, "holds no rows"),
         ({"--data": home / "broken.jsonl"}, "broken.jsonl, line 2 is not JSON"),
-        ({"--data": home / "broken.parquet"}, "not a readable parquet"),
+        ({"--data": home / "broken.parquet"}, "broken.parquet: cannot be read"),
         (data("text", {"id": "q", "text": "x"}), r"row 1 \(q\) of the data has no messages"),
         (data("strings", {"messages": ["x"]}), "row 1 of the data has a message without a role"),
         (data("tools", {**ROWS[0], "tools": "{"}), "tools that are not a JSON list"),

@@ -189,6 +189,11 @@ def hooked(messages, model=None, sizes=(1, 1, 1), max_length=None, sharded=False
     return hook, trainer, log
 
 
+def drawn(hook, key):
+    """One key of each row that is measured."""
+    return [prepared.row[key] for prepared in hook.prepared]
+
+
 def step(hook, trainer, number, evaluations=0):
     """The dicts of the evaluations after the number-th step, as a trainer calls its hooks."""
     control, found = trainer.control, [{"eval_loss": 1.0} for _ in range(evaluations)]
@@ -241,10 +246,10 @@ def test_answers_have_a_budget_and_rows_a_seed(monkeypatch, tmp_path):
     step(hook, trainer, 2, 1)
     assert [record["answer_tokens"] for record in said[0]] == [9, None] and said[0][0]["answer"] == "xyyyyyyyy"
     hook, *_ = hooked(CHATS, rows=4)
-    assert [int(row["id"]) for row in hook.drawn_rows] == sorted(random.Random(42).sample(range(16), 4))
+    assert [int(name) for name in drawn(hook, "id")] == sorted(random.Random(42).sample(range(16), 4))
     DatasetDict({"test": Dataset.from_list(CHATS), "other": Dataset.from_list(rows)}).save_to_disk(tmp_path / "set")
     hook, *_ = hooked(CHATS, data=str(tmp_path / "set"), split="other")
-    assert [row["id"] for row in hook.drawn_rows] == ["fits", "long"]
+    assert drawn(hook, "id") == ["fits", "long"]
 
 
 def test_its_share_of_the_time(monkeypatch, capsys):
@@ -272,13 +277,13 @@ def test_the_rows_are_what_the_recipe_was_given(capsys):
         chat("E?", "7", id="e") | {"messages": [{"role": "user", "content": "E?"}]},
     ]
     hook, trainer, _ = hooked(rows, max_length=150)
-    assert [row["id"] for row in hook.drawn_rows] == ["a", "b", "c"]
-    assert [row["messages"] for row in hook.drawn_rows] == [row["messages"] for row in rows[:3]]
-    assert [row["kwargs"] for row in hook.drawn_rows] == [{"enable_thinking": False}, {}, {}]
+    assert drawn(hook, "id") == ["a", "b", "c"]
+    assert drawn(hook, "messages") == [row["messages"] for row in rows[:3]]
+    assert drawn(hook, "kwargs") == [{"enable_thinking": False}, {}, {}]
     tail = "; 2 turns are not scored (first: conversation longer than the limit)"
     assert f"perplexity of 3 rows, answers to 3{tail}" in capsys.readouterr().out
     hook, *_ = hooked(rows)  # without --max_length, what the model has room for
-    assert [row["id"] for row in hook.drawn_rows] == ["a", "b", "c", "d"]
+    assert drawn(hook, "id") == ["a", "b", "c", "d"]
 
 
 def test_stop_tokens_of_the_generation_config_count():

@@ -1,14 +1,17 @@
-"""The numbers of this room as pure functions: no model, no files.
+"""The numbers of eval/ as pure functions: no model, no files.
 
 A *record* is what one model did with one row; its keys count nothing (None) where they do not apply:
     nll, tokens, turns              summed loss (nats) of the scored assistant outputs, their tokens, how many outputs
     all_nll, all_tokens, texts      the same over every predicted token of the whole conversation (texts: 0 or 1)
     answer_tokens, reference_tokens    lengths of the generated answer and of the data's own, without the stop token
     failed                          why there is no answer (out of memory, timeout), "" where there is one
+    said, wanted                    the answer and the data's own without their thoughts, calls as JSON
+    compared                        what `exact` compared of these two
     json_equal, json_fields         fields of the reference's JSON that the answer has, and all of them
     the keys of RATES               booleans about the generated answer
 
-Mostly the answer's *final text* is looked at, what follows its think block (final_text).
+Answers are taken apart by their template's family (data_prep/common/answers.py): mostly the *final text* is looked at,
+without the thought. A thought that never ends has none: nothing was answered.
 """
 
 import json
@@ -16,341 +19,482 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from decimal import Decimal
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
-import numpy as np
-from jsonschema import Draft202012Validator
-from jsonschema.validators import validator_for
-from referencing import Registry
-from referencing.exceptions import Unresolvable
+from rapidfuzz.distance import Levenshtein
 
-Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
-BOOTSTRAP_DRAWS = 1000
+from data_prep.common.answers import Answer
+from data_prep.common.ngrams import split_words
+from eval.common.gsm8k import official_answer
+from eval.common.intervals import (
+    FEWEST_ROWS,
+    Interval,
+    bootstrap_ratio,
+    bootstrap_share,
+    rate,
+    rate_change,
+)
+from eval.common.intervals import Z95 as Z95  # as names of this module too
+from eval.common.intervals import wilson as wilson
+from eval.common.languages import FENCED, identify_language, is_in_language
+from eval.common.repetition import loops
+from eval.common.strict_json import json_fields, offers_json, schema_valid, strict_json
+
 RATES = {  # metric: the flag that it counts
     "exact_match": "exact",
     "usability": "usable",
     "stop_rate": "stopped",
+    "cut_rate": "cut",
     "loop_rate": "loops",
     "abrupt_end_rate": "abrupt",
     "control_token_rate": "control",
     "empty": "empty",
     "failed": "failed",
+    "prompt_copies": "copied",
+    "replacement_rate": "garbled",
+    "run_on_rate": "runs_on",
     "language_retention": "same_language",
     "json_valid": "json_valid",
     "json_schema_valid": "json_schema_valid",
     "json_exact_match": "json_exact",
     "json_negative": "json_negative",
 }
-HARM = {"loops", "abrupt", "control", "empty"}  # flags that are true of a bad answer
+HARM = {"cut", "loops", "abrupt", "control", "empty", "copied", "garbled", "runs_on"}  # true of a bad answer
 
-ALONE = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
-ALONE += "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff\uac00-\ud7a3"  # kana, Han, Hangul
-WORD = re.compile(rf"[{ALONE}]|[^\W_{ALONE}]+")
-FENCED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
-LOOP_SHARE, NGRAM = 0.5, 10  # of the n-grams; words
-TAIL_TIMES, TAIL_CHARACTERS = 8, 64
-SCRIPTS = {
-    "zh": re.compile("[\u3400-\u4dbf\u4e00-\u9fff]"),
-    "ja": re.compile("[\u3041-\u30ff]"),
-    "ko": re.compile("[\uac00-\ud7a3]"),
-    "Latin": re.compile("[A-Za-z\u00c0-\u024f]"),
+
+@dataclass(frozen=True)
+class Ratio:
+    """A metric that is the ratio of two sums over rows, keys of their records."""
+
+    top: str
+    bottom: str = ""  # "": how many rows
+    also: str = ""  # a key whose sum stands beside
+    perplexity: bool = False  # e to the power of the ratio
+    share: bool = False  # never above 1
+
+
+RATIOS = {
+    "assistant_perplexity": Ratio("nll", "tokens", "turns", perplexity=True),
+    "all_token_perplexity": Ratio("all_nll", "all_tokens", "texts", perplexity=True),
+    "json_field_match": Ratio("json_equal", "json_fields", share=True),
+    "answer_tokens": Ratio("answer_tokens"),
+    "reference_tokens": Ratio("reference_tokens"),
 }
-CLEAR = 2 / 3  # of the words are in one script
-TERMINAL = ".!?…。！？｡．؟۔।॥።។။։"  # Unicode's Sentence_Terminal (UAX 29) of the scripts that chats are written in
+LARGEST_NLL = 700.0  # nats a token: e to the power of more is no float
+
+
+def is_ratio(metric: str) -> bool:
+    """Return whether the change of a metric is a ratio, as of perplexities."""
+    return metric in RATIOS and RATIOS[metric].perplexity
+
+
+def perplexity(nll: float, tokens: float) -> float:
+    """Return exp(sum of the negative log-likelihoods in nats / number of tokens), capped at the range of a float."""
+    return math.exp(min(nll / tokens, LARGEST_NLL))
+
+
+# -- ends -------------------------------------------------------------------------------------------------------------
+TERMINAL = ".!?…。！？｡．؟۔।॥።။។։"  # Unicode's Sentence_Terminal (UAX 29) of the scripts that chats are written in
 CLOSING = "\"'>`|$"  # ends of a quotation, of a tag such as </tool_call>, of a fence, a table and a formula
 MARKUP = "*_~ \t\n"  # closes an emphasis behind the end of a sentence
-NAMED = re.compile(r"<\|[^\s<>|]{1,40}\|>")
 
 
-def wilson(count, total):
-    """95% score interval (low, high) of a rate: count successes in total > 0 trials.
+def ended(text: str) -> bool:
+    """Return whether a text ends as a finished one.
 
-    Without continuity correction. Source: E. B. Wilson 1927; method 3 in R. G. Newcombe, Statistics in Medicine 17
-    (1998). It stays inside [0, 1] and has a width at 0 and at 1, where the usual normal interval has none.
-    """
-    rate, shrink = count / total, 1 + Z95**2 / total
-    centre = (rate + Z95**2 / (2 * total)) / shrink
-    half = Z95 * math.sqrt(rate * (1 - rate) / total + Z95**2 / (4 * total**2)) / shrink
-    # at 0 and 1 the formula gives the bound itself but for the last bits
-    return (0.0 if count == 0 else centre - half), (1.0 if count == total else centre + half)
-
-
-def rate(flags):
-    """{value, low, high, count, total} of booleans (None: does not apply, not counted); None where none applies."""
-    flags = [bool(flag) for flag in flags if flag is not None]
-    if not flags:
-        return None
-    low, high = wilson(sum(flags), len(flags))
-    return {"value": sum(flags) / len(flags), "low": low, "high": high, "count": sum(flags), "total": len(flags)}
-
-
-def ratio(top, bottom):
-    return top / bottom
-
-
-def perplexity(nll, tokens):
-    """exp(sum of the negative log-likelihoods in nats / number of tokens); capped at e^700, the range of a float."""
-    return math.exp(min(nll / tokens, 700.0))
-
-
-def bootstrap(top, bottom, seed, statistic):
-    """95% percentile interval (low, high) of statistic(sum of top, sum of bottom), resampling rows.
-
-    top, bottom: one number a row. Rows, not tokens, are drawn with replacement (1,000 draws from a generator seeded
-    anew on every call), because the tokens of one row depend on each other. A single row's interval has no width.
-    Source: B. Efron and R. Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
-    """
-    top, bottom, draw = np.asarray(top, float), np.asarray(bottom, float), np.random.default_rng(seed)
-    values = []
-    for _ in range(BOOTSTRAP_DRAWS // 100):  # a hundred draws at a time: fast, and small for large sets
-        pick = draw.integers(len(top), size=(100, len(top)))
-        values += map(statistic, top[pick].sum(axis=1), bottom[pick].sum(axis=1))
-    return tuple(float(value) for value in np.percentile(values, [2.5, 97.5]))
-
-
-# -- one answer -------------------------------------------------------------------------------------------------------
-def final_text(text):
-    """What follows the last `</think>`, stripped; nothing where a `<think>` block was never closed."""
-    if "</think>" in text:
-        return text.rpartition("</think>")[2].strip()
-    return "" if "<think>" in text else text.strip()
-
-
-def plain_number(text):
-    """text as a Decimal if it is a plain number (1,234.50 = 1234.5, 12.0 = 12), else the text itself, stripped."""
-    text = text.strip()
-    return Decimal(text.replace(",", "")) if re.fullmatch(r"-?\d[\d,]*(\.\d*)?", text, re.ASCII) else text
-
-
-def exact_match(reference, answer):
-    """Whether the answer is the reference, both after their think blocks; an empty answer never is.
-
-    A reference whose last line is `#### x` (GSM8K's form) is met by an answer with the same x after its last `####`,
-    numbers compared as numbers. Any other reference is met by its whole text, rendered tool calls included.
-    """
-    reference, answer = final_text(reference), final_text(answer)
-    last_line = reference.rpartition("\n")[2]
-    if answer and last_line.startswith("####"):
-        given = answer.rpartition("####")
-        return bool(given[1]) and plain_number(given[2]) == plain_number(last_line[4:])
-    return bool(answer) and answer == reference
-
-
-def words(text):
-    """Lower-case runs of letters and digits; in scripts without blanks between words, and in Korean, single characters.
-    The rule of data_prep/ngrams.py."""
-    return WORD.findall(unicodedata.normalize("NFKC", text).lower())
-
-
-def repeated(text):
-    """The share of the n-grams of a text's words that stand in it more than once, code in ``` fences left out.
-
-    10 words, or 20 where most are single characters (Chinese, Japanese, Korean). The rule of data_prep/filter.py's
-    --repetition, which is data-juicer's word_repetition_filter.
-    """
-    found = words(FENCED.sub("", text))
-    single = sum(len(word) == 1 and not word.isascii() for word in found)
-    size = NGRAM * 2 if single * 2 > len(found) else NGRAM
-    counts = Counter(zip(*(found[shift:] for shift in range(size)), strict=False))
-    return sum(count for count in counts.values() if count > 1) / counts.total() if counts else 0.0
-
-
-def endless(text):
-    """Whether a text ends in one unit over and over: at least 8 times and 64 characters, the last time perhaps cut.
-    Catches what has no words (!!!!!!, one long word) and a loop too short for n-grams."""
-    for size in range(1, len(text) // TAIL_TIMES + 1):
-        tail = text[-max(TAIL_TIMES * size, TAIL_CHARACTERS) :]
-        if len(tail) >= TAIL_CHARACTERS and tail[size:] == tail[:-size]:
-            return True
-    return False
-
-
-def loops(text):
-    """The n-gram loop: over half of the n-grams stand there again (repeated), or the end is endless; reasoning too."""
-    return repeated(text) > LOOP_SHARE or endless(text.rstrip())
-
-
-def ended(text):
-    """Whether a text ends as a finished one: with a sentence's last mark, a closing bracket or quotation mark, a closed
-    code fence, tag or table row; emoji and the stars of an emphasis behind it aside. Not so where a ``` is left open.
-
-    In Latin script that is . ! ? …, in Chinese and Japanese 。！？ and 」』）】》, in others
-    Unicode's Sentence_Terminal.
+    With a sentence's last mark, a closing bracket or quotation mark, a closed code fence, tag or table row; emoji and
+    the stars of an emphasis behind it aside. Not so where a ``` is left open. In Latin script that is . ! ? …, in
+    Chinese and Japanese 。！？ and 」』）】》, in others Unicode's Sentence_Terminal.
     """
     if text.count("```") % 2:
         return False
     text = text.rstrip(MARKUP)
     while text and text[-1] not in CLOSING and unicodedata.category(text[-1]) in ("So", "Sk", "Mn", "Cf"):
         text = text[:-1].rstrip(MARKUP)
-    return bool(text) and (text[-1] in TERMINAL + CLOSING or unicodedata.category(text[-1]) in ("Pe", "Pf"))
-
-
-def language(text):
-    """zh, ja, ko or Latin where two thirds of at least two words are in that script, else None.
-
-    By script as data_prep/rows.py tells languages (kana over a tenth of the Han characters makes both Japanese); a word
-    is one of words(), so that a Chinese sentence with an English name in it stays Chinese. Code in fences is left out.
-    """
-    found = words(FENCED.sub("", text))
-    counts = {name: sum(bool(script.search(word)) for word in found) for name, script in SCRIPTS.items()}
-    if counts["ja"] > counts["zh"] / 10:
-        counts["ja"] += counts.pop("zh")
-    best = max(counts, key=counts.get)
-    letters = sum(any(map(str.isalpha, word)) for word in found)
-    return best if counts[best] >= max(2, CLEAR * letters) else None
-
-
-def controls(text, special=()):
-    """The control tokens in an output: any of special (the tokenizer's) and <|name|>, a think tag behind its think
-    block. Source: what the clean_text of the day-2 tutorial takes out of data."""
-    body = text.partition("</think>")[2] if text.lstrip().startswith("<think>") else text
-    named = {token for token in special if token in text} - {"<think>", "</think>"}
-    return named | set(NAMED.findall(text)) | set(re.findall("</?think>", body))
-
-
-def strict_json(text):
-    """Whether text, after its think block, is one JSON value as RFC 8259 has it: no NaN or Infinity (which Python's
-    parser takes), no key twice in an object, nothing around it."""
-    return bool(json_values(text))
-
-
-def json_values(text):
-    """[the value] of a text that strict_json takes, else []."""
-
-    def constant(name):
-        raise ValueError(name)
-
-    def unique(pairs):
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key twice")
-        return dict(pairs)
-
-    try:
-        return [json.loads(final_text(text), parse_constant=constant, object_pairs_hook=unique)]
-    except (ValueError, RecursionError):
-        return []
-
-
-def validator(schema):
-    """A validator of a JSON schema, of the draft that it names (default 2020-12), which fetches nothing. Raises
-    jsonschema's SchemaError."""
-    kind = validator_for(schema, default=Draft202012Validator)
-    kind.check_schema(schema)
-    return kind(schema, registry=Registry())
-
-
-def schema_valid(schema, text):
-    """Whether text is strict JSON and meets a JSON schema."""
-    try:
-        return any(map(validator(schema).is_valid, json_values(text)))
-    except (Unresolvable, RecursionError):  # a $ref to nowhere or to itself: nothing meets it
+    if not text:
         return False
+    return text[-1] in TERMINAL + CLOSING or unicodedata.category(text[-1]) in ("Pe", "Pf")
 
 
-def leaves(value):
-    """{path: value} of every field of a JSON value that holds no other: the paths of keys and places to its scalars."""
-    found, waiting = {}, [((), value)]
-    while waiting:
-        path, one = waiting.pop()
-        parts = one.items() if isinstance(one, dict) else enumerate(one) if isinstance(one, list) else ()
-        inner = [((*path, key), part) for key, part in parts]
-        waiting += inner
-        found |= {} if inner else {path: one}
-    return found
+# -- what is none of an answer ----------------------------------------------------------------------------------------
+NAMED = re.compile(r"<\|[^\s<>|]{1,40}\|>")
+THINK_TAG = re.compile(r"</?think>")
+REPLACEMENT = "\ufffd"  # what bytes that are no UTF-8 are decoded to
+COPY_SHARE = 0.8  # of the words of the longer one of two texts that are alike
+COPY_WORDS = 3  # a question of fewer words may well be answered by itself
+CUT_COPY_WORDS = 10  # of an answer that is only the beginning of its question
+USER_TURN = re.compile(r"^\W{0,4}(?:user|human|用户)\W{0,3}(?:[:：]|$)", re.IGNORECASE | re.MULTILINE)
+BOTH_TURNS = re.compile(
+    r"\b(?:user|human|用户)[*\]]{0,3}[ \t]*[:：].*?\b(?:assistant|ai|bot|助手)[*\]]{0,3}[ \t]*[:：]",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
-def json_fields(reference, answer):
-    """(fields of the reference that the answer has with an equal value, fields of the reference, fields of the answer)
-    of two texts; an answer that is no strict JSON has none. 1 equals 1.0, but not true or "1"."""
-    wanted, [given] = leaves(*json_values(reference)), [leaves(value) for value in json_values(answer)] or [{}]
-    equal = [
-        path in given and given[path] == value and isinstance(given[path], bool) is isinstance(value, bool)
-        for path, value in wanted.items()
-    ]
-    return sum(equal), len(wanted), len(given)
+def controls(text: str, special: Collection[str] = ()) -> set[str]:
+    """Return the control tokens in a text: any of special (the tokenizer's), <|name|> and think tags.
+
+    text: without what the family of the template writes around thought, text and calls. Source: what the clean_text
+    of the day-2 tutorial takes out of data.
+    """
+    tokens = {token for token in special if token in text}
+    tokens.update(NAMED.findall(text))
+    tokens.update(THINK_TAG.findall(text))
+    return tokens
 
 
-def offers_json(text):
-    """Whether an answer is a JSON object or list, alone or in a ``` fence; an object also where it is not valid."""
-    final = final_text(text)
-    fence = re.search(r"```\w*\n(.*?)(?:```|\Z)", final, re.DOTALL)
-    return any(part.startswith("{") or isinstance((json_values(part) or [0])[0], list)
-               for part in (final, fence[1].strip() if fence else final))  # fmt: skip
+def is_garbled(text: str, stopped: bool) -> bool:
+    """Return whether replacement characters stand in a text; at the end of one that was cut they are half a letter."""
+    if not stopped:
+        text = text.rstrip(REPLACEMENT)
+    return REPLACEMENT in text
 
 
-def judge(reference, answer, stopped, failed="", question="", special=(), allowed=(), wants_json=False, schema=None):
-    """The flags and counts of one answer, as a record has them; texts with their think blocks.
+def pad_words(words: Sequence[str]) -> str:
+    """Return words as a text in which a search finds whole words, one behind the other too."""
+    return "".join([f" {word} " for word in words])
 
-    usable         its final text is not empty, it stopped by itself, has no control token and no loop. Source: the
-                   day-2 tutorial (QLoRA on one 16 GB card), whose evaluation says how many of 100 answers are usable
-    loops, control, empty    loops(), controls() less those of `allowed` (which the data's own answers hold), no text
+
+def copies(text: str, question: str) -> bool:
+    """Return whether a text is its question again, but for a fifth of the words: once, often, or a long beginning."""
+    asked = split_words(question)
+    said = split_words(text)
+    if len(asked) < COPY_WORDS or not said:
+        return False
+    times = pad_words(said).count(pad_words(asked))
+    if times * len(asked) >= COPY_SHARE * len(said):
+        return True
+    if Levenshtein.normalized_similarity(said, asked) >= COPY_SHARE:
+        return True
+    beginning = asked[: len(said)]
+    return len(said) >= CUT_COPY_WORDS and Levenshtein.normalized_similarity(said, beginning) >= COPY_SHARE
+
+
+def runs_on(text: str) -> bool:
+    """Return whether a text goes on as the user: a turn of the user's in it, or turns of both in one line.
+
+    Code in ``` fences is left out.
+    """
+    prose = FENCED.sub("", text)
+    return USER_TURN.search(prose) is not None or BOTH_TURNS.search(prose) is not None
+
+
+# -- one answer -------------------------------------------------------------------------------------------------------
+def final_text(text: str) -> str:
+    """Return what follows the last `</think>`, stripped; nothing where a `<think>` block was never closed."""
+    if "</think>" in text:
+        return text.rpartition("</think>")[2].strip()
+    if "<think>" in text:
+        return ""
+    return text.strip()
+
+
+@dataclass
+class Question:
+    """What the answer to a prompt is held against.
+
+    reference: the data's own answer, taken apart, and its text as the template writes it. question: the last message
+    of the user. special: the tokenizer's special tokens; allowed: those that the data's own answers hold.
+    json: whether JSON is wanted, False where its row is a negative example (no JSON is right), None of other rows.
+    schema: a JSON schema, where has_schema.
+    """
+
+    reference: Answer
+    reference_text: str = ""
+    question: str = ""
+    special: Collection[str] = ()
+    allowed: Collection[str] = ()
+    json: bool | None = None
+    schema: object = None
+    has_schema: bool = False
+
+
+def join_parts(answer: Answer) -> str:
+    """Return all that an answer says: thought, text and calls."""
+    parts = [answer.reasoning or "", answer.content]
+    if answer.tool_calls:
+        parts.append(json.dumps(answer.tool_calls, ensure_ascii=False))
+    return "\n".join(parts)
+
+
+def said_text(answer: Answer) -> str:
+    """Return an answer without its thought, calls as JSON; "" where nothing was answered."""
+    text = answer.content.strip()
+    if answer.tool_calls:
+        functions = [call["function"] for call in answer.tool_calls]
+        text = f"{text}\n{json.dumps(functions, ensure_ascii=False, sort_keys=True)}".strip()
+    return text
+
+
+def has_gsm8k_form(text: str) -> bool:
+    """Return whether the last line of a text is `#### number`."""
+    last_line = text.rpartition("\n")[2]
+    return last_line.startswith("####") and official_answer(last_line) is not None
+
+
+def name_comparison(question: Question) -> str:
+    """Return what exact_match compares of an answer and its reference, in words."""
+    reference = question.reference
+    if has_gsm8k_form(reference.content.strip()):
+        return "number behind ####"
+    if reference.tool_calls and reference.content.strip():
+        return "text and calls"
+    if reference.tool_calls:
+        return "calls"
+    if reference.reasoning:
+        return "text behind the thought"
+    return "text"
+
+
+def exact_match(reference: Answer, answer: Answer) -> bool:
+    """Return whether an answer is the reference, both without their thoughts; an empty answer never is.
+
+    A reference whose last line is `#### x` is met by an answer with the same x, by GSM8K's official rule. Any other
+    reference is met by its whole text and the same calls.
+    """
+    wanted = reference.content.strip()
+    given = answer.content.strip()
+    if has_gsm8k_form(wanted):
+        return official_answer(given) == official_answer(wanted)
+    said = said_text(answer)
+    return bool(said) and said == said_text(reference)
+
+
+def keeps_language(question: str, reference: str, answer: str, failed: str) -> bool | None:
+    """Return whether an answer is in the language that question and reference are both clearly in.
+
+    None where one of these is in none, or they differ (a translation). An answer without a language has lost it.
+    """
+    language = identify_language(reference)
+    if not language or identify_language(question) != language:
+        return None
+    return not failed and is_in_language(answer, language)
+
+
+def judge(
+    question: Question,
+    answer: Answer,
+    text: str,
+    stopped: bool,
+    failed: str = "",
+    languages: bool = True,
+) -> dict[str, bool | int | str | None]:
+    """Return the flags, counts and texts of one answer, as a record has them.
+
+    text: the answer as it stands, with its thought. languages: whether same_language is looked at.
+
+    usable         not empty, it stopped by itself, has no control token and no loop. Source: the day-2 tutorial (QLoRA
+                   on one 16 GB card), whose evaluation says how many of 100 answers are usable
+    empty          neither text nor calls; a thought that never ends is followed by neither
+    cut            it did not stop by itself, or its thought or a call does not end
+    loops          loops(), where the reference does not repeat itself too
+    control        controls() less those of `allowed`
     abrupt         not ended(), where the reference is
-    same_language  the language of its final text is the question's, where both are clear and the reference's is the
-                   question's too (so not in a translation)
-    json_valid     strict JSON; where the reference is none though JSON is the row's task (a negative example): not JSON
-    json_negative  the same of negative examples alone: something said, and not as JSON
+    copied         copies(), where the reference does not
+    garbled, runs_on    is_garbled(), runs_on(), where the reference is not and does not
+    same_language  keeps_language()
+    json_valid     strict JSON; of a negative example: something said, and not as JSON
+    json_negative  the same of negative examples alone
     json_schema_valid, json_exact    it meets the schema; its fields are the reference's, all of them and no other
 
     An answer that failed counts against every rate that applies to its row.
     """
-    final, target = final_text(answer), final_text(reference)
-    spoken, said = language(question), language(final)
+    said = said_text(answer)
+    wanted = said_text(question.reference)
+    final = answer.content.strip()
+    target = question.reference.content.strip()
+    tokens = controls(join_parts(answer), question.special) - set(question.allowed)
     flags = {
-        "exact": exact_match(reference, answer),
+        "exact": exact_match(question.reference, answer),
         "stopped": stopped,
-        "loops": loops(answer),
-        "control": bool(controls(answer, special) - set(allowed)),
-        "empty": not answer.removeprefix("<think>").strip(),  # the prefix may be the prompt's
-        "abrupt": not ended(final) if ended(target) else None,
-        "same_language": said == spoken if spoken and spoken == language(target) and (said or failed) else None,
+        "cut": not stopped or not answer.is_complete,
+        "loops": loops(text, stopped) and not loops(question.reference_text, False),
+        "control": bool(tokens),
+        "empty": not said,
+        "abrupt": None,
+        "copied": None,
+        "garbled": is_garbled(text, stopped) and REPLACEMENT not in question.reference_text,
+        "runs_on": runs_on(final) and not runs_on(target),
+        "same_language": None,
     }
-    flags["usable"] = bool(final) and stopped and not flags["loops"] and not flags["control"]
-    flags |= dict.fromkeys(("json_valid", "json_negative", "json_schema_valid", "json_exact"))
-    counts = {"json_equal": 0, "json_fields": 0}
-    if wants_json and strict_json(reference):
-        equal, fields, given = json_fields(reference, answer)
-        flags |= {"json_valid": strict_json(answer), "json_exact": equal == fields == given}
-        flags["json_schema_valid"] = schema_valid(schema, answer) if schema is not None else None
-        counts = {"json_equal": equal, "json_fields": fields}
-    elif wants_json:
-        flags["json_negative"] = flags["json_valid"] = bool(final) and not offers_json(answer)
+    if ended(target):
+        flags["abrupt"] = not ended(final)
+    if not copies(target, question.question):
+        flags["copied"] = copies(final, question.question)
+    if languages:
+        flags["same_language"] = keeps_language(question.question, target, final, failed)
+    flags["usable"] = bool(said) and stopped and not flags["loops"] and not flags["control"]
+    counts = judge_json(question, final, target, flags)
     if failed:
-        flags = {name: flag if flag is None else name in HARM for name, flag in flags.items()}
-    return flags | counts | {"failed": failed}
+        for name, flag in flags.items():
+            if flag is not None:
+                flags[name] = name in HARM
+    texts = {"said": said, "wanted": wanted, "compared": name_comparison(question), "failed": failed}
+    return {**flags, **counts, **texts}
 
 
-def summarize(records, seed):
-    """Every metric over records, as {metric: {"value", "low", "high", counts...}}; one without data is left out.
+def judge_json(question: Question, final: str, target: str, flags: dict[str, bool | None]) -> dict[str, int]:
+    """Return the fields of one answer, equal and all; its flags about JSON are added to `flags`."""
+    for name in ("json_valid", "json_negative", "json_schema_valid", "json_exact"):
+        flags[name] = None
+    if question.json is None:
+        return {"json_equal": 0, "json_fields": 0}
+    if not question.json:
+        flags["json_negative"] = bool(final) and not offers_json(final)
+        flags["json_valid"] = flags["json_negative"]
+        return {"json_equal": 0, "json_fields": 0}
+    counts = json_fields(target, final)
+    flags["json_valid"] = strict_json(final)
+    flags["json_exact"] = counts.equal == counts.wanted == counts.given
+    if question.has_schema:
+        flags["json_schema_valid"] = schema_valid(question.schema, final)
+    return {"json_equal": counts.equal, "json_fields": counts.wanted}
+
+
+# -- sums -------------------------------------------------------------------------------------------------------------
+Record = dict[str, object]
+Metrics = dict[str, dict[str, float]]
+
+
+def rows_of(metric: str, records: Sequence[Record]) -> list[Record]:
+    """Return the records that a metric of RATIOS is taken over."""
+    ratio = RATIOS[metric]
+    if ratio.bottom:
+        return [record for record in records if record[ratio.bottom]]
+    return [record for record in records if record["failed"] == ""]
+
+
+def bottom_of(ratio: Ratio, record: Record) -> float:
+    return record[ratio.bottom] if ratio.bottom else 1
+
+
+def sum_ratio(metric: str, records: Sequence[Record], seed: int) -> dict[str, float] | None:
+    """Return the figure of a metric of RATIOS, with its sums and rows; None where it has no rows."""
+    ratio = RATIOS[metric]
+    rows = rows_of(metric, records)
+    if not rows:
+        return None
+    tops = [row[ratio.top] for row in rows]
+    bottoms = [bottom_of(ratio, row) for row in rows]
+    bootstrap = bootstrap_share if ratio.share else bootstrap_ratio
+    interval = bootstrap(tops, bottoms, seed)
+    value = sum(tops) / sum(bottoms)
+    if ratio.perplexity:
+        value = perplexity(sum(tops), sum(bottoms))
+    figure = {"value": value}
+    if interval is not None:
+        figure |= scale_interval(interval, ratio)
+    if ratio.bottom:
+        figure |= {ratio.top.removeprefix("json_").removeprefix("all_"): sum(tops)}
+        figure |= {ratio.bottom.removeprefix("json_").removeprefix("all_"): sum(bottoms)}
+    if ratio.also:
+        figure[ratio.also] = sum([row[ratio.also] for row in rows])
+    return figure | {"rows": len(rows)}
+
+
+def scale_interval(interval: Interval, ratio: Ratio) -> dict[str, float]:
+    """Return {low, high}, of a perplexity from those of its nats."""
+    if not ratio.perplexity:
+        return {"low": interval.low, "high": interval.high}
+    return {"low": perplexity(interval.low, 1), "high": perplexity(interval.high, 1)}
+
+
+def answered_rows(records: Sequence[Record]) -> list[Record]:
+    return [record for record in records if record["failed"] == ""]
+
+
+def distinct_answers(records: Sequence[Record]) -> dict[str, float] | None:
+    """Return {value, distinct, references, rows}: how many answers differ, for each reference that does.
+
+    A model that says one sentence to every question has 1 / references. None for fewer than FEWEST_ROWS answers, and
+    where the data itself has one answer only.
+    """
+    rows = answered_rows(records)
+    said = {row["said"] for row in rows}
+    wanted = {row["wanted"] for row in rows}
+    if len(rows) < FEWEST_ROWS or len(wanted) < 2:
+        return None
+    return {"value": len(said) / len(wanted), "distinct": len(said), "references": len(wanted), "rows": len(rows)}
+
+
+def most_common_answer(records: Sequence[Record]) -> dict[str, float] | None:
+    """Return {value, low, high, rows}: the share of the answer that is given most, less that of such a reference.
+
+    It sees one answer for every question also where the data knows but two (yes and no).
+    """
+    rows = answered_rows(records)
+    if len(rows) < FEWEST_ROWS:
+        return None
+    [(said, _)] = Counter([row["said"] for row in rows]).most_common(1)
+    [(wanted, _)] = Counter([row["wanted"] for row in rows]).most_common(1)
+    is_said = [row["said"] == said for row in rows]
+    is_wanted = [row["wanted"] == wanted for row in rows]
+    difference = rate_change(is_said, is_wanted)
+    difference["rows"] = difference.pop("pairs")
+    return difference
+
+
+def summarize(records: Sequence[Record], seed: int) -> Metrics:
+    """Return every metric over records, as {metric: {value, low, high, counts…}}; one without data is left out.
 
     assistant_perplexity, all_token_perplexity: nll (nats), tokens, and turns or texts; bootstrap interval over rows.
-    The metrics of RATES: count of total; interval by Wilson.
+    The metrics of RATES: count of total; interval by Wilson. language_retention: how many answers were not measured.
     json_field_match: equal of fields, over all rows; bootstrap interval over rows.
     answer_tokens, reference_tokens: mean length of the answers that did not fail and of the data's own, over rows;
     bootstrap interval over rows.
+    distinct_answers, most_common_answer: see there.
     """
-    out = {}
-    for name, nll, tokens, parts in (
-        ("assistant_perplexity", "nll", "tokens", "turns"),
-        ("all_token_perplexity", "all_nll", "all_tokens", "texts"),
-    ):
-        if rows := [record for record in records if record[tokens]]:
-            losses, counts = [row[nll] for row in rows], [row[tokens] for row in rows]
-            low, high = bootstrap(losses, counts, seed, perplexity)
-            sums = {"nll": sum(losses), "tokens": sum(counts), parts: sum(row[parts] for row in rows)}
-            value = perplexity(sums["nll"], sums["tokens"])
-            out[name] = {"value": value, "low": low, "high": high, **sums, "rows": len(rows)}
+    metrics = {}
+    for name in ("assistant_perplexity", "all_token_perplexity"):
+        metrics[name] = sum_ratio(name, records, seed)
     for name, flag in RATES.items():
-        if found := rate([record[flag] for record in records]):
-            out[name] = found
-    if rows := [record for record in records if record["json_fields"]]:
-        equal, fields = [row["json_equal"] for row in rows], [row["json_fields"] for row in rows]
-        low, high = bootstrap(equal, fields, seed, ratio)
-        out["json_field_match"] = {"value": sum(equal) / sum(fields), "low": low, "high": high}
-        out["json_field_match"] |= {"equal": sum(equal), "fields": sum(fields), "rows": len(rows)}
-    answered = [record for record in records if record["failed"] == ""]
-    for name in ("answer_tokens", "reference_tokens"):
-        if answered:
-            lengths = [record[name] for record in answered]
-            low, high = bootstrap(lengths, [1] * len(lengths), seed, ratio)
-            out[name] = {"value": sum(lengths) / len(lengths), "low": low, "high": high, "rows": len(lengths)}
-    return out
+        metrics[name] = rate([record[flag] for record in records])
+    if metrics["language_retention"]:
+        answers = len([record for record in records if record["failed"] is not None])
+        metrics["language_retention"]["not_measured"] = answers - metrics["language_retention"]["total"]
+    for name in ("json_field_match", "answer_tokens", "reference_tokens"):
+        metrics[name] = sum_ratio(name, records, seed)
+    metrics["distinct_answers"] = distinct_answers(records)
+    metrics["most_common_answer"] = most_common_answer(records)
+    return {name: figure for name, figure in metrics.items() if figure}
+
+
+def change(metric: str, tuned: Sequence[Record], base: Sequence[Record], seed: int) -> dict[str, float] | None:
+    """Return {value, low, high, pairs} of a metric's change from base to tuned, records of the same rows in one order.
+
+    A ratio for perplexities, a difference for the rest. Only rows that the metric applies to in both count; None where
+    there are none, without low and high where they are too few to tell.
+    """
+    if metric in RATES:
+        return change_of_rate(RATES[metric], tuned, base)
+    if metric not in RATIOS or metric == "reference_tokens":  # the same of both
+        return None
+    ratio = RATIOS[metric]
+    tops = []
+    bottoms = []
+    for after, before in zip(tuned, base, strict=True):
+        if rows_of(metric, [after]) and rows_of(metric, [before]):
+            tops.append(after[ratio.top] - before[ratio.top])  # what is below is the same of both: tokens, fields, rows
+            bottoms.append(bottom_of(ratio, after))
+    if not tops:
+        return None
+    value = sum(tops) / sum(bottoms)
+    figure = {"value": perplexity(value, 1) if ratio.perplexity else value}
+    interval = bootstrap_ratio(tops, bottoms, seed)
+    if interval is None and value and len(tops) >= FEWEST_ROWS:
+        interval = Interval(value, value)  # all pairs go the same way, as far
+    if interval is not None:
+        figure |= scale_interval(interval, ratio)
+    return figure | {"pairs": len(tops)}
+
+
+def change_of_rate(flag: str, tuned: Sequence[Record], base: Sequence[Record]) -> dict[str, float] | None:
+    after = []
+    before = []
+    for one, other in zip(tuned, base, strict=True):
+        if one[flag] is not None and other[flag] is not None:
+            after.append(bool(one[flag]))
+            before.append(bool(other[flag]))
+    if not after:
+        return None
+    return rate_change(after, before)
