@@ -16,12 +16,13 @@ NAME.report.json and NAME.rejected.jsonl beside it; any other OUT becomes a data
 report.json, rejected.jsonl, card.md).
 
 A row that cannot be used is refused, listed in rejected.jsonl (line = row number where the input has no lines) and
-counted by reason: pictures and sound, an answer labelled as bad, a weight other than 0 and 1. Keys that are not kept
-are counted on the terminal and in report.json (keys_not_kept; messages.KEY: of a message). Text is stripped at both
-ends, because an answer that begins with a newline merges with the newline of the role header, and CRLF becomes LF;
-content in parts (text, reasoning, tool_call) becomes one string with its reasoning and calls beside it; nulls that
-Arrow filled into tool schemas and calls go; nothing else is rewritten. Where a JSON object names a key twice the last
-counts, as Python's json has it.
+counted by reason: pictures and sound, an answer labelled as bad, a weight other than 0 and 1, one thing under two names
+that differ (content and text, tools and functions, …). Keys that are not kept are counted on the terminal and in
+report.json (keys_not_kept; messages.KEY: of a message). Text is stripped at both ends, because an answer that begins
+with a newline merges with the newline of the role header, and CRLF becomes LF; content in parts (text, reasoning,
+tool_call) becomes one string with its reasoning and calls beside it; nulls that Arrow filled into tool schemas and
+calls go where the input is parquet or a folder, in JSON a null stays; nothing else is rewritten. Where a JSON object
+names a key twice the last counts, as Python's json has it.
 
 Reasoning (reasoning_content, or a <think> block that begins an answer) by --reasoning:
   keep    in reasoning_content: the template writes it, or refuses it
@@ -53,24 +54,35 @@ from data_prep.common.chunks import ROWS, Chunk
 from data_prep.common.command_line import add_num_proc, format_counts, make_parser, run_command
 from data_prep.common.errors import InvalidRow, UsageError
 from data_prep.common.language import conversation_text, detect_language
-from data_prep.common.nulls import drop_filled_nulls, drop_nulls, tool_schemas
+from data_prep.common.media import find_media_token, refuse_media
 from data_prep.common.parallel import parallel_map
-from data_prep.common.parsing import refuse_media
+from data_prep.common.parsing import (
+    LOSS_FLAGS,
+    TOOL_COLUMNS,
+    is_deleted,
+    is_empty,
+    parse_json,
+    parse_list,
+    read_flag,
+    read_tools,
+    unread_message_keys,
+)
 from data_prep.common.readers import find_inputs, read_chunks
 from data_prep.common.rows import Row, check_encodable, check_messages, find_control_token, read_columns
 from data_prep.common.sources import MADE, SOURCES
-from data_prep.common.sources.chats import unread_message_keys
+from data_prep.common.sources.chats import TURN_COLUMNS, holds_list
 from data_prep.common.sources.detect import FIRST_ROWS, MAP_ANYTHING, as_object, detect_source, suggest_source
-from data_prep.common.sources.fields import MAPPED, lacking_columns, mapped_columns
+from data_prep.common.sources.exchange import SYSTEM_KEYS
+from data_prep.common.sources.fields import MAPPED, lacking_columns, mapped_columns, read_mapped, replaced_keys
 from data_prep.common.sources.spelling import is_validation_word, read_word_list
 from data_prep.common.writer import ChunkResult, DatasetWriter, encode_rows, row_location
 
 AUTO = "auto"
 BFCL_FOLDERS = ("possible_answer", "multi_turn_func_doc")  # in a folder of BFCL, which hold no rows
 LABELS = ("label", "kto_tag")  # of KTO: whether the answer is one to learn
-WEIGHTS = ("weight", "loss_weight", "sample_weight")  # of a whole row
+ROW_WEIGHTS = (*LOSS_FLAGS, "sample_weight")  # of a whole row
+CONTEXT = (*SYSTEM_KEYS, *TOOL_COLUMNS, "history")  # in which the answer of a row is right
 SHOWN_KEYS = 20
-EMPTY = (None, "", [], {})
 
 
 # -- one row ----------------------------------------------------------------------------------------------------------
@@ -95,23 +107,18 @@ def to_row(
         refuse_meaning(raw, unread, source)
     found = convert(raw, source, flags)
     turns = found["messages"]
-    if not found.get("tools"):
-        found["tools"] = found.get("functions") or found.get("available_tools")
+    found["tools"] = read_tools(found)
     if isinstance(found.get("tags"), str):
         found["tags"] = [found["tags"]]
+    found["chat_template_kwargs"] = read_template_kwargs(found)
     tools, kwargs, tags = read_columns(found)
-    kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    if isinstance(found.get("enable_thinking"), bool):  # verl
-        kwargs.setdefault("enable_thinking", found["enable_thinking"])
     if any(["loss_mask" in turn and turn["role"] == "assistant" for turn in turns]):
         kwargs.setdefault("train_turns", "flagged")
     if reasoning != "keep":
         take_reasoning(turns, kwargs, inline=reasoning == "inline")
     check_messages(turns)
-    if tools:
-        tools = drop_nulls(tools)
-        drop_nulls_of_calls(turns, tool_schemas(tools))
     refuse_control_tokens(turns, tools)
+    refuse_media_tokens(turns, () if source == "fields" else raw)
     row = {"id": str(found.get("id") or row_id), "messages": turns}
     if tools:
         row["tools"] = tools
@@ -124,6 +131,36 @@ def to_row(
     if keys_not_kept is not None:
         count_keys(keys_not_kept, raw, source, unread, found.get("not_kept", ()), flags)
     return row
+
+
+def read_template_kwargs(found: dict) -> object:
+    """Return the template arguments of a row, which may be JSON text, with those that stand in columns of their own.
+
+    Null is none. Raises InvalidRow, also for an argument that stands in both and differs.
+    """
+    kwargs = found.get("chat_template_kwargs")
+    if isinstance(kwargs, str) and kwargs.lstrip().startswith("{"):
+        kwargs = parse_json(kwargs, "chat_template_kwargs that are not JSON")
+    columns = {}
+    if not is_empty(found.get("enable_thinking")):  # verl
+        columns["enable_thinking"] = read_switch(found, "enable_thinking")
+    if not is_empty(found.get("only_last")) and read_switch(found, "only_last"):  # mistral-finetune
+        columns["train_turns"] = "last"
+    if not isinstance(kwargs, dict):
+        return kwargs or columns
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    for name, value in columns.items():
+        if kwargs.setdefault(name, value) != value:
+            raise InvalidRow(f"{name} under two names", f"{value} in the row, {kwargs[name]} in chat_template_kwargs")
+    return kwargs
+
+
+def read_switch(found: dict, name: str) -> bool:
+    """Return a column that is true or false. Raises InvalidRow."""
+    flag = read_flag(found[name])
+    if flag not in (0, 1):
+        raise InvalidRow(f"{name} that is not true or false", str(found[name])[:80])
+    return bool(flag)
 
 
 def convert(raw: dict, source: str, flags: dict) -> dict:
@@ -142,7 +179,9 @@ def convert(raw: dict, source: str, flags: dict) -> dict:
 
 def explain_missing(field: str, raw: dict, source: str) -> str:
     """Return which field a row lacks, what it has, and the source that reads it."""
-    columns = ", ".join(map(str, raw))[:200] or "nothing"
+    if not raw:
+        return f"{field}: the row is empty"
+    columns = ", ".join(map(str, raw))[:200]
     fitting = suggest_source(raw)
     if fitting is None:
         return f"{field}: the row has {columns}; map its columns by {MAP_ANYTHING}"
@@ -154,32 +193,48 @@ def explain_missing(field: str, raw: dict, source: str) -> str:
 def unread_columns(raw: dict, source: str, flags: dict) -> list[str]:
     """Return the columns of a row that its source does not read, where they hold something."""
     read = SOURCES[source].columns
-    unread = []
-    for names in SOURCES[source].alternatives:
-        present = [name for name in names if raw.get(name) not in EMPTY]
-        unread += present[1:]
     if raw.keys() <= read:
-        return unread
+        return []
     mapped = {column.split(".")[0] for column in mapped_columns(flags.get("map") or {})}
-    for key, value in raw.items():
-        if key not in read and key not in mapped and value not in EMPTY:
-            unread.append(key)
-    return unread
+    return [key for key, value in raw.items() if key not in read and key not in mapped and not is_empty(value)]
 
 
 def refuse_meaning(raw: dict, unread: list[str], source: str) -> None:
     """Raise InvalidRow where a column that is not read says that the row is not to be trained like any other."""
     for key in LABELS:
-        if key in unread and (raw[key] is False or str(raw[key]).lower() == "false"):
+        if key not in unread:
+            continue
+        is_bad = read_flag(raw[key]) == 0
+        if source == "fields":
+            is_bad = str(raw[key]).lower() == "false"  # a number may be any class
+        if is_bad:
             raise InvalidRow(f"{key} false", "the row is labelled as an answer not to learn")
     if source == "fields":
         return  # its columns may be of any table
     refuse_media({key: raw[key] for key in unread}, "row")
     if "mask" in unread and "assistant" in str(raw["mask"]).lower():
         raise InvalidRow("mask of the assistant", f"mask {raw['mask']}: NeMo trains the user's turns of such a row")
-    for key in WEIGHTS:
-        if key in unread and isinstance(raw[key], (int, float)) and raw[key] != 1:
-            raise InvalidRow(f"{key} of a row that is not 1", str(raw[key]))
+    if "deleted" in unread and is_deleted(raw):
+        raise InvalidRow("deleted row", str(raw["deleted"])[:80])
+    for key in ROW_WEIGHTS:
+        if key in unread:
+            refuse_weight(key, raw[key])
+    for key in CONTEXT:
+        if key in unread:
+            detail = f"{source} does not read it, and without it the answer means another thing"
+            raise InvalidRow(f"{key} that would be lost", detail)
+
+
+def refuse_weight(key: str, value: object) -> None:
+    """Raise InvalidRow for the weight, or flag, of a whole row that does not train it like any other."""
+    flag = read_flag(value)
+    if flag is None and not isinstance(value, list):  # a word, or an object: no weight
+        return
+    if key == "loss" and isinstance(flag, float) and flag not in (0, 1):  # one that somebody measured
+        return
+    sound = 0 if key == "masked" else 1
+    if flag != sound:
+        raise InvalidRow(f"{key} of a row that is not {sound}", str(value)[:80])
 
 
 def take_reasoning(turns: list[dict], kwargs: dict, inline: bool) -> None:
@@ -190,14 +245,6 @@ def take_reasoning(turns: list[dict], kwargs: dict, inline: bool) -> None:
             turn["content"] = f"{thought}\n\n{turn['content']}".strip()
     if kwargs.get("enable_thinking"):
         kwargs["enable_thinking"] = False
-
-
-def drop_nulls_of_calls(turns: list[dict], schemas: dict[str, object]) -> None:
-    """Take the nulls that Arrow filled in out of the calls."""
-    for turn in turns:
-        for call in turn.get("tool_calls", ()):
-            function = call["function"]
-            function["arguments"] = drop_filled_nulls(function["arguments"], schemas.get(function["name"]))
 
 
 def refuse_control_tokens(turns: list[dict], tools: list[dict]) -> None:
@@ -211,6 +258,14 @@ def refuse_control_tokens(turns: list[dict], tools: list[dict]) -> None:
         raise InvalidRow("control token in text", token)
 
 
+def refuse_media_tokens(turns: list[dict], columns: Iterable[str]) -> None:
+    """Raise InvalidRow for text in which a token stands for a picture, sound or film."""
+    for number, turn in enumerate(turns):
+        token = find_media_token(turn["content"], columns)
+        if token:
+            raise InvalidRow("token of media in text", f"{token} in message {number}: text alone is trained here")
+
+
 def count_keys(
     keys_not_kept: Counter[str], raw: dict, source: str, unread: list[str], left_out: Iterable[str], flags: dict
 ) -> None:
@@ -218,11 +273,19 @@ def count_keys(
     lost = [*unread, *left_out]
     mapped = flags.get("map") or {}
     read = SOURCES[source].columns
+    turn_keys = SOURCES[source].turn_keys.split()
+    if "messages" in mapped:
+        lost += unread_message_keys(read_mapped(raw, mapped["messages"]), mapped.values(), replaced_keys(mapped))
     for column, value in raw.items():
-        if column in read:
-            lost += unread_message_keys(value)
-        elif column == mapped.get("messages"):
-            lost += unread_message_keys(value, mapped.values())
+        if column not in read:
+            continue
+        if column in TURN_COLUMNS:
+            if not holds_list(value) and not is_empty(value):  # the name of something else
+                lost.append(column)
+                continue
+            value = parse_list(value, column)
+        if isinstance(value, list):
+            lost += unread_message_keys(value, turn_keys)
     for key in lost:
         keys_not_kept[str(key)[:80].encode(errors="backslashreplace").decode()] += 1
 

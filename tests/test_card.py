@@ -1,11 +1,16 @@
 """eval/card.py: the hub's own reader takes the card, it names what was not measured, and it goes stale with its parts.
 
-Breaks tried, each of which turned a test red: docstrings or the source as it is in the hash; the recipe, its copy, the
-template, its copy, the data or the benchmarks left out; a part that matches in one place only; new measurements unseen;
-paths of other folders and in dicts shown; words or hashes of the README's rows not looked at.
+Breaks tried, each of which turned a test red: folders' names, or those of moved folders, for hub ids; results on data
+that is not on the hub in the metadata; the length of the references for a metric; no n; the run's name for its path,
+one that a shell takes apart; docstrings or the source as it is in the hash; the recipe, its copy, the template, its
+copy, the data or the benchmarks left out; a part that matches in one place only; new measurements unseen; paths of
+other folders and in dicts shown; words or hashes of the README's rows not looked at.
 """
 
 import json
+import os
+import re
+import shlex
 import shutil
 
 import pytest
@@ -57,13 +62,17 @@ def home(tmp_path, monkeypatch):
 
 def measured(run):
     metrics = {"exact_match": WILSON, "assistant_perplexity": {"value": 1.25, "low": 1.1, "high": 1.4, "tokens": 9}}
+    metrics["reference_tokens"] = {"value": 12.5, "rows": 4}
     settings = {"data": "chats", "split": "test", "max_new_tokens": 64, "dtype": "float32", "device": "cpu"}
     report = {"settings": settings, "rows": {"measured": 4}, "results": {"overall": {"all": {"tuned": metrics}}}}
     (run / "report.json").write_text(json.dumps(report))
     (run / "report.md").write_text(
         f"# t\n\n{TABLE}\n|---|---|---|---|---|---|\n| all | exact match | 0 | 0.75 | +0.75 | 4 |\n"
+        "|  | reference length (tokens) | 12.5 | 12.5 |  | 4 |\n"
     )
-    scores.write_scores(run / "eval", "quiz", {}, {"right": WILSON})
+    scores.write_scores(run / "eval", "quiz", {}, {"right": WILSON, "bits": {"value": 1.5, "tokens": 1234}})
+    scores.write_scores(run / "eval", "gsm8k_chat_think", {}, {"exact_match": WILSON})
+    scores.write_scores(run / "eval", "chat_eval", {}, {"arc_easy": WILSON, "chatcore": WILSON})
     lines = [{"step": 1, "loss": 2.0, "tokens_per_second": 100.0, "memory_gib": 1.5, "trained_tokens": 50},
              {"step": 2, "loss": 1.0, "tokens_per_second": 300.0, "memory_gib": 2.5, "trained_tokens": 1090},
              {"step": 2, "eval_loss": 1.5, "epoch": 1.0}, {"step": 2, "train_runtime": 12.0}]  # fmt: skip
@@ -86,19 +95,98 @@ def test_the_hub_reads_the_metadata(home, capsys):
     (run / "README.md").write_text("TRL's own")
     assert run_card(capsys, run, "--license", "apache-2.0", "--hardware", "1 x RTX 4080")[0] == 0
     data = ModelCard.load(run / "README.md").data
-    assert (data.base_model, data.datasets, data.library_name, data.license) == (
-        "Qwen3-4B",
-        ["chats"],
-        "peft",
-        "apache-2.0",
-    )
-    assert data.model_name == "tuned" and data.tags == ["trl", "sft", "lora"] and data.pipeline_tag == "text-generation"
-    found = {(one.dataset_name, one.dataset_split, one.metric_type): one.metric_value for one in data.eval_results}
-    assert found == {("chats", "test", "exact_match"): 0.75, ("chats", "test", "assistant_perplexity"): 1.25,
-                     ("quiz", None, "right"): 0.75}  # fmt: skip
+    assert (data.library_name, data.license, data.pipeline_tag) == ("peft", "apache-2.0", "text-generation")
+    assert data.model_name == "tuned" and data.tags == ["trl", "sft", "lora"]
+    found = {(one.dataset_type, one.dataset_name, one.metric_type): one.metric_value for one in data.eval_results}
+    assert found == {  # chats and quiz are not on the hub, chatcore is of no one set
+        ("openai/gsm8k", "gsm8k_chat_think", "exact_match"): 0.75,
+        ("allenai/ai2_arc", "chat_eval", "arc_easy"): 0.75,
+    }
+    assert [one.metric_args for one in data.eval_results] == [{"n": 4}, {"n": 4}]
     text = (run / "README.md").read_text()
-    assert "\n| hardware | 1 x RTX 4080 |\n" in text
+    assert "\n| hardware | 1 x RTX 4080 |" in text
     assert "TRL's own" not in text and yaml.safe_load(text.split("---\n")[1])["model-index"][0]["name"] == "tuned"
+
+
+@pytest.mark.parametrize(
+    ("base", "data", "expected"),
+    [
+        ("/home/alice/models/Qwen3-4B", "data/chats", (None, None)),
+        ("runs/base", "data/gone", (None, None)),  # folders that were here
+        ("init", "chats.jsonl", (None, None)),
+        ("Qwen/Qwen3-4B", "openai/gsm8k", ("Qwen/Qwen3-4B", ["openai/gsm8k"])),
+        ("Qwen/Qwen3-4B", "openai/gsm8k:main@train", ("Qwen/Qwen3-4B", ["openai/gsm8k"])),
+        ("Qwen/Qwen3-4B", "None", ("Qwen/Qwen3-4B", None)),
+    ],
+)
+def test_the_metadata_name_hub_ids_alone(home, capsys, base, data, expected):
+    run = home / "runs" / "tuned"
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings |= {"model_name_or_path": base, "dataset_name": data}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert run_card(capsys, run)[0] == 0
+    found = ModelCard.load(run / "README.md").data
+    assert (found.base_model, found.datasets) == expected
+    named = "openai/gsm8k" if expected[1] else data.rpartition("/")[2]
+    assert f"trained from `{expected[0] or base.rpartition('/')[2]}` on `{named}`" in (run / "README.md").read_text()
+
+
+def commands_of(text):
+    """Every command of a card, as a shell takes it apart."""
+    lines = re.findall(r"^(?:PYTHONPATH|python|transformers).*", text, re.M)
+    lines += re.findall(r"`((?:PYTHONPATH|python).*?)`", text) + re.findall(r"^not measured: (.*)", text, re.M)
+    return [shlex.split(line) for line in lines]
+
+
+@pytest.mark.parametrize("folder", ["runs/tuned", "runs/two words & more", "../elsewhere/tuned"])
+def test_the_commands_can_be_pasted(home, capsys, folder, monkeypatch):
+    """They name the run as it is reached from the working folder, and a shell takes them apart as they are meant."""
+    run = home / folder
+    if folder != "runs/tuned":
+        shutil.copytree(home / "runs" / "tuned", run)
+    (home / "data" / "chats" / "validation").mkdir()
+    for place in (home, home / "data"):
+        monkeypatch.chdir(place)
+        assert run_card(capsys, run)[0] == 0
+        commands = commands_of((run / "README.md").read_text())
+        path = os.path.relpath(run)
+        start = ["python", "-m"] if place == home else ["PYTHONPATH=..", "python", "-m"]
+        data = os.path.relpath(home / "data" / "chats")
+        compare = ["eval.compare", "--base", "BASE", "--tuned", path, "--data", data, "--split", "validation"]
+        assert commands == [
+            [*start, "eval.merge", path, "--out", f"{path}/merged"],
+            ["transformers", "serve", f"{path}/merged"],
+            [*start, "eval.gate", path],
+            [*start, "eval.card", path, "--check"],
+            [*start, *compare],
+        ]
+        assert run_card(capsys, *commands[3][len(start) + 1 :])[:2] == (0, "up to date\n")
+
+
+@pytest.mark.parametrize(
+    ("torch", "machine", "cuda"),
+    [
+        ("2.13.0+cu128", {}, "12.8"),
+        ("2.13.0+cu130", {}, "13.0"),
+        ("2.13.0+cpu", {}, "none"),
+        ("2.13.0", {}, "not recorded"),
+        ("2.13.0", {"cuda": "12.6", "ram_gib": 62.79}, "12.6"),
+        ("2.13.0+cu128", {"cuda": None, "ram_gib": 62.79}, "none"),
+    ],
+)
+def test_memory_and_cuda_of_the_machine(home, capsys, torch, machine, cuda):
+    run = home / "runs" / "tuned"
+    (run / "versions.json").write_text(json.dumps({"torch": torch}))
+    if machine:
+        (run / "machine.json").write_text(json.dumps(machine))
+    run_card(capsys, run)
+    text = (run / "README.md").read_text()
+    assert f"\n| CUDA | {cuda} |" in text
+    found = re.search(r"^\| RAM \| (.*?) \|", text, re.M)[1]
+    with open("/proc/meminfo") as file:
+        here = int(file.readline().split()[1]) / 2**20
+    elsewhere = re.fullmatch(r"not recorded; ([\d.]+) GiB where this card was made", found)
+    assert found == "62.8 GiB" if machine else abs(float(elsewhere[1]) - here) < 0.1
 
 
 def test_it_tells_what_is_known(home, capsys):
@@ -110,15 +198,16 @@ def test_it_tells_what_is_known(home, capsys):
         TABLE,
         "| all | exact match | 0 | 0.75 | +0.75 | 4 |",
         "| right | 0.75 (0.3–0.95) | 4 |",
-        "Gate (python -m eval.gate): passed.",
-        "| hardware | not distributed, 1 process on the CPU; then DDP, 2 processes |",
-        "| optimizer steps | 2 |",
-        "| training loss, last logged | 1.0000 |",
-        "| validation loss, last | 1.5000 |",
-        "| trained tokens | 1,090 |",
-        "| tokens/s, median | 200 |",
-        "| peak memory | 2.5 GiB |",
-        "| training time | 12 s |",
+        "| bits | 1.5 | 1,234 |",
+        "Gate (`python -m eval.gate runs/tuned`): passed.",
+        "| hardware | not distributed, 1 process on the CPU; then DDP, 2 processes |  |",
+        "| optimizer steps | 2 | 1 |",
+        "| training loss, last logged | 1.0000 | 1 |",
+        "| validation loss, last | 1.5000 | 1 |",
+        "| trained tokens | 1,090 | 2 |",
+        "| tokens/s, median | 200 | 2 |",
+        "| peak memory | 2.5 GiB | 2 |",
+        "| training time | 12 s | 1 |",
         "![loss](loss.png)",
         "| learning_rate | 0.0002 | 0.003 |",
         "| dataset_name | openai/gsm8k | data/chats |",
@@ -131,6 +220,7 @@ def test_it_tells_what_is_known(home, capsys):
         assert f"\n{line}" in text, line
     assert "torch 2.13.0, transformers not recorded, trl 1.16.0" in text
     assert "| max_length |" not in text  # as in DEFAULTS
+    assert "reference" not in text  # a property of the data
     assert not any(word in text for word in ("alice", "/home", str(home), str(REPO)))
 
 
@@ -139,8 +229,9 @@ def test_what_was_not_measured_says_so(home, capsys):
     (home / "data" / "chats" / "report.json").unlink()
     assert run_card(capsys, run)[0] == 0
     text = (run / "README.md").read_text()
-    for line in ("not measured: python -m eval.compare measures it.", "## Benchmarks\n\nnot measured.",
-                 "eval.gate): not measured.", "| hardware | not recorded |",
+    compare = "python -m eval.compare --base BASE --tuned runs/tuned --data VALIDATION.jsonl"
+    for line in (f"not measured: {compare}\n", "## Benchmarks\n\nnot measured.",
+                 "`): not measured.", "| hardware | not recorded |",
                  "| tokens/s, median | not recorded |", "| peak memory | not recorded |",
                  "Its counts are not recorded", "licence not recorded", "| data | not recorded |"):  # fmt: skip
         assert line in text, line
@@ -229,8 +320,10 @@ def test_a_real_run_is_up_to_date_and_keeps_no_path(run_recipe, capsys, tmp_path
     assert "TRL" in (run / "README.md").read_text()
     assert run_card(capsys, run)[0] == 0
     text = (run / "README.md").read_text()
-    assert "Quick start" not in text and str(REPO) not in text and str(tmp_path) not in text
-    assert "| peak memory | " in text and "| peak memory | not" not in text and "base_model: init" in text
+    assert "Quick start" not in text and str(REPO) not in text.replace(os.path.relpath(REPO), "")
+    assert str(tmp_path) not in text.replace(os.path.relpath(tmp_path), "")  # but for where the run is
+    assert "| peak memory | " in text and "| peak memory | not" not in text
+    assert "base_model" not in text and "trained from `init` on `chat`" in text
     assert run_card(capsys, run, "--check")[:2] == (0, "up to date\n")
 
 

@@ -379,7 +379,16 @@ class Terminal:
 @pytest.mark.skipif(not shutil.which("tmux"), reason="tmux is not installed: apt-get install tmux")
 def test_in_a_terminal(home, tmp_path):
     """Streams, stops at Ctrl-C and goes on, knows its commands, ends at Ctrl-D."""
-    command = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "eval.chat", home / "endless", "--max_new_tokens", "5000"]
+    command = [
+        "env",
+        f"PYTHONPATH={ROOT}",
+        sys.executable,
+        "-m",
+        "eval.chat",
+        home / "endless",
+        "--max_new_tokens",
+        "5000",
+    ]
     terminal = Terminal(tmp_path, [str(word) for word in command])
     try:
         terminal.wait(r"endless: /help lists the commands.*\n> ")

@@ -3,28 +3,33 @@
 Breaks tried, each seen red: chance 0.25 left out or given to all, argmax over the whole vocabulary, the logits one
 position early or at the batch's end, the last `####` for the first, commas kept, a failed answer left out of the total,
 imports of the prompt or the tests left out, the verdict on text with its think block, two modes in one file, the MOVER
-interval with its sides exchanged.
+interval with its sides exchanged; letters read before what the template writes before an answer, a template that does
+not continue its prompt taken; an open thought judged, the prompt's own opening or the family not looked at; the first
+block for the longest, one of another name, indented ones as they stand; n of six tasks where two ran.
 """
 
 import json
 import os
 import re
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
-
-from data_prep.common import sources
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the hub is never asked
 
 import pytest
 import torch
-from conftest import SHARED
+from conftest import MODULES, SHARED
 from datasets import Dataset
-from test_compare import make_model, make_tokenizer, rigged, save, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from test_compare import SPECIAL, make_model, make_tokenizer, rigged, save, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from data_prep.common import sources
+from data_prep.common.errors import UsageError
+from data_prep.common.rendering import CONTROL_TOKENS
 from eval import chat_eval, sandbox
-from eval.common import metrics
+from eval.common import chat_tasks, intervals, letters, models, problems
 from eval.common.models import Answer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,17 +71,34 @@ HUMANEVAL = [
 ]
 
 
-def table(following):
+def family_tokenizer(template):
+    """A tokenizer with the control tokens that a template writes as tokens of their own."""
+    tokenizer = make_tokenizer(template)
+    tokens = dict.fromkeys(CONTROL_TOKENS.findall(tokenizer.chat_template))
+    tokenizer.add_special_tokens({"additional_special_tokens": [*SPECIAL[:2], *tokens]})
+    tokenizer.bos_token = tokenizer.eos_token
+    return tokenizer
+
+
+def table(tokenizer, following):
     """A model that gives each next token its logit behind a token, whatever stands before: {token: {next: logit}}."""
-    tokenizer, model = make_tokenizer("qwen3"), rigged("")
+    size = len(tokenizer)
+    model = Qwen3ForCausalLM(Qwen3Config(**{**make_model(0, size).config.to_dict(), "hidden_size": size}))
     with torch.no_grad():
-        model.lm_head.weight.zero_()
+        for name, weight in model.named_parameters():
+            weight.fill_(1.0 if "norm" in name else 0.0)
+        model.model.embed_tokens.weight.copy_(torch.eye(size))
         for now, nexts in following.items():
+            column = tokenizer.convert_tokens_to_ids(now)
             for text, logit in nexts.items():
-                model.lm_head.weight[tokenizer.convert_tokens_to_ids(text), tokenizer.convert_tokens_to_ids(now)] = (
-                    logit
-                )
+                model.lm_head.weight[tokenizer.convert_tokens_to_ids(text), column] = logit
     return model
+
+
+def save_family(folder, template, following):
+    tokenizer = family_tokenizer(template)
+    table(tokenizer, following).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +107,11 @@ def home(tmp_path_factory):
     save(home / "random", make_model(11))
     save(home / "A", rigged("A"))
     save(home / "endless", rigged("a", stops=False))
-    # behind a header's newline: x first of all, C before A; behind the empty think block of no_think: B
-    save(home / "hybrid", table({"Ċ": {"x": 9, "C": 5, "A": 4}, "ĊĊ": {"B": 5, "D": 4}}), "qwen3")
+    # behind a header's newline: C before A; behind the empty think block: x first of all, B before D
+    hybrid = table(make_tokenizer("qwen3"), {"Ċ": {"C": 5, "A": 4}, "ĊĊ": {"x": 9, "B": 5, "D": 4}})
+    save(home / "hybrid", hybrid, "qwen3")
+    for template in ("gpt_oss", "qwq"):
+        save(home / template, make_model(0), template)
     for name, rows in {"arc": ARC, "mmlu": MMLU, "gsm8k": GSM8K, "bee": BEE, "humaneval": HUMANEVAL}.items():
         write_rows(home / f"{name}.jsonl", rows)
     return home
@@ -107,7 +132,7 @@ def run(home, model, *tasks, flags=(), code=0):
 def scripted(monkeypatch, answers):
     """Let any model write these answers, in order."""
     told = [one if isinstance(one, Answer) else Answer(one, len(one), True) for one in answers]
-    monkeypatch.setattr(chat_eval, "ask", lambda *_, **__: told)
+    monkeypatch.setattr(chat_tasks, "ask", lambda *_, **__: told)
 
 
 # -- ChatCORE ----------------------------------------------------------------------------------------------------------
@@ -119,7 +144,7 @@ def test_chatcore_is_the_published_one():
     published["spelling_bee"] = 0.8359
     found = chat_eval.chat_core({task: {"value": v, "low": v, "high": v} for task, v in published.items()})
     assert found["value"] == pytest.approx(0.1435, abs=5e-5)
-    assert found["low"] == found["high"] == found["value"] and found["count"] == found["total"] == 6
+    assert found["low"] == found["high"] == found["value"] and found["total"] == 6
 
 
 def test_the_interval_of_chatcore():
@@ -144,7 +169,7 @@ def test_chatcore_covers_as_it_says():
         drawn = {}
         for task, chance in truth.items():
             count = int((torch.rand(100, generator=generator) < chance).sum())
-            low, high = metrics.wilson(count, 100)
+            low, high = intervals.wilson(count, 100)
             drawn[task] = {"value": count / 100, "low": low, "high": high}
         found = chat_eval.chat_core(drawn)
         held += found["low"] <= core <= found["high"]
@@ -157,11 +182,12 @@ def test_chatcore_covers_as_it_says():
 def test_prompts_are_nanochats():
     text = "Multiple Choice question: Which is hot?\n- ice=A\n- fire=B\n- snow=C\n- rain=D\n\n"
     text += "Respond only with the letter of the correct answer."  # tasks/common.py, render_mc, by hand
-    assert chat_eval.letters_problem(ARC[0]) == {"prompt": text, "letters": list("ABCD"), "answer": "B"}
+    expected = problems.LetterProblem("E1", "arc_easy", [{"role": "user", "content": text}], list("ABCD"), "B")
+    assert problems.letter_problem(ARC[0], "E1", "arc_easy") == expected
     for row, other in [*((row, sources.arc(row)) for row in ARC), *((row, sources.mmlu(row)) for row in MMLU)]:
-        raw, made = chat_eval.letters_problem(row), chat_eval.letters_problem(other)
-        assert raw["prompt"] == other["messages"][0]["content"] == made["prompt"][0]["content"]
-        assert (raw["letters"], raw["answer"]) == (made["letters"], made["answer"])
+        raw = problems.letter_problem(row, "1", "mmlu")
+        assert raw == problems.letter_problem(other, "1", "mmlu")
+        assert raw.prompt[0]["content"] == other["messages"][0]["content"]
 
 
 def test_always_a_scores_the_share_of_a(home):
@@ -171,7 +197,7 @@ def test_always_a_scores_the_share_of_a(home):
     assert (found["arc_easy"]["count"], found["arc_easy"]["total"]) == (1, 3)
     assert (found["mmlu"]["count"], found["mmlu"]["total"]) == (3, 12)
     assert found["chatcore"]["value"] == pytest.approx(((1 / 3 - 0.25) / 0.75 + 0) / 2)
-    assert (found["chatcore"]["count"], found["chatcore"]["total"]) == (2, 6)
+    assert found["chatcore"]["total"] == 2  # tasks, which is what the table shows as n
     assert "high" in found["mmlu"] and found["mmlu"]["low"] < 0.25 < found["mmlu"]["high"]
 
 
@@ -198,25 +224,92 @@ def test_letters_are_those_of_an_own_calculation(home):
 def test_only_the_letters_of_the_question_count_and_each_mode_has_its_file(home):
     report, lines = run(home, "hybrid", "arc_easy")
     assert report["settings"]["mode"] == "no_think" and report["groups"]["mode"]["no_think"] == report["metrics"]
-    assert [line["answer"] for line in lines.values()] == ["B", "1", "B"]
+    assert [line["answer"] for line in lines.values()] == ["B", "1", "B"]  # not the x, which is likelier
     report, lines = run(home, "hybrid", "arc_easy", flags=["--mode", "think"])
     assert report["settings"]["mode"] == "think" and list(report["groups"]["mode"]) == ["think"]
-    assert [line["answer"] for line in lines.values()] == ["C", "1", "C"]  # not the x, which is likelier
+    assert [line["answer"] for line in lines.values()] == ["B", "1", "B"]  # behind the empty thought, here too
     assert {path.name for path in (home / "out" / "hybrid").glob("*.json")} == {
         "chat_eval.json",
         "chat_eval_think.json",
     }
 
 
+TEMPLATES = sorted(path.stem for path in (ROOT / "chat_templates").glob("*.jinja"))
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_letter_stands_where_the_template_writes_an_answer(template):
+    """Against the rendering of a conversation whose answer is the letter, as the model was trained on it."""
+    tokenizer = family_tokenizer(template)
+    problem = problems.letter_problem(ARC[0], "E1", "arc_easy")
+    answered = [*problem.prompt, {"role": "assistant", "content": "B"}]
+    for kwargs in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
+        [(text, ids)] = letters.letter_prompts(tokenizer, [problem], **kwargs)
+        trained = tokenizer.apply_chat_template(answered, tokenize=False, **kwargs)
+        tokens = tokenizer(trained, add_special_tokens=False)["input_ids"]
+        assert trained.startswith(text + "B") and tokens[: len(ids)] == ids, kwargs
+        assert tokens[len(ids)] == tokenizer.convert_tokens_to_ids("B")
+
+
+@pytest.mark.parametrize(
+    ("template", "mode", "prompt_end", "answer_begins"),
+    [
+        ("gpt_oss", None, "t", "<|message|>"),  # … assistant, then the final channel
+        ("command_a_reasoning", None, "<|CHATBOT_TOKEN|>", "<|START_RESPONSE|>"),
+        ("deepseek_v3", None, "Ċ", "ĊĊ"),  # inside an open thought, then behind its end
+        ("qwq", None, "Ċ", "ĊĊ"),
+        ("glm4_6", "think", "<|assistant|>", "Ċ"),
+        ("qwen3", "think", "Ċ", "ĊĊ"),
+        ("nanochat", None, "", "<|assistant_start|>"),  # its answers follow its prompt at once
+    ],
+)
+def test_a_model_is_right_where_its_answer_begins(home, template, mode, prompt_end, answer_begins):
+    """It knows B where an answer begins; where the prompt alone ends it says C."""
+    folder = f"letters {template}"
+    following = {answer_begins: {"B": 5.0, "C": 1.0}}
+    if prompt_end:
+        following[prompt_end] = {"C": 5.0, "B": 1.0}
+    save_family(home / folder, template, following)
+    report, lines = run(home, folder, "arc_easy", flags=["--mode", mode] if mode else [])
+    assert lines["arc_easy", "E1"]["answer"] == lines["arc_easy", "E3"]["answer"] == "B"
+    assert report["metrics"]["arc_easy"]["count"] == 1
+    assert report["settings"]["family"] == template and ("letters_behind" in report["settings"]) is True
+    assert (report["settings"]["letters_behind"] == "") is (template == "nanochat")
+
+
+def test_a_template_whose_answers_do_not_follow_its_prompt_is_refused(home, capsys):
+    """As DeepSeek-R1's own: its prompt opens a thought that no answer of the history has."""
+    save(home / "other", make_model(0))
+    tokenizer = AutoTokenizer.from_pretrained(home / "other")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    tokenizer.save_pretrained(home / "other")
+    with pytest.raises(UsageError, match="does not write an answer behind its own generation prompt"):
+        models.answer_prefix(tokenizer, [{"role": "user", "content": "Which?"}])
+    command = [home / "other", "--task", f"arc_easy={home / 'arc.jsonl'}", "--out", home / "never"]
+    assert chat_eval.main([str(word) for word in command]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error and "chat_templates/" in error and not (home / "never").exists()
+
+
+def test_the_accuracy_that_a_run_logs_is_that_of_the_command(home):
+    found = problems.read_problems("mmlu", home / "mmlu.jsonl", "test", None, 42)
+    model, tokenizer, stops = models.open_model(home / "random")
+    report, _ = run(home, "random", "mmlu")
+    assert letters.letter_accuracy(model, tokenizer, stops, found, 5) == report["metrics"]["mmlu"]["value"]
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no shared/ beside the repository")
 def test_real_rows_are_read(home):
     arc, gsm8k = SHARED / "data" / "arc" / "ARC-Challenge_test.jsonl", SHARED / "data" / "gsm8k" / "test.jsonl"
-    problems = chat_eval.read_problems("arc_challenge", arc, "test", None, 42)
-    assert len(problems) == 1172
+    found = problems.read_problems("arc_challenge", arc, "test", None, 42)
+    assert len(found) == 1172
     text = arc.read_text(encoding="utf-8").strip().split("\n")
     keys = [json.loads(line)["answerKey"] for line in text]
-    assert [problem["answer"] for problem in problems] == keys
-    assert len(chat_eval.read_problems("gsm8k", gsm8k, "test", None, 42)) == 1319
+    assert [problem.answer for problem in found] == keys
+    assert len(problems.read_problems("gsm8k", gsm8k, "test", None, 42)) == 1319
     report, lines = run(home, "A", f"arc_challenge={arc}", flags=["--rows", 24, "--seed", 7])
     own = {json.loads(line)["id"]: key for line, key in zip(text, keys, strict=True)}
     drawn = [own[number] for _, number in lines]
@@ -224,22 +317,6 @@ def test_real_rows_are_read(home):
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("so\n#### 1,200", "1200"),
-        ("#### -2", "-2"),
-        ("#### 3.5 apples", "3.5"),
-        ("#### 7\n#### 8", "7"),
-        ("####7", None),  # nanochat's regular expression wants the blank
-        ("#### seven", None),
-        ("7", None),
-    ],
-)
-def test_the_number_is_behind_the_first_mark(text, number):
-    assert chat_eval.number_of(text) == number
 
 
 def test_written_numbers_must_be_the_references(home, monkeypatch):
@@ -251,6 +328,34 @@ def test_written_numbers_must_be_the_references(home, monkeypatch):
     report, lines = run(home, "A", "spelling_bee")
     assert [line["correct"] for line in lines.values()] == [False, True]
     assert lines["spelling_bee", "s1"]["given"] == "3" and lines["spelling_bee", "s1"]["reference"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("model", "answer", "correct", "cut"),
+    [
+        ("hybrid", "<think> maybe #### 1200 …", False, True),
+        ("hybrid", "<think>\nmaybe #### 9\n</think>\n\n#### 1,200", True, False),
+        ("hybrid", "#### 1200", True, False),
+        ("qwq", "maybe #### 1200, or", False, True),  # its prompt opens the thought
+        ("qwq", "maybe #### 9\n</think>\n\n#### 1200", True, False),
+        ("gpt_oss", "<|channel|>analysis<|message|>maybe #### 1200", False, True),
+        (
+            "gpt_oss",
+            "<|channel|>analysis<|message|>#### 9<|end|><|start|>assistant<|channel|>final<|message|>#### 1200",
+            True,
+            False,
+        ),
+    ],
+)
+def test_a_thought_that_never_ends_is_an_empty_answer(home, monkeypatch, model, answer, correct, cut):
+    """Though it stopped, and though it says the number."""
+    scripted(monkeypatch, [answer, Answer("#### 9", 4, False), "</think>\n#### 9"])  # the second is cut by its budget
+    report, lines = run(home, model, "gsm8k")
+    line = lines["gsm8k", "1"]
+    assert (line["correct"], line["cut"], line["answer"]) == (correct, cut, answer)
+    assert [line["cut"] for line in lines.values()][1:] == [True, False]
+    figure = report["groups"]["task"]["GSM8K"]["cut"]
+    assert (figure["count"], figure["total"]) == (1 + cut, 3)
 
 
 def test_a_model_that_never_stops_scores_nothing_in_its_budget(home):
@@ -301,6 +406,44 @@ def test_programs_pass_their_tests_or_fail_by_reason(home, monkeypatch, answer, 
     assert report["metrics"]["humaneval"]["count"] == (not why)
     if why:
         assert report["groups"]["task"]["HumanEval"][f"failed: {why.removeprefix('failed: ')}"]["count"] == 1
+
+
+SHORT = "def largest(xs):\n    return max(xs)"
+
+
+@NO_SANDBOX
+@pytest.mark.parametrize(
+    ("answer", "literal", "lenient"),
+    [
+        (f"```python\n{WHOLE}\n```", True, True),
+        (f"```py\n{WHOLE}\n```", False, True),  # nanochat takes "py" for code
+        (f"Here:\n```Python3\n{WHOLE}\n```\nDone.", False, True),
+        (f"~~~python\n{WHOLE}\n~~~", False, True),
+        (f"First:\n```python\nimport math\n```\nthen\n```python\n{WHOLE}\n```", False, True),
+        (f"```python\n{WHOLE}", False, True),  # never closed
+        ("1. So:\n\n   ```python\n   import math\n   def largest(xs):\n       return max(xs)\n   ```", False, True),
+        (f"```\n{SHORT}\n```\nshorter:\n```\ndef largest(x): return 0\n```", True, True),  # the longest
+        (f"```\n{SHORT}\n```\nor\n```\n{SHORT.replace('max', 'min')}  # the smallest\n```", True, False),
+        ("```py\ndef largest(xs):\n    return xs[0]\n```", False, False),
+        (f"```py\n{SHORT}\n```\n```\ndef largest_of(xs):\n    return sorted(xs)[-1]\n```", False, True),  # its name
+        ("I can not.", False, False),
+    ],
+)
+def test_the_lenient_figure_beside_nanochats_rule(home, monkeypatch, answer, literal, lenient):
+    scripted(monkeypatch, [answer])
+    report, lines = run(home, "A", "humaneval")
+    line = lines["humaneval", "HumanEval/0"]
+    assert (line["correct"], line["lenient"]) == (literal, lenient)
+    group = report["groups"]["task"]["HumanEval"]
+    assert (group["lenient"]["count"], group["accuracy"]["count"]) == (lenient, literal)
+    assert report["metrics"]["humaneval"]["count"] == literal  # ChatCORE keeps nanochat's
+
+
+def test_a_failed_program_is_not_run(home, monkeypatch):
+    scripted(monkeypatch, [Answer("", 0, False, "timeout")])
+    report, lines = run(home, "A", "humaneval", flags=["--unsafe_sandbox"])
+    assert lines["humaneval", "HumanEval/0"]["lenient"] is False
+    assert report["groups"]["task"]["HumanEval"]["lenient"]["total"] == 1
 
 
 def test_without_a_sandbox_nothing_runs(home, monkeypatch, capsys):
@@ -361,6 +504,23 @@ def test_the_table_of_stages(home, capsys):
     assert (home / "stages" / "sft" / "eval" / "stages.md").read_text() == table
     assert chat_eval.main(["--stages", *runs, str(home / "stages" / "gone")]) == 2
     assert "gone/eval/chat_eval.json does not exist" in capsys.readouterr().err
+
+
+def test_reports_are_read_and_help_is_shown_without_torch():
+    """In a process of its own, since this one has it."""
+    script = "import sys; from eval import chat_eval; print(chat_eval.stage_table([]) and 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], env=MODULES, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_ctrl_c_ends_a_command_with_its_exit_code(home, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat_eval, "read_problems", interrupt)
+    command = [home / "A", "--task", f"mmlu={home / 'mmlu.jsonl'}", "--out", home / "never"]
+    assert chat_eval.main([str(word) for word in command]) == 130
+    assert capsys.readouterr().err == "chat_eval.py: interrupted\n" and not (home / "never").exists()
 
 
 def test_what_is_not_over_all_says_so(home, capsys):

@@ -9,6 +9,7 @@ What would fool these tests, and what stands against it:
   header trained, the newline after the stop trained, ...) and each mutant must be found out.
 """
 
+import base64
 import json
 import os
 import re
@@ -25,16 +26,22 @@ import trl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jinja2 import Environment, TemplateError, meta, nodes
-from template_oracle import FAMILIES, Refused
+from template_oracle import ALL_FAMILIES, CALL, Refused
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import has_generation_markers, is_chat_template_stop_token_trained
+
+from data_prep.common.errors import InvalidRow
+from data_prep.common.rendering import Renderer, find_empty_thoughts
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 UPSTREAM = Path(trl.__file__).parent / "chat_templates"
 EXAMPLES, LONG_EXAMPLES, SAMPLES = 200, 2000, 40
+QUESTION = [{"role": "user", "content": "?"}]
+ANSWERED = [*QUESTION, {"role": "assistant", "content": "13"}]
 CHOICES = {  # the arguments every template takes
     "train_turns": ("all", "last", "flagged"),
     "train_tool_calls": ("on", "masked"),
@@ -47,8 +54,7 @@ def choices(family):
     return {**{k: v for k, v in CHOICES.items() if family.tools or k != "train_tool_calls"}, **family.arguments}
 
 
-families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-golden_only = pytest.mark.skipif(not (SHARED / "golden").is_dir(), reason="no ../shared/golden: renderings not at hand")
+families = pytest.mark.parametrize("family", ALL_FAMILIES, ids=lambda family: family.name)
 
 
 # ---------------------------------------------------------------- templates and tokenizers
@@ -79,9 +85,21 @@ def render(source, messages, tools=None, prompt=False, bos="", eos="", **argumen
     return texts[0], spans[0] if spans else []
 
 
+def render_elsewhere(source, messages, **arguments):
+    """The text as a server renders it that does not know the other names of reasoning, as transformers does."""
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+
+    def raise_exception(words):
+        raise TemplateError(words)
+
+    environment.globals["raise_exception"] = raise_exception
+    return environment.from_string(serving(source)).render(messages=messages, bos_token="", eos_token="", **arguments)
+
+
 CORPUS = [
     "What is 17 * 3? And doubled? The weather in Oslo tomorrow is rain, about 4 degrees.\n\nThat is all.\n",
     'def f(x):\n    return {"name": "get_weather", "arguments": {"city": "Oslo"}}\n\n\n',
+    "x\n\n\ny\n\n\n\nz\n\n\n\n\n" * 3 + "\n",
     "user\nassistant\nsystem\ntool\n  \n \n\t\n\r\n 用一句话解释梯度 café naïve\n",
 ] * 4
 
@@ -173,6 +191,8 @@ def expected(family, messages, tools, train_turns=None, **arguments):
             before, parts = request(k), family.output(messages[: k + 1], **arguments)
         except Refused:
             continue
+        if family.earlier_stop and k != len(messages) - 1:
+            parts = [*parts[:-1], (family.earlier_stop, "stop")]
         output = "".join(part for part, _ in parts)
         if not text.startswith(before + output):
             continue
@@ -221,9 +241,6 @@ def token_mask(tokenizer, text, spans):
             mask[first] = None
         if not clean_end:
             mask[last] = None
-        if not text[end - 1].isascii():  # transformers ends a span on the first token of its last character
-            first_of_last = len(common(encode(tokenizer, text[: end - 1]), ids))
-            mask[first_of_last + 1 : last] = [None] * (last - first_of_last - 1)
     return mask
 
 
@@ -378,7 +395,11 @@ def conversations(draw, family):
                 messages.append({**reply, "content": some_text(random)})
         messages.append({"role": "assistant", "content": some_text(random)})
         if family.parts and random.random() < 0.7:
-            kinds = random.choices(["text", "python", "python_output"], k=random.randint(1, 4))
+            kinds = []
+            for _ in range(random.randint(1, 3)):
+                kinds.append(random.choice(["text", "python"]))
+                if random.random() < (0.7 if kinds[-1] == "python" else 0.02):
+                    kinds.append("python_output")
             messages[-1]["content"] = [{"type": kind, "text": some_text(random)} for kind in kinds]
     spoken = [m for m in messages if m["role"] == "assistant"]
     for m in spoken:
@@ -497,7 +518,7 @@ def test_every_template_is_proven_and_has_its_row():
     files = {path.stem for path in (ROOT / "chat_templates").glob("*.jinja")}
     table = (ROOT / "chat_templates" / "README.md").read_text(encoding="utf-8")
     rows = set(re.findall(r"^\| (\w+) \|", table, re.M)) - {"template", "argument"}
-    assert files == {family.name for family in FAMILIES} == rows and len(files) >= 3
+    assert files == {family.name for family in ALL_FAMILIES} == rows and len(files) >= 3
 
 
 @families
@@ -590,6 +611,192 @@ def test_flags_count_only_where_they_are_asked_for(family):
     assert all(found == trained for (turns, *_), found in spans.items() if turns != "flagged")
 
 
+@families
+def test_values_of_another_type_are_refused(family):
+    """By the template itself, as a server and a recipe without hooks have it: "false" is true wherever it is asked."""
+    source = template(family.name)
+    for name in (name for name, values in choices(family).items() if True in values):
+        for value in ("false", "true", "False", 0, 1, 0.0, [False]):
+            for prompt in (False, True):
+                with pytest.raises(TemplateError, match=f"^{name} is .*, it must be one of .*true, false"):
+                    render(source, QUESTION if prompt else ANSWERED, prompt=prompt, **{name: value})
+    with pytest.raises(TemplateError, match="^train_header is 1, it must be one of off, on"):
+        render(source, ANSWERED, train_header=1)
+
+
+@families
+def test_flags_are_zero_or_one(family):
+    source = template(family.name)
+    for name in ("loss_mask", "train"):
+        for value in ("0", "1", "", "true", 2, -1, 0.5, [], [0], {"a": 1}):
+            for arguments in ({}, {"train_turns": "flagged"}):
+                flagged = [QUESTION[0], {**ANSWERED[1], name: value}]
+                with pytest.raises(TemplateError, match=f"^message 1: {name} is .*, it must be 0 or 1"):
+                    render(source, flagged, **arguments)
+        spans = {}
+        for value in (0, 1, False, True, 0.0, 1.0):
+            spans[repr(value)] = render(source, [QUESTION[0], {**ANSWERED[1], name: value}], train_turns="flagged")[1]
+        assert not spans["0"] and not spans["False"] and not spans["0.0"]
+        assert spans["1"] and spans["1"] == spans["True"] == spans["1.0"]
+
+
+TEXTS = {  # of a turn, by names that other formats have for them
+    "reasoning_details": [{"type": "text", "text": "6 times 7"}],
+    "thinking_blocks": [{"type": "thinking", "thinking": "6 times 7"}],
+    "tool_plan": "I look it up.",
+    "function_call": {"name": "prime", "arguments": "{}"},
+    "refusal": "I will not.",
+    "thought": "6 times 7",
+    "reasoning_content": ["6 times 7"],
+    "any_other": "text",
+}
+
+
+@families
+def test_no_key_that_holds_text_is_dropped(family):
+    source = template(family.name)
+    for number in range(2):
+        for key, value in TEXTS.items():
+            said = [dict(message) for message in ANSWERED]
+            said[number][key] = value
+            with pytest.raises(TemplateError, match=f"^message {number}: .*{key}"):
+                render(source, said)
+            with pytest.raises(TemplateError, match=f"^message {number}: .*{key}"):
+                render(source, [*said, QUESTION[0]], prompt=True)
+            said[number][key] = None
+            assert render(source, said) == render(source, ANSWERED)
+    kept = {"name": "Ada", "id": 5, "refusal": "", "annotations": [], "audio": None, "weight": 0.5, "function_call": {}}
+    if family.writes_names:
+        del kept["name"]
+    assert render(source, [QUESTION[0], ANSWERED[1] | kept]) == render(source, ANSWERED)
+    asked = [{**QUESTION[0], "reasoning_content": "hm"}, ANSWERED[1]]
+    with pytest.raises(TemplateError, match=r"^message 0: .*(reasoning_content|thinking)"):
+        render(source, asked)
+
+
+REASONING_NEEDS = {"chatml": {"keep_thinking": "on"}, "deepseek_v3_1": {"thinking": True}}
+
+
+@families
+def test_reasoning_by_its_other_names(family):
+    """transformers hands it over under all of them; a server that does not, and two that differ, are refused."""
+    source = template(family.name)
+    arguments = REASONING_NEEDS.get(family.name, {})
+    if not family.reasoning and not arguments:
+        pytest.skip("no place for reasoning")
+    wanted = render(source, [QUESTION[0], ANSWERED[1] | {"reasoning_content": "6 times 7"}], **arguments)
+    assert "6 times 7" in wanted[0]
+    for name in ("reasoning", "thinking"):
+        assert render(source, [QUESTION[0], ANSWERED[1] | {name: "6 times 7"}], **arguments) == wanted
+        both = {"reasoning_content": "6 times 7", name: "6 times 7"}
+        assert render(source, [QUESTION[0], ANSWERED[1] | both], **arguments) == wanted
+        with pytest.raises(TemplateError, match=f"^message 1: .*{name}"):
+            render(source, [QUESTION[0], ANSWERED[1] | both | {name: "6 times 8"}], **arguments)
+        with pytest.raises(TemplateError, match=f"^message 1: .*{name}"):
+            render_elsewhere(source, [QUESTION[0], ANSWERED[1] | {name: "6 times 7"}], **arguments)
+
+
+SPLIT = "qwen3 qwen3_5 qwen3_6 qwen3_8 qwen3_thinking_2507 qwq step3_5 step3_qwen3 glm4_6 nemotron_3 deepseek_r1"
+SPLIT = (SPLIT + " deepseek_r1_distill deepseek_v3").split()
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_a_think_block_in_content_is_the_reasoning(name):
+    family, source = next(family for family in ALL_FAMILIES if family.name == name), template(name)
+    inline = "<think>\n6 times 7\n</think>\n\n42"
+    for thinking in ("on", "masked"):
+        apart = [QUESTION[0], {"role": "assistant", "content": "42", "reasoning_content": "6 times 7"}]
+        wanted = render(source, apart, train_thinking=thinking)
+        assert "6 times 7" in wanted[0] and "42" in wanted[0]
+        for said in (inline, inline.removeprefix("<think>\n"), "<think>6 times 7</think>42"):
+            block = [QUESTION[0], {"role": "assistant", "content": said}]
+            assert render(source, block, train_thinking=thinking) == wanted, said
+    lossy = ["before " + inline, inline + "<think>more</think>", "a</think>b</think>c", "<think>a<think>b</think>c"]
+    for said in lossy:
+        with pytest.raises(TemplateError, match="^message 1: think tags inside content"):
+            render(source, [QUESTION[0], {"role": "assistant", "content": said}])
+    with pytest.raises(TemplateError, match="^message 1: think tags inside content"):
+        render(source, [QUESTION[0], {"role": "assistant", "content": inline, "reasoning_content": "b"}])
+    if "enable_thinking" in family.arguments:
+        with pytest.raises(TemplateError, match="^message 1: "):
+            render(source, [QUESTION[0], {"role": "assistant", "content": inline}], enable_thinking=False)
+
+
+@pytest.mark.parametrize(("name", "block"), [("lfm2_5", "<think>a</think>"), ("smollm3", "<think>\na\n</think>\n")])
+def test_a_think_block_that_stays_in_content_is_masked_with_it(name, block):
+    source, said = template(name), [QUESTION[0], {"role": "assistant", "content": block + "42"}]
+    text, spans = render(source, said, train_thinking="masked")
+    assert text == render(source, said)[0] and block + "42" in text
+    assert [text[start:end] for start, end in spans][0].lstrip("\n").startswith("42")
+
+
+@families
+def test_a_trained_span_ends_on_a_whole_character(family):
+    """transformers ends a span on the first token of its last character, and most tokenizers have several for these."""
+    tokenizer, seen = tokenizer_of(family, "small"), 0
+    for said in ("Let me look \U0001f979", "\U00020000", "查一下。", "café"):
+        calls = [{**CALL, "id": "call00000"}]
+        message = {"role": "assistant", "content": said, "tool_calls": calls}
+        reply = {"role": "tool", "content": "yes", "tool_call_id": "call00000", "name": "prime"}
+        if family.parts:
+            parts = [{"type": "text", "text": said}, {"type": "python", "text": "1"}]
+            message = {"role": "assistant", "content": [*parts, {"type": "python_output", "text": "1"}]}
+        messages = [QUESTION[0], message, *([] if family.parts else [reply])]
+        for arguments in ({"train_tool_calls": "masked"}, {"train_tool_calls": "masked", "train_thinking": "masked"}):
+            try:
+                ours = tokenizer.apply_chat_template(
+                    messages[:2],
+                    chat_template=template(family.name),
+                    return_dict=True,
+                    return_assistant_tokens_mask=True,
+                    **arguments,
+                )
+            except TemplateError:  # no place for text beside a call
+                continue
+            trained = [i for i, on in zip(ours["input_ids"], ours["assistant_masks"], strict=True) if on]
+            text = tokenizer.decode(trained)
+            assert said in text or family.name == "gpt_oss" and "train_thinking" in arguments  # its analysis
+            assert "\ufffd" not in text and "97" not in text and "1" not in text.partition(said)[2]
+            seen += 1
+    assert seen or not (family.tools and family.text_before_calls or family.parts)
+
+
+@families
+def test_an_answer_that_closes_an_opened_thought_is_found(family):
+    """And no other: its first token, the newlines of prompt and answer in one, stands in no request."""
+    tokenizer, source = tokenizer_of(family), template(family.name)
+    remedy = Renderer(source).empty_thought_remedy
+    for think in [None, *family.arguments.get("enable_thinking", ())]:
+        for said in (ANSWERED, [QUESTION[0], ANSWERED[1] | {"reasoning_content": "because"}]):
+            arguments = {} if think is None else {"enable_thinking": think}
+            try:
+                rendered = Renderer(source).render({"chat_template_kwargs": arguments}, said)
+            except InvalidRow:
+                continue
+            before = family.prompt(QUESTION, **arguments)
+            output = "".join(part for part, _ in family.output(said, **arguments))
+            merged = merges(tokenizer, before, output)
+            assert bool(find_empty_thoughts(rendered)) == merged
+            if merged:
+                switch = "enable_thinking" in family.arguments
+                assert ("pass enable_thinking=false in chat_template_kwargs for these rows" in remedy) == switch
+                assert "strip" not in remedy and "give them reasoning" in remedy
+
+
+def test_every_template_begins_with_the_same_checks():
+    """One text in all, so that a mended one is mended everywhere; nanochat alone takes content in parts."""
+    texts = set()
+    for family in ALL_FAMILIES:
+        text = template(family.name).partition("{#- what a message holds is rendered or refused, never dropped -#}")[2]
+        text = text.partition("\n{%- endfor %}\n")[0]
+        if family.name == "nanochat":
+            text = text.replace("{%- if message.role == 'system' and ", "{%- if ").replace(
+                "only other turns may have parts", "this template has no place for content parts"
+            )
+        texts.add(text)
+    assert len(texts) == 1 and texts.pop().count("raise_exception") == 3
+
+
 def steptron_spans(messages, tools):
     """StepTron's own way: a turn is what its prefix adds to the prefix before it, on the published Qwen3 template."""
     source = (UPSTREAM / "qwen3.jinja").read_text(encoding="utf-8")
@@ -605,7 +812,7 @@ def steptron_spans(messages, tools):
 
 
 def test_step3_qwen3_has_the_mask_of_steptron():
-    family, source, seen = next(f for f in FAMILIES if f.name == "step3_qwen3"), template("step3_qwen3"), Counter()
+    family, source, seen = next(f for f in ALL_FAMILIES if f.name == "step3_qwen3"), template("step3_qwen3"), Counter()
 
     @settings(
         max_examples=1500, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
@@ -640,19 +847,26 @@ def test_step3_qwen3_has_the_mask_of_steptron():
 
 @cache
 def renderings():
-    return json.loads((SHARED / "golden" / "renderings.json").read_text(encoding="utf-8"))
+    """Published templates' renderings: those of ../shared where it is, and our own files, one a family."""
+    found = []
+    if (SHARED / "golden").is_dir():
+        found = json.loads((SHARED / "golden" / "renderings.json").read_text(encoding="utf-8"))
+    for path in sorted((ROOT / "tests" / "published_renderings").glob("*.jsonl")):
+        found += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return found
 
 
 def published(family):
     return [r for r in renderings() if r["family"] in family.golden]
 
 
-@golden_only
 @families
 def test_published_renderings(family):
     if not family.golden:
         pytest.skip("no published rendering of this family at hand")
     cases = published(family)
+    if not cases:
+        pytest.skip("no ../shared/golden: renderings not at hand")
     assert len(cases) >= 18 * len(family.golden)
     used, source = set(), serving(template(family.name))
     for case in cases:
@@ -768,6 +982,161 @@ def test_tool_lists_equal_upstreams(family):
         assert (
             render(ours, question, tools, True, family.bos, family.eos, **family.upstream_needs, **dated)[0] == request
         )
+
+
+POOR = {  # tools that schemas of others leave out parts of
+    "no description": {"name": "ping", "parameters": {"type": "object", "properties": {}}},
+    "none at a parameter": {"name": "ping", "parameters": {"type": "object", "properties": {"q": {"type": "string"}}}},
+    "no type": {"name": "ping", "description": "d", "parameters": {"type": "object", "properties": {"q": {}}}},
+    "no parameters": {"name": "ping", "description": "d"},
+    "empty parameters": {"name": "ping", "description": "d", "parameters": {}},
+    "a name alone": {"name": "ping"},
+}
+
+
+@pytest.mark.parametrize("case", [*POOR, "bare"])
+@families
+def test_poor_tools_are_as_upstream_has_them_or_refused(family, case):
+    """Never a Python error: what upstream renders is rendered so, and what it breaks on is one sentence."""
+    if not family.tools or not family.tool_list:
+        pytest.skip("no place for a tool list")
+    tools = [POOR["no type"] if case == "bare" else {"type": "function", "function": POOR[case]}]
+    dated = {"date_string": datetime.now().strftime(family.upstream_date)} if family.upstream_date else {}
+    given = (QUESTION, tools, True, family.bos, family.eos)
+    try:
+        ours = render(serving(template(family.name)), *given, **family.upstream_needs, **dated)[0]
+    except TemplateError as error:
+        assert type(error) is TemplateError and re.match(r"tool 0: ", str(error)), error
+        ours = None
+    assert ours is None or "ping" in ours
+    if family.upstream and "tools" not in family.drops:
+        try:
+            theirs = render((UPSTREAM / family.upstream).read_text(), *given, **family.upstream_needs)[0]
+        except (TemplateError, TypeError):
+            theirs = None
+        assert ours == theirs
+
+
+MORE_SCHEMAS = [  # what the encoder of gpt-oss spells otherwise than the template
+    *SCHEMAS,
+    {
+        "titled": {**STRING, "title": "T", "description": "D", "examples": ["a", 1, "b"]},
+        "either": {"description": "D", "default": "x", "oneOf": [{**STRING, "description": "D"}, {"type": "number"}]},
+        "other": {"description": "D", "oneOf": [{**STRING, "description": "s", "default": "x", "nullable": True}]},
+        "kinds": {"type": ["integer", "string"]},
+        "deep": {
+            "type": "object",
+            "description": "O",
+            "properties": {
+                "a": {
+                    "type": "array",
+                    "items": {"type": "object", "properties": {"b": {**STRING, "enum": ["x", "y"], "default": "x"}}},
+                }
+            },
+        },
+        "bag": {"type": "array", "items": {"oneOf": [STRING, {"type": "integer", "default": [1], "description": "n"}]}},
+        "list": {"type": "array", "items": STRING, "default": ["a", {"b": 1.5}]},
+        "null": {"type": "null"},
+        "words": {**STRING, "enum": ["a", None]},
+        "never": {**STRING, "enum": []},
+    },
+]
+
+
+@pytest.fixture(scope="module")
+def harmony(tmp_path_factory):
+    """OpenAI's encoder; its vocabulary, which it would download, is that of gpt-oss's tokenizer in its own form."""
+    package = pytest.importorskip("openai_harmony", reason="openai-harmony is not installed: requirements-dev.txt")
+    path = SHARED / "tokenizers" / "gpt-oss" / "tokenizer.json"
+    if not path.is_file():
+        pytest.skip("no ../shared/tokenizers/gpt-oss: the encoder would download its vocabulary")
+    definition, letters = json.loads(path.read_text(encoding="utf-8")), bytes_to_unicode()
+    added, numbers = {token["content"] for token in definition["added_tokens"]}, {c: b for b, c in letters.items()}
+    folder, lines = tmp_path_factory.mktemp("harmony"), []
+    for token, rank in sorted(definition["model"]["vocab"].items(), key=lambda item: item[1]):
+        if token not in added:
+            lines.append(base64.b64encode(bytes(numbers[letter] for letter in token)) + b" %d\n" % rank)
+    (folder / "o200k_base.tiktoken").write_bytes(b"".join(lines))  # the encoder compares its hash
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_ENCODINGS_BASE", str(folder))
+        return package, package.load_harmony_encoding(package.HarmonyEncodingName.HARMONY_GPT_OSS)
+
+
+def as_openai(package, messages, tools, effort="Medium"):
+    """The conversation as vLLM hands it to the encoder: no analysis from before the last final answer."""
+    message, text = package.Message, package.Message.from_role_and_content
+    system = package.SystemContent.new().with_conversation_start_date("2025-08-05")
+    said = [text(package.Role.SYSTEM, system.with_reasoning_effort(package.ReasoningEffort(effort)))]
+    own = messages[0]["role"] == "system"
+    if own and messages[0]["content"] or tools:
+        developer = package.DeveloperContent.new()
+        if own and messages[0]["content"]:
+            developer = developer.with_instructions(messages[0]["content"])
+        if tools:
+            of = [tool["function"] for tool in tools]
+            described = [(one["name"], one.get("description") or "", one.get("parameters")) for one in of]
+            new = package.ToolDescription.new
+            developer = developer.with_function_tools([new(a, b, parameters=c) for a, b, c in described])
+        said.append(text(package.Role.DEVELOPER, developer))
+    finals = [i for i, one in enumerate(messages) if one["role"] == "assistant" and not one.get("tool_calls")]
+    for i, one in enumerate(messages[own:], own):
+        if one["role"] == "user":
+            said.append(text(package.Role.USER, one["content"]))
+        elif one["role"] == "tool":
+            author = package.Author.new(package.Role.TOOL, "functions." + one["name"])
+            reply = message.from_author_and_content(author, one["content"])
+            said.append(reply.with_channel("commentary").with_recipient("assistant"))
+        else:
+            if one.get("reasoning_content") and i > max(finals, default=-1):
+                said.append(text(package.Role.ASSISTANT, one["reasoning_content"]).with_channel("analysis"))
+            channel = "commentary" if one.get("tool_calls") else "final"
+            if one["content"] or channel == "final":
+                said.append(text(package.Role.ASSISTANT, one["content"]).with_channel(channel))
+            for call in one.get("tool_calls") or []:
+                called = text(package.Role.ASSISTANT, json.dumps(call["function"]["arguments"], ensure_ascii=False))
+                called = called.with_channel("commentary").with_recipient("functions." + call["function"]["name"])
+                said.append(called.with_content_type("<|constrain|>json"))
+    return package.Conversation.from_messages(said)
+
+
+def test_gpt_oss_with_harmony_is_openais_encoder(harmony):
+    """Requests token by token, for every schema and random conversations; and what the encoder reads of our answers."""
+    package, encoding = harmony
+    family = next(family for family in ALL_FAMILIES if family.name == "gpt_oss")
+    tokenizer, source, seen = tokenizer_of(family), template("gpt_oss"), Counter()
+
+    def same_request(messages, tools):
+        ours = render(serving(source), messages, tools, True, harmony=True)[0]
+        theirs = encoding.render_conversation_for_completion(
+            as_openai(package, messages, tools), package.Role.ASSISTANT
+        )
+        assert ours == encoding.decode_utf8(theirs)
+        assert encode(tokenizer, ours) == theirs
+        seen["requests"] += 1
+
+    poor = [{"type": "function", "function": one} for one in POOR.values()]
+    rich = [tool(f"t{i}", **properties) for i, properties in enumerate(MORE_SCHEMAS)]
+    lined = [
+        {"type": "function", "function": {"name": "a", "description": text}} for text in ("", "a\nb\n", "a\r\n\nb")
+    ]
+    for tools in (*([one] for one in [*poor, *rich, *lined]), [*poor, *rich]):
+        same_request(QUESTION, tools)
+    for messages, tools, _ in samples(family):
+        if any(len(message.get("tool_calls") or []) > 1 for message in messages):
+            continue
+        for k, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            same_request(messages[:k], tools)
+            output = "".join(part for part, _ in family.output(messages[: k + 1], harmony=True))
+            read = encoding.parse_messages_from_completion_tokens(encode(tokenizer, output), package.Role.ASSISTANT)
+            wanted = as_openai(package, messages[k : k + 1], None).messages[1:]
+            if not message.get("tool_calls") and message.get("reasoning_content") is not None:
+                thought = package.Message.from_role_and_content(package.Role.ASSISTANT, message["reasoning_content"])
+                wanted.insert(0, thought.with_channel("analysis"))
+            assert read == wanted
+            seen["calls" if message.get("tool_calls") else "finals"] += 1
+    assert seen["requests"] > 2 * SAMPLES and seen["calls"] >= SAMPLES // 5 and seen["finals"] > SAMPLES, seen
 
 
 # ---------------------------------------------------------------- the serving form

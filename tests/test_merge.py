@@ -20,7 +20,6 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import test_compare as small
@@ -33,7 +32,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, G
 
 from data_prep.common.errors import UsageError
 from eval import endpoint, merge
-from eval.common import round_trip
+from eval.common import lora_weights, round_trip
 from eval.common.models import Output
 
 QUIET = ["--prompts", "0"]
@@ -170,6 +169,79 @@ def test_tied_embeddings_that_the_adapter_sets_apart_are_untied(config, home, tm
     assert len(list((tmp_path / "out").glob("model-0000?-of-00002.safetensors"))) == 2
 
 
+@pytest.fixture(scope="module")
+def copies(home):
+    """Bases that tie embeddings and head, in other files: both names stored, equal or parted; the head's name alone."""
+    files = {}
+    stored = weights(home / "tied")
+    embeddings = stored.pop("model.embed_tokens.weight")
+    torch.manual_seed(6)
+    files["both"] = {"model.embed_tokens.weight": embeddings, "lm_head.weight": embeddings.clone()}
+    parted = embeddings + 0.1 * torch.randn_like(embeddings)
+    files["parted"] = {"model.embed_tokens.weight": embeddings, "lm_head.weight": parted}
+    files["head"] = {"lm_head.weight": embeddings}
+    for name, pair in files.items():
+        shutil.copytree(home / "tied", home / name)
+        save_file(stored | pair, home / name / "model.safetensors", metadata={"format": "pt"})
+    return home
+
+
+@pytest.mark.parametrize("base", ["both", "parted", "head"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+    ],
+    ids=str,
+)
+def test_copies_of_tied_embeddings_stay_what_they_were_trained_as(base, config, copies, tmp_path):
+    """The adapter's logits on its base, as PEFT and transformers compute them, are the oracle."""
+    folder = adapter(tmp_path / "adapter", copies / base, **config)
+    assert run(folder, "--out", tmp_path / "out", *QUIET) == 0
+    ids = torch.arange(5, 60)[None]
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(copies / base)
+        plain = model(input_ids=ids).logits
+        theirs = PeftModel.from_pretrained(model, folder).eval()(input_ids=ids).logits
+        ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(input_ids=ids).logits
+    assert (theirs - plain).abs().max() > 0.1
+    assert (ours - theirs).abs().max() < 1e-4 * max(1, theirs.abs().max())
+    stays = base != "parted" and ("ensure_weight_tying" in config or config == {"target_modules": ["q_proj"]})
+    assert report_of(tmp_path / "out")["weights"]["untied"] == ([] if stays else ["lm_head.weight"])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is stays
+
+
+def test_known_causes_are_named_where_texts_differ(copies, tmp_path, capsys):
+    """Loose bounds of 4 bits let other texts pass; the report says why they are others."""
+    apart = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    flags = ["--load_in_4bit", "--dtype", "float32", "--no_serve", "--prompts", 6, "--max_new_tokens", 8]
+    flags += ["--max_logit_diff", 100, "--min_top1", 0]
+    found = {}
+    for name, base, config in (("apart", "tied", apart), ("parted", "parted", {}), ("four", "tied", {})):
+        folder = adapter(tmp_path / name, copies / base, **config)
+        assert run(folder, "--out", tmp_path / f"{name} out", *flags) == 0
+        report = report_of(tmp_path / f"{name} out")
+        assert report["merged_against_adapter"]["same_text"]["value"] < 1 and report["verdict"] == "passed"
+        found[name] = report["causes"]
+    said = capsys.readouterr().out
+    assert (
+        "untied copies of tied embeddings: the base ties lm_head.weight to model.embed_tokens.weight"
+        in found["apart"][0]
+    )
+    assert "stores an untied copy of it with other values" in found["parted"][0]
+    assert [len(causes) for causes in found.values()] == [2, 2, 1]
+    for causes in found.values():
+        assert "--into dequantized keeps the weights of its training" in causes[-1]
+        assert all(f"cause: {cause}" in said for cause in causes)
+    flags = ["--no_serve", "--prompts", 6, "--max_new_tokens", 8]
+    assert run(tmp_path / "apart", "--out", tmp_path / "same", *flags) == 0
+    assert report_of(tmp_path / "same")["causes"] == []  # nothing differs
+
+
 def test_the_sum_is_in_float32_and_cast_once(home, tmp_path):
     folder = adapter(tmp_path / "adapter", home / "half", lora_alpha=1)
     assert run(folder, "--out", tmp_path / "out", *QUIET) == 0
@@ -255,12 +327,12 @@ def test_memory_stays_within_two_shards(tmp_path):
     save_file(wide, tmp_path / "wide" / "adapter_model.safetensors")
 
     def peak(name, base):
-        code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import merge; assert merge.main() == 0; "
+        code = "from eval import merge; assert merge.main() == 0; "
         # not getrusage, whose peak begins with that of this process
         code += "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])"
         words = [tmp_path / name, "--base", base, "--out", tmp_path / f"{name} merged", *QUIET]
-        command = [sys.executable, "-c", code, ROOT / "eval", *words]
-        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
+        command = [str(word) for word in (sys.executable, "-c", code, *words)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         return int(done.stdout.split()[-1]) * 1024
 
     more = peak("wide", folder) - peak("lora", tmp_path / "little")
@@ -368,8 +440,68 @@ def test_a_server_that_answers_otherwise_is_found(wrong, key, home, tmp_path, mo
     with replying(monkeypatch, lambda body: answer(body, **wrong)):
         assert run(home / "cd", "--out", tmp_path / "bad", *flags) == 1
     report = report_of(tmp_path / "bad")
-    assert report["findings"] == [f"served: {key} in 0 of 3, less than --min_top1 0.999"]
+    # Wilson's upper bound of 0 of 3, by hand: 1.96^2 / (3 + 1.96^2) = 0.5615
+    assert report["findings"] == [f"served: {key} in 0 of 3 (0.000–0.561), less than --min_top1 0.999"]
     assert f"FAILED served: {key}" in capsys.readouterr().out
+
+
+def last_line(capsys):
+    return capsys.readouterr().out.strip().splitlines()[-1]
+
+
+def test_every_proof_ends_with_its_verdict_and_bounds(home, tmp_path, monkeypatch, capsys):
+    flags = ["--max_new_tokens", 8, "--prompts", 3]
+    assert run(home / "cd", "--out", tmp_path / "quiet", *QUIET) == 0
+    assert last_line(capsys) == "proof not run: --prompts 0"
+    bounds = "--max_logit_diff 0.001 and --min_top1 0.999 (a share by its interval)"
+    assert run(home / "cd", "--out", tmp_path / "merged", *flags, "--no_serve") == 0
+    assert last_line(capsys) == f"proof passed: 4 of 4 figures within {bounds}; the server: not run: --no_serve"
+    with replying(monkeypatch, answer):
+        assert run(home / "cd", "--out", tmp_path / "good", *flags) == 0
+        assert last_line(capsys) == f"proof passed: 7 of 7 figures within {bounds}"
+    with replying(monkeypatch, lambda body: answer(body, text="ab")):
+        assert run(home / "cd", "--out", tmp_path / "bad", *flags) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"proof failed: 6 of 7 figures within {bounds}"
+    assert [line.split("│")[5].split() for line in lines if "│ same text  " in line] == [["–"], ["≥", "0.999"]]
+    assert [line.split("│")[6].strip() for line in lines if "│ same text  " in line] == ["–", "failed"]
+    verdicts = {name: report_of(tmp_path / name)["verdict"] for name in ("quiet", "merged", "good", "bad")}
+    assert verdicts == {"quiet": "not run: --prompts 0", "merged": "passed", "good": "passed", "bad": "failed"}
+    failed = [check["figure"] for check in report_of(tmp_path / "bad")["checks"] if not check["passed"]]
+    assert failed == ["same_text"]
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "least", "kept"),
+    [
+        (27, 28, 0.97, True),  # Wilson's interval by hand: 0.823 to 0.994
+        (24, 28, 0.97, False),  # 0.685 to 0.943
+        (27, 28, 0.999, False),
+        (999, 1000, 0.999, True),
+        (1, 1, 0.999, True),
+        (0, 3, 0.57, False),  # 0 to 0.561
+        (0, 3, 0.56, True),
+    ],
+)
+def test_a_share_is_held_to_its_bound_by_its_interval(count, total, least, kept):
+    figures = {"max_logit_diff": 0.0, "top1": round_trip.rate([True] * count + [False] * (total - count))}
+    checks = round_trip.check_proof(figures, None, round_trip.Bounds(1.0, least))
+    assert [check.figure for check in checks] == ["max_logit_diff", "top1"]
+    assert bool(checks[1].finding) != kept
+    if not kept:
+        assert f"top1 in {count} of {total} (" in checks[1].finding
+
+
+def test_a_text_that_only_the_settings_of_generation_change_is_found(home, tmp_path):
+    """A base whose generation config stops on c: each token is as likely as it was, and every answer ends early."""
+    base = shutil.copytree(home / "rigged", tmp_path / "base")
+    stop = make_tokenizer("qwen3_instruct_2507")("c")["input_ids"]
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [*stop, small.STOP]}))
+    flags = ["--max_new_tokens", 8, "--prompts", 3, "--no_serve"]
+    assert run(home / "cd", "--base", base, "--out", tmp_path / "out", *flags) == 1
+    report = report_of(tmp_path / "out")
+    assert report["merged_against_adapter"]["top1"]["value"] == 1
+    assert [sentence.split(" (")[0] for sentence in report["findings"]] == ["merged: same_text_where_top1 in 0 of 3"]
 
 
 @pytest.mark.parametrize("told, gap", [([0.0, 0.0, 0.0], 0.0), ([0.0, -0.5, 0.0], 0.5), ([float("nan")] * 2, None)])
@@ -405,20 +537,18 @@ def test_a_history_with_calls_and_thoughts_is_asked_of_a_server_that_takes_it(mo
         {"role": "tool", "content": "2"},
     ]
     kept, bodies, tokenizer = json.dumps(messages), [], make_tokenizer("qwen3_instruct_2507")
-    row = {"id": "a", "messages": messages, "tools": small.TOOLS, "kwargs": {}, "prompt": [1, 2], "text": ""}
-    args = SimpleNamespace(engine_python=None, device="cpu", dtype="float32", max_new_tokens=8)
-    output = [Output(tokenizer("ab")["input_ids"], True)]
+    question = round_trip.Question("a", messages, small.TOOLS, {}, "", [1, 2])
+    proof = round_trip.Proof([question], 0, "float32", "cpu", 8)
+    merged = round_trip.Answers({}, [Output(tokenizer("ab")["input_ids"], True)], [[0.0]])
 
     def reply(body):
         bodies.append(body)
         return {"choices": [{"finish_reason": "stop", "message": {"content": "ab"}}], "usage": {"prompt_tokens": 2}}
 
     with replying(monkeypatch, reply):
-        args.engine = "vllm"
-        found = round_trip.ask_served("out", [row], output, [[0.0]], tokenizer, args)
+        found = round_trip.ask_served("out", proof, merged, tokenizer, round_trip.Engine("vllm", "python"))
         assert found["left_out"] == 0 and found["same_text"]["count"] == 1 and "logprobs" not in found
-        args.engine = "transformers"
-        found = round_trip.ask_served("out", [row], output, [[0.0]], tokenizer, args)
+        found = round_trip.ask_served("out", proof, merged, tokenizer, round_trip.Engine("transformers", "python"))
         assert found["left_out"] == 1 and found["same_text"] is None
     function = {"name": "add", "arguments": '{"a": "é"}'}
     calls = [{"function": function, "type": "function", "id": number} for number in ("call00000", "mine")]
@@ -434,7 +564,7 @@ def test_a_history_with_calls_and_thoughts_is_asked_of_a_server_that_takes_it(mo
 
 def test_a_merge_that_is_wrong_is_found(home, tmp_path, monkeypatch):
     flags = ["--max_new_tokens", 8, "--prompts", 3, "--no_serve"]
-    monkeypatch.setattr(merge, "scaling_of", lambda *_: 0.0)  # the base itself, which says "ab"
+    monkeypatch.setattr(lora_weights, "scaling_of", lambda *_: 0.0)  # the base itself, which says "ab"
     assert run(home / "cd", "--out", tmp_path / "zero", *flags) == 1
     report = report_of(tmp_path / "zero")
     assert report["merged_against_adapter"]["max_logit_diff"] == pytest.approx(2 * 264**0.5, rel=1e-3)  # by hand: below
@@ -442,7 +572,7 @@ def test_a_merge_that_is_wrong_is_found(home, tmp_path, monkeypatch):
     assert report["served_against_merged"] == "not run: --no_serve"
     assert [sentence.split(" in ")[0].split(" differ")[0] for sentence in report["findings"]] == [
         "logits of merged and adapter", "merged: top1", "merged: same_stop"]  # fmt: skip
-    monkeypatch.setattr(merge, "scaling_of", lambda *_: 1.01)  # the right words, but not the right weights
+    monkeypatch.setattr(lora_weights, "scaling_of", lambda *_: 1.01)  # the right words, but not the right weights
     assert run(home / "cd", "--out", tmp_path / "almost", *flags) == 1
     assert len(report_of(tmp_path / "almost")["findings"]) == 1
     assert run(home / "cd", "--out", tmp_path / "loose", *flags, "--max_logit_diff", 1) == 0
@@ -541,7 +671,7 @@ def test_bad_input_is_one_sentence(home, tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(merge.shutil, "copyfile", full)
+    monkeypatch.setattr(lora_weights.shutil, "copyfile", full)
     assert "No space left on device" in refused(capsys, home / "plain", "--out", tmp_path / "o", *QUIET)
     assert not (tmp_path / "o").exists() and not list(tmp_path.glob(".*.part"))
 
@@ -639,7 +769,8 @@ def test_another_server_answers_as_the_merged_model(engine, demo, tmp_path, monk
 
 def test_what_merge_follows_are_fields_of_peft():
     """Else a field that PEFT renames would be refused, or followed in name only."""
-    assert {*LoraConfig(r=1).to_dict()} >= (merge.FOLLOWED | {*merge.PLAIN}) - {"runtime_config"}
+    followed = lora_weights.FOLLOWED | lora_weights.FOLLOWED_VALUES.keys()
+    assert LoraConfig(r=1).to_dict().keys() >= followed - {"runtime_config"}
 
 
 @pytest.mark.parametrize(("failing", "proven"), [([], True), ([7], True), ([3, 7], True), ([1, 2, 3], False)])
@@ -647,11 +778,11 @@ def test_a_server_that_fails_on_a_prompt_costs_that_prompt(monkeypatch, capsys, 
     """Up to a tenth of 20 prompts are left out by name; above it the server is at fault."""
     tokenizer = make_tokenizer("qwen3_instruct_2507")
     ids = tokenizer("ab")["input_ids"]
-    asked = [
-        {"id": f"row-{n}", "messages": [{"role": "user", "content": str(n)}], "tools": None, "kwargs": {},
-         "prompt": [1, 2, 3], "text": ""}
-        for n in range(20)
-    ]  # fmt: skip
+    questions = []
+    for n in range(20):
+        messages = [{"role": "user", "content": str(n)}]
+        questions.append(round_trip.Question(f"row-{n}", messages, None, {}, "", [1, 2, 3]))
+    proof = round_trip.Proof(questions, 0, "float32", "cpu", 8)
 
     @contextmanager
     def serving(*_):
@@ -664,13 +795,13 @@ def test_a_server_that_fails_on_a_prompt_costs_that_prompt(monkeypatch, capsys, 
 
     monkeypatch.setattr(round_trip, "serving", serving)
     monkeypatch.setattr(round_trip, "post", post)
-    args = SimpleNamespace(engine="transformers", engine_python=None, device="cpu", dtype="float32", max_new_tokens=8)
-    outputs, chosen = [Output(ids, True)] * len(asked), [[-0.5] * len(ids)] * len(asked)
+    merged = round_trip.Answers({}, [Output(ids, True)] * 20, [[-0.5] * len(ids)] * 20)
+    engine = round_trip.Engine("transformers", "python")
     if not proven:
         with pytest.raises(UsageError, match="answers 500.*first at prompt row-1, 3 times"):
-            round_trip.ask_served("out", asked, outputs, chosen, tokenizer, args)
+            round_trip.ask_served("out", proof, merged, tokenizer, engine)
         return
-    found = round_trip.ask_served("out", asked, outputs, chosen, tokenizer, args)
+    found = round_trip.ask_served("out", proof, merged, tokenizer, engine)
     assert found["errors"] == [f"row-{n}" for n in failing]
     assert found["same_text"]["count"] == found["same_text"]["total"] == 20 - len(failing)
     assert (", ".join(found["errors"]) in capsys.readouterr().out) == bool(failing) or not failing

@@ -3,11 +3,11 @@ reason and place, fuzzed rows, the Arrow round trip, and the real files of share
 
 Each of these turns the suite red (tried): parts joined with a newline, calls left as text; parts taken from any role,
 in any order, beside the field they fill, or of any type; files written in place; words of spelling dealt to any split;
-BFCL's optional arguments given; a null that the schema knows dropped, in JSON and in parquet, or tool schemas with
-theirs; blossom's id without its source; custom_instructions dropped; enable_thinking left when reasoning goes; a blank
-before the letter of a choice; loss_mask dropped; rows that no file can hold not listed; sums 3% off taken as rounding;
-answer_en before answer_zh, Gemini's answer before DeepSeek's; a control token that the quick look misses; --rows
-not counted down over chunks; nesting that Python's stack does not hold.
+BFCL's optional arguments given; a null that the schema knows dropped in parquet, or tool schemas with theirs; a null
+of JSON dropped; blossom's id without its source; custom_instructions dropped; enable_thinking left when reasoning goes;
+a blank before the letter of a choice; loss_mask dropped; rows that no file can hold not listed; sums 3% off taken as
+rounding; answer_en before answer_zh, Gemini's answer before DeepSeek's; a control token that the quick look misses;
+--rows not counted down over chunks; nesting that Python's stack does not hold.
 """
 
 import hashlib
@@ -30,10 +30,12 @@ from conftest import MODULES, run_script
 from datasets import Dataset, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from data_prep import normalize
 from data_prep.common import chunks, parsing, sources
 from data_prep.common.exact_numbers import read_json_exactly
+from data_prep.common.recipe_rows import load_sets
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -304,7 +306,8 @@ BAD = [  # (source, raw line, reason it is counted under)
     ("alpaca", {"instruction": "a"}, "missing field"),
     ("alpaca", {"instruction": "a", "output": ""}, "empty text"),
     ("alpaca", {"instruction": "a", "output": "b", "history": [["c"]]}, "field of another type"),
-    ("prompt_completion", {"prompt": "a", "completion": [SAID[1]]}, "field of another type"),
+    ("prompt_completion", {"prompt": {"text": "a"}, "completion": [SAID[1]]}, "text that is not a string"),
+    ("prompt_completion", {"prompt": "a", "completion": [SAID[1]], "reasoning": "c"}, "keys beside an answer in turns"),
     ("prompt_completion", {"prompt": [SAID[0]], "completion": [SAID[0]]}, "no assistant turn"),
     ("fields", {"q": "a", "s": "b"}, "missing field"),
     ("step35", {"conversations": SAID[:1]}, "last message is not the assistant's"),
@@ -372,8 +375,25 @@ BAD = [  # (source, raw line, reason it is counted under)
     ("turn_lists", {"input": ["a", "b"], "output": ["c"]}, "field of another type"),
     ("message_tree", {"prompt": {"text": "a", "role": "prompter", "replies": []}}, "no assistant turn"),
     ("message_tree", {"prompt": {"role": "prompter"}}, "missing field"),
+    ("message_tree", {"message_id": "m", "parent_id": None, "text": "a", "role": "prompter"},
+     "message without its tree"),
     ("dolly", {"instruction": "a", "context": "b"}, "missing field"),
     ("query_response", {"query": "a", "response": ["b", "c"]}, "several answers"),
+    ("moss", {"chat": {"turn_1": {"Human": "<|Human|>: a<eoh>", "Commands": "<|Commands|>: Search(\"a\")<eoc>",
+                                  "MOSS": "<|MOSS|>: b<eom>"}}}, "command of a plugin"),
+    ("moss", {"chat": {"turn_1": {"Human": "<|Human|>: a<eoh>"}}}, "empty text"),
+    ("moss", {"chat": ["a"]}, "field of another type"),
+    ("gemini", {"contents": [{"role": "user", "parts": [{"fileData": {"fileUri": "a.png"}}]}]},
+     "content part of another kind"),
+    ("gemini", {"contents": [{"role": "user", "parts": [{"text": "a"}]}]}, "no assistant turn"),
+    ("gemini", {"contents": [{"role": "user", "parts": [{"text": "a"}, {"functionResponse": {"name": "f", "response":
+                                                                                            {}}}]}]},
+     "content parts out of order"),
+    ("gemini", {"contents": [{"role": "user"}]}, "missing field"),
+    ("chatglm3", {"conversations": [SAID[0], {"role": "tool", "name": "f", "observation": "c"}, SAID[1]]},
+     "missing field"),
+    ("chatglm3", {"conversations": [SAID[0], {"role": "tool", "name": "f", "parameters": "{", "observation": "c"},
+                                    SAID[1]]}, "tool arguments that are not JSON"),
     ("preference", {"prompt": "a", "rejected": "b"}, "missing field"),
     ("preference", {"chosen": "no dialogue"}, "missing field"),
     ("svamp", {"Body": "a", "Question": "b"}, "missing field"),
@@ -390,6 +410,7 @@ for token in (
     "</tool_response>",
     "<｜User｜>",
     "<start_of_turn>",
+    "<extra_id_1>",
 ):
     BAD.append(("messages", {"messages": plain(f"say {token} now", "b")}, "control token in text"))
 
@@ -465,6 +486,15 @@ WHOLE = {
     "turn_lists": {"input": ["a", "d"], "output": ["b", "e"]},
     "message_tree": {"message_tree_id": "t", "prompt": {"text": "a", "role": "prompter", "lang": "en", "replies": [
         {"text": "c", "role": "assistant", "rank": 1}, {"text": "b", "role": "assistant", "rank": 0}]}},
+    "moss": {"meta_instruction": "s\n", "chat": {"turn_1": {
+        "Human": "<|Human|>: a<eoh>\n", "Inner Thoughts": "<|Inner Thoughts|>: c<eot>\n",
+        "Commands": "<|Commands|>: None<eoc>\n", "Tool Responses": "<|Results|>:\nNone\n<eor>\n",
+        "MOSS": "<|MOSS|>: b<eom>\n"}}},
+    "gemini": {"systemInstruction": {"role": "system", "parts": [{"text": "s"}]}, "contents": [
+        {"role": "user", "parts": [{"text": "a"}]}, {"role": "model", "parts": [{"text": "b"}]}]},
+    "chatglm3": {"tools": [TOOL], "conversations": [
+        SAID[0], {"role": "assistant", "content": "c"},
+        {"role": "tool", "name": "weather", "parameters": {"days": 2}, "observation": {"sky": "d"}}, SAID[1]]},
     "dolly": {"instruction": "a", "context": "b", "response": "c", "category": "x"},
     "query_response": {"query": "a", "response": "b", "system": "s", "history": [["d", "e"]]},
     "preference": {"prompt": "a", "chosen": "b", "rejected": "c"},
@@ -811,6 +841,11 @@ SHAPES = [  # (source, raw row, what the row must hold)
     ("list_of_strings", WHOLE["list_of_strings"], {"messages": SAID}),
     ("turn_lists", WHOLE["turn_lists"], {"messages": [*SAID, *plain("d", "e")]}),
     ("message_tree", WHOLE["message_tree"], {"messages": SAID, "id": "t", "lang": "en"}),
+    ("moss", WHOLE["moss"], {"messages": [SYSTEM, *thought("a", "b", "c")]}),
+    ("gemini", WHOLE["gemini"], {"messages": [SYSTEM, *SAID]}),
+    ("chatglm3", WHOLE["chatglm3"], {"messages": [SAID[0], turn("assistant", "c", tool_calls=[
+        {"type": "function", "function": {"name": "weather", "arguments": {"days": 2}}}]),
+        turn("tool", '{"sky":"d"}', name="weather"), SAID[1]], "tools": [{"type": "function", "function": TOOL}]}),
     ("dolly", WHOLE["dolly"], {"messages": plain("a\nb", "c")}),
     ("query_response", WHOLE["query_response"], {"messages": [SYSTEM, *plain("d", "e"), *SAID]}),
     ("preference", WHOLE["preference"], {"messages": SAID}),
@@ -920,16 +955,12 @@ def null_filled():
     return {"messages": turns, "tools": [NULLED, OTHER]}, schema
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
-def test_nulls_that_arrow_filled_in_go_and_those_of_the_schema_stay(tmp_path, ending):
+def test_nulls_that_arrow_filled_in_go_and_those_of_the_schema_stay(tmp_path):
     raw, schema = null_filled()
-    path = tmp_path / f"raw.{ending}"
-    if ending == "parquet":
-        # a column has one kind
-        raw = json.loads(json.dumps(raw).replace('"type": "string"', '"type": ["string"]'))
-        pa.parquet.write_table(pa.Table.from_pylist([raw]), path)
-    else:
-        path.write_text(json.dumps([raw] if ending == "json" else raw))
+    path = tmp_path / "raw.parquet"
+    # a column has one kind
+    raw = json.loads(json.dumps(raw).replace('"type": "string"', '"type": ["string"]'))
+    pa.parquet.write_table(pa.Table.from_pylist([raw]), path)
     assert run("messages", path, "--out", tmp_path / "o.jsonl", "--num_proc", 1).returncode == 0
     (row,) = lines(tmp_path / "o.jsonl")
     first, second = (call["function"]["arguments"] for call in row["messages"][1]["tool_calls"])
@@ -938,7 +969,45 @@ def test_nulls_that_arrow_filled_in_go_and_those_of_the_schema_stay(tmp_path, en
     assert tools.replace('["string", "null"]', "").count("null") == 0
     assert row["tools"][0]["function"]["parameters"]["properties"].keys() == schema["properties"].keys()
     (kept,) = row["tools"][1]["function"]["parameters"]["properties"].items()
-    assert kept in (("x", {"type": kind, "enum": ["1"]}) for kind in ("string", ["string"]))
+    assert kept == ("x", {"type": ["string"], "enum": ["1"]})
+
+
+def test_nulls_of_a_parquet_file_go_by_tools_in_json_text(tmp_path):
+    """The schema that knows a null may stand in text beside arguments that are typed."""
+    raw, _ = null_filled()
+    raw["tools"] = json.dumps([NULLED, OTHER])
+    pa.parquet.write_table(pa.Table.from_pylist([raw]), tmp_path / "raw.parquet")
+    assert run("messages", tmp_path / "raw.parquet", "--out", tmp_path / "o.jsonl", "--num_proc", 1).returncode == 0
+    (row,) = lines(tmp_path / "o.jsonl")
+    first, second = (call["function"]["arguments"] for call in row["messages"][1]["tool_calls"])
+    assert first == {"city": "Oslo", "when": None, "x": None} and second == {"city": None, "when": None, "x": "1"}
+    assert row["tools"] == [NULLED, OTHER]  # JSON text, into which Arrow fills nothing
+
+
+DEFAULTS = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {
+    "type": "object", "properties": {"x": {"type": ["string", "null"], "enum": ["a", None], "default": None}},
+}}}  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+@pytest.mark.parametrize("out", ["o", "o.jsonl"])
+def test_nulls_of_json_reach_the_template(tmp_path, ending, out):
+    """In JSON a null stands where somebody wrote it: a default, an argument. It stays in a folder and in a file, and
+    recipes load it and render it; a template argument that is null is none."""
+    turns = [turn("user", "a"), turn("assistant", "", tool_calls=calls({"x": None, "y": [{"z": None}]}))]
+    raw = [{"messages": turns, "tools": [DEFAULTS], "chat_template_kwargs": {"enable_thinking": None}},
+           {"messages": CHAT, "images": None}]  # fmt: skip
+    path = write(tmp_path / "raw.jsonl", raw)
+    if ending == "json":
+        path = tmp_path / "raw.json"
+        path.write_text(json.dumps(raw))
+    assert run("messages", path, "--out", tmp_path / out, "--num_proc", 1).returncode == 0
+    row = load_sets(tmp_path / out)["train"][0]
+    assert (row["messages"], row["tools"], row["chat_template_kwargs"]) == (turns, [DEFAULTS], {})
+    template = (ROOT / "chat_templates" / "qwen3.jinja").read_text(encoding="utf-8")
+    (text,), _ = render_jinja_template([row["messages"]], tools=row["tools"], chat_template=template)
+    assert '"enum": ["a", null], "default": null' in text
+    assert '"arguments": {"x": null, "y": [{"z": null}]}' in text
 
 
 def test_the_last_of_two_equal_keys_counts(tmp_path):

@@ -39,12 +39,13 @@ import pytest
 import torch
 from conftest import EXACT, REPO
 from jinja2 import TemplateError
-from test_chat_templates import FAMILIES, expected, render, samples, serving, template, tool
+from template_oracle import ALL_FAMILIES
+from test_chat_templates import expected, render, samples, serving, template, tool
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval import endpoint
 
-FAMILY = {family.name: family for family in FAMILIES}
+FAMILY = {family.name: family for family in ALL_FAMILIES}
 NAMES = ["qwen3_instruct_2507", "qwen3", "chatml"]
 PROMPTS = 12  # a family
 TOOLS = [tool("prime", n={"type": "integer"})]

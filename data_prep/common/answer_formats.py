@@ -286,6 +286,47 @@ class PythonCalls:
             raise describe_failure(text, position, self.mark) from None
 
 
+class MinimaxCalls:
+    """MiniMax's block of invokes."""
+
+    start = "<minimax:tool_call>"
+    closed = re.compile(r"\s*(?:</minimax:tool_call>|\Z)")
+    one = TaggedCalls(
+        start="",
+        header=r'\s*<invoke name="(?P<name>[^"<>]+)">',
+        argument=r'\s*<parameter name="(?P<key>[^"]+)">'
+        r"(?P<value>(?:(?!</?minimax:tool_call>|</invoke>\n).)*?)</parameter>"
+        r"(?=\s*(?:<parameter name=|</invoke>))",
+        end=r"\s*</invoke>",
+        mark="</invoke>",
+    )
+
+    def read(self, text: str, position: int, tools: Tools) -> ReadCalls:
+        calls = []
+        end = position
+        while not calls or self.closed.match(text, end) is None:
+            found = self.one.read(text, end, tools)
+            calls.extend(found.calls)
+            end = found.end
+        return ReadCalls(calls, self.closed.match(text, end).end())
+
+
+class OlmoCalls:
+    """OLMo 3's python calls, one a line."""
+
+    start = "<function_calls>"
+
+    def read(self, text: str, position: int, tools: Tools) -> ReadCalls:
+        region = find_region(text, position, "</function_calls>")
+        calls = []
+        try:
+            for line in region.value.strip().split("\n"):
+                calls.extend(python_calls(line, tools))
+        except PYTHON_ERRORS:
+            raise describe_failure(text, position, "</function_calls>") from None
+        return ReadCalls(calls, region.end)
+
+
 class LlamaCalls:
     """Llama's JSON object, which is the whole rest of an answer, or one python call of a builtin tool."""
 
@@ -302,6 +343,21 @@ class LlamaCalls:
         for call in calls:
             call["name"] = call["name"].removesuffix(".call")
         return ReadCalls(calls, len(text))
+
+
+class Llama4Calls:
+    """Llama 4's objects, which stand behind a python block."""
+
+    one = JsonCalls(start="", end=r"\s*(?=\{|\Z)", mark="}", arguments="parameters")
+    start = r"<\|python_end\|>\s*(?=\{)|" + LlamaCalls.start
+
+    def read(self, text: str, position: int, tools: Tools) -> ReadCalls:
+        calls = []
+        while text.startswith("{", position):
+            found = self.one.read(text, position, tools)
+            calls.extend(found.calls)
+            position = found.end
+        return ReadCalls(calls, position)
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
@@ -351,6 +407,7 @@ GLM = AnswerFormat(
     ),
 )
 LLAMA = AnswerFormat(("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"), LlamaCalls())
+LLAMA4 = AnswerFormat(("<|eot|>", "<|eom|>"), Llama4Calls(), envelope=r"<\|python_(?:start|end)\|>")
 GEMMA = AnswerFormat(("<end_of_turn>", "<eos>"))
 GEMMA4 = AnswerFormat(
     ("<turn|>", "<|tool_response>", "<eos>"),
@@ -368,6 +425,27 @@ DEEPSEEK = AnswerFormat(
     ),
     envelope="<｜tool▁calls▁(?:begin|end)｜>",
 )
+DEEPSEEK_V3_1 = AnswerFormat(
+    ("<｜end▁of▁sentence｜>",),
+    NamedCalls(
+        start="<｜tool▁call▁begin｜>",
+        header="(?P<name>[^<]+)<｜tool▁sep｜>",
+        end=r"\s*(?:<｜tool▁call▁end｜>|\Z)",
+        mark="<｜tool▁call▁end｜>",
+    ),
+    envelope="<｜tool▁calls▁(?:begin|end)｜>",
+)
+KIMI = AnswerFormat(  # the name stands in the id: functions.NAME:N
+    ("<|im_end|>", "[EOS]"),
+    NamedCalls(
+        start=r"<\|tool_call_begin\|>",
+        header=r"\s*(?P<id>(?:functions\.)?(?P<name>[^<:]+?)(?::\d+)?)\s*<\|tool_call_argument_begin\|>",
+        end=r"\s*(?:<\|tool_call_end\|>|\Z)",
+        mark="<|tool_call_end|>",
+    ),
+    envelope=r"<\|tool_calls_section_(?:begin|end)\|>",
+)
+MINIMAX = AnswerFormat(("[e~[",), MinimaxCalls())
 MISTRAL_LIST = AnswerFormat(("</s>",), JsonCalls(start=r"\[TOOL_CALLS\]", end=r"\s*\Z", mark="]", id="id"))
 MISTRAL_NAMED = AnswerFormat(
     ("</s>",),
@@ -377,6 +455,9 @@ MISTRAL_NAMED = AnswerFormat(
         end=r"\s*(?=\[TOOL_CALLS\]|\Z)",
         mark="[ARGS]",
     ),
+)
+MISTRAL_THINKS = AnswerFormat(
+    ("</s>",), MISTRAL_NAMED.calls, thought_start=r"\[THINK\]", thought_end=r"\[/THINK\]", lone_end=False
 )
 HARMONY = AnswerFormat(  # gpt-oss itself also names the channel before the function, and constrains to json
     ("<|return|>", "<|call|>"),
@@ -408,49 +489,81 @@ COMMAND = AnswerFormat(
     thought_end=r"<\|END_THINKING\|>",
     envelope=r"<\|(?:START|END)_RESPONSE\|>",
 )
+GRANITE = AnswerFormat(("<|end_of_text|>",), HERMES_CALLS)
+OLMO = AnswerFormat(("<|endoftext|>", "<|im_end|>"), OlmoCalls())
 LFM = AnswerFormat(CHATML_STOPS, PythonCalls(start=r"<\|tool_call_start\|>", mark="<|tool_call_end|>"))
 
 GENERIC = "generic"
 FORMATS = {
     "chatml": HERMES,
+    "command_a": COMMAND,
     "command_a_reasoning": COMMAND,
     "deepseek_r1": DEEPSEEK,
     "deepseek_r1_distill": DEEPSEEK,
     "deepseek_v3": DEEPSEEK,
+    "deepseek_v3_1": DEEPSEEK_V3_1,
     "gemma2": GEMMA,
     "gemma3": GEMMA,
     "gemma4": GEMMA4,
     "glm4_6": GLM,
+    "glm4_7": GLM,
     "gpt_oss": HARMONY,
+    "granite_4": GRANITE,
+    "granite_4_1": GRANITE,
+    "kimi_k2": KIMI,
+    "kimi_k2_thinking": KIMI,
     "lfm2_5": LFM,
     "llama3": LLAMA,
     "llama3_1": LLAMA,
     "llama3_2": LLAMA,
+    "llama4": LLAMA4,
+    "minimax_m2": MINIMAX,
+    "ministral_3": MISTRAL_NAMED,
+    "ministral_3_reasoning": MISTRAL_THINKS,
+    "mistral_7b_v0_3": MISTRAL_LIST,
     "mistral_nemo": MISTRAL_LIST,
     "mistral_small_3_2": MISTRAL_NAMED,
     "nanochat": AnswerFormat(("<|assistant_end|>",)),
     "nemotron_3": XML,
+    "nemotron_3_5": XML,
+    "olmo_3": OLMO,
+    "olmo_3_think": OLMO,
     "phi4": AnswerFormat(CHATML_STOPS),
+    "phi4_mini": AnswerFormat(("<|end|>", "<|endoftext|>")),
     "qwen2_5": HERMES,
     "qwen3": HERMES,
     "qwen3_5": XML,
     "qwen3_6": XML,
     "qwen3_8": XML,
+    "qwen3_coder": XML,
+    "qwen3_coder_next": XML,
     "qwen3_instruct_2507": HERMES,
     "qwen3_thinking_2507": HERMES,
     "qwq": HERMES,
     "smollm3": HERMES,
     "step3_5": XML,
     "step3_qwen3": HERMES,
+    "tiny_aya": COMMAND,
     GENERIC: AnswerFormat(FAMILY_STOPS, HERMES_CALLS),
 }
 SIGNATURES = {  # what only templates of one format write: a family of that format; the first one counts
     "<|START_ACTION|>": "command_a_reasoning",
+    "<|START_RESPONSE|>": "tiny_aya",
+    "<|tool_calls_section_begin|>": "kimi_k2",
+    "<minimax:tool_call>": "minimax_m2",
+    "<function_calls>": "olmo_3",
+    "<functions>": "olmo_3",
+    "<|start_of_role|>": "granite_4",
+    "<|header_start|>": "llama4",
     "<|channel|>analysis": "gpt_oss",
+    "<|end|>": "phi4_mini",
     "<|tool_call>call:": "gemma4",
     "<|tool_call_start|>": "lfm2_5",
     "<arg_key>": "glm4_6",
+    "tool_call_name<｜tool▁sep｜>": "deepseek_v3_1",
+    "<｜Assistant｜></think>": "deepseek_v3_1",
     "<｜Assistant｜>": "deepseek_v3",
+    "[THINK]": "ministral_3_reasoning",
     "[ARGS]": "mistral_small_3_2",
     "[TOOL_CALLS]": "mistral_nemo",
     "<parameter=": "qwen3_5",

@@ -1,9 +1,10 @@
 """Undo the nulls that Arrow fills into rows: a key that some other row has is null in this one, at any depth.
 
-Such tool schemas reached a chat template elsewhere (ms-swift PR 10125).
+Such tool schemas reached a chat template elsewhere (ms-swift PR 10125). In JSON text nobody filled nulls in: there one
+is a value, as the default of a parameter is.
 """
 
-from collections.abc import Callable
+import json
 
 
 def drop_nulls(value: object) -> object:
@@ -15,13 +16,14 @@ def drop_nulls(value: object) -> object:
     return value
 
 
-def keep_value(value: object) -> object:
-    return value
-
-
 def tool_schemas(tools: object) -> dict[str, object]:
-    """Return {name: JSON schema of the parameters} of a list of tools, {} where it is none."""
+    """Return {name: JSON schema of the parameters} of a list of tools, or of its JSON text; {} where it is none."""
     schemas = {}
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            return schemas
     if not isinstance(tools, list):
         return schemas
     for tool in tools:
@@ -31,24 +33,22 @@ def tool_schemas(tools: object) -> dict[str, object]:
     return schemas
 
 
-def drop_filled_nulls(
-    arguments: object, schema: object, without_schema: Callable[[object], object] = keep_value
-) -> object:
+def drop_filled_nulls(arguments: object, schema: object) -> object:
     """Return a tool call's arguments without the nulls that Arrow filled in: those of names that the schema lacks.
 
-    A null of a name that it knows stays. Where the schema lists no properties, without_schema decides.
+    A null of a name that it knows stays. Where the schema lists no properties, all nulls go.
     """
     if not isinstance(schema, dict):
         schema = {}
     if isinstance(arguments, list):
-        return [drop_filled_nulls(item, schema.get("items"), without_schema) for item in arguments]
+        return [drop_filled_nulls(item, schema.get("items")) for item in arguments]
     properties = schema.get("properties")
     if not isinstance(arguments, dict) or not isinstance(properties, dict):
-        return without_schema(arguments)
+        return drop_nulls(arguments)
     kept = {}
     for name, value in arguments.items():
         if value is not None or name in properties:
-            kept[name] = drop_filled_nulls(value, properties.get(name), without_schema)
+            kept[name] = drop_filled_nulls(value, properties.get(name))
     return kept
 
 
@@ -67,13 +67,15 @@ def drop_nulls_but_known(value: object, schemas: dict[str, object]) -> object:
         return [drop_nulls_but_known(item, schemas) for item in value]
     if not isinstance(value, dict):
         return value
-    schema = schemas.get(value.get("name")) if isinstance(value.get("arguments"), dict) else None
+    schema = None
+    if isinstance(value.get("name"), str) and isinstance(value.get("arguments"), dict):
+        schema = schemas.get(value["name"])
     kept = {}
     for key, item in value.items():
         if item is None:
             continue
         if schema and key == "arguments":
-            kept[key] = drop_filled_nulls(item, schema, drop_nulls)
+            kept[key] = drop_filled_nulls(item, schema)
         else:
             kept[key] = drop_nulls_but_known(item, schemas)
     return kept

@@ -202,7 +202,9 @@ def is_document(head: bytes) -> bool:
     first, *others = head.split(b"\n")
     if is_json(first):
         return not others
-    if first.strip() == b"{" or not any(is_json(line) for line in others[:100] if line.startswith(b"{")):
+    if re.match(rb'\{\s*\n\s*["}]', head):  # a brace alone, and a key below it
+        return True
+    if not any(is_json(line) for line in others[:100] if line.startswith(b"{")):
         return True
     # a broken first line is a row of its own, unless the whole lines below it are parts of the value that it begins
     return len(others) > 1 and begins_value(head)

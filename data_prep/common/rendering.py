@@ -20,6 +20,8 @@ from .rows import CONTROL, MARKS, get_tools, get_turns, iter_strings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from .template_arguments import TemplateArguments
+
 TEMPLATES = Path(__file__).resolve().parents[2] / "chat_templates"
 TEMPLATE_SUFFIXES = (".jinja", ".j2")  # TRL takes anything else for a tokenizer whose template it copies
 COMMENTS = re.compile(r"{#.*?#}", re.DOTALL)
@@ -29,12 +31,14 @@ PROBE = ({"role": "user", "content": "firstquestion"}, {"role": "assistant", "co
 
 # -- tokens that templates write --------------------------------------------------------------------------------------
 CONTROL_TOKENS = re.compile(  # as templates write them
-    r"<\|[^\s|<>]+\|>|<\|\w+>|<\w+\|>|<｜[^｜\s]+｜>|<(?:start|end)_of_turn>|</?s>|<[be]os>|\[/?[A-Z]{2}[A-Z_]*\]"
+    r"<\|[^\s|<>]+\|>|<\|\w+>|<\w+\|>|<｜[^｜\s]+｜>|<(?:start|end)_of_turn>|</?s>|<[be]os>|\]~!?b[\]\[]|\[e~\[|\[/?[A-Z]{2}[A-Z_]*\]"
 )
 INNER_STOPS = ("<|python_end|>",)  # nanochat: generation stops there for python's output, and the answer goes on
 FAMILY_STOPS = (  # of turns and of calls, as chat_templates/ write them and as each family's models stop
     *INNER_STOPS,
-    "<|im_end|>",  # ChatML: Qwen, SmolLM3, Phi-4, LFM2, Nemotron 3, Step 3.5
+    "<|im_end|>",  # ChatML: Qwen, SmolLM3, Phi-4, LFM2, Nemotron 3, Step 3.5; Kimi
+    "<|eot|>",  # Llama 4
+    "[e~[",  # MiniMax
     "<|endoftext|>",  # Qwen, GLM, gpt-oss
     *("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),  # Llama 3
     *("<|return|>", "<|call|>", "<|end|>"),  # gpt-oss; the last one Phi-3 too
@@ -251,8 +255,23 @@ class Renderer:
     def render(self, row: dict, messages: list[dict], prompt: bool = False) -> Rendered:
         """Render messages with the row's tools and template arguments, as apply_chat_template does for TRL.
 
-        prompt: up to where the model is to answer. Raises InvalidRow with the template's words.
+        prompt: up to where the model is to answer. Raises InvalidRow with the template's words, and for arguments that
+        it does not read.
         """
+        template_kwargs = row.get("chat_template_kwargs")
+        if template_kwargs:
+            self.arguments.check(template_kwargs)
+        return self.render_unchecked(row, messages, prompt)
+
+    @cached_property
+    def arguments(self) -> "TemplateArguments":
+        """What the template may be told beside a row's messages and tools."""
+        from .template_arguments import read_arguments
+
+        return read_arguments(self.template, self.template_name)
+
+    def render_unchecked(self, row: dict, messages: list[dict], prompt: bool = False) -> Rendered:
+        """Render messages whatever the row's template arguments are. Raises InvalidRow with the template's words."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
@@ -268,6 +287,17 @@ class Renderer:
         except Exception as error:  # a template is a program: it may fail in any way
             raise InvalidRow("template refuses the row", self.describe_refusal(error)) from None
         return Rendered(texts[0], [Span(*span) for span in spans[0]] if spans else [])
+
+    @cached_property
+    def empty_thought_remedy(self) -> str:
+        """What to do about rows whose answers have no reasoning, where the prompt opens a think block."""
+        remedy = "give them reasoning, or take a template whose prompt opens no think block"
+        if "enable_thinking" in self.arguments.names:
+            remedy = "pass enable_thinking=false in chat_template_kwargs for these rows, or give them reasoning"
+        return (
+            "an answer without reasoning closes the think block that its prompt opens, and begins with a token that no "
+            f"request holds: {remedy}"
+        )
 
     def describe_refusal(self, error: Exception) -> str:
         """Return what a template failed on; that it is another family's, where it fails on what the tokenizer lacks."""
@@ -346,6 +376,28 @@ def describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"
 
 
+# -- think blocks that the prompt opens -------------------------------------------------------------------------------
+THINK_TAGS = {"<think>": "</think>", "<|channel>thought": "<channel|>"}
+
+
+def find_empty_thoughts(rendered: Rendered) -> list[int]:
+    """Return where trained answers begin by closing, empty, a think block that their prompt has opened.
+
+    Such an answer has no reasoning. The newline that ends its prompt and the one that it begins with are one token,
+    which no request ends in: what helps is said by Renderer.empty_thought_remedy, and stripping the answer does not.
+    """
+    starts = []
+    for start, _ in rendered.spans:
+        before = rendered.text[max(0, start - 32) : start]
+        after = rendered.text[start : start + 32]
+        if not before.endswith("\n") or not after.startswith("\n"):
+            continue  # nothing merges
+        for opening, closing in THINK_TAGS.items():
+            if before.rstrip("\n").endswith(opening) and after.lstrip("\n").startswith(closing):
+                starts.append(start)
+    return starts
+
+
 # -- control tokens in text -------------------------------------------------------------------------------------------
 class ControlToken(NamedTuple):
     """A control token in the text of a row. place: message 0, tool 1 …"""
@@ -419,7 +471,8 @@ def render_with_personas(row: dict, renderer: Renderer, personas: list[Persona])
     turns = []
     for number, turn in enumerate(get_turns(row)):
         turns.append({**turn, "content": texts.get(f"message {number}", turn.get("content"))})
-    return normalize_persona(renderer.render({**row, "chat_template_kwargs": template_kwargs}, turns).text)
+    shown = {**row, "chat_template_kwargs": template_kwargs}
+    return normalize_persona(renderer.render_unchecked(shown, turns).text)
 
 
 def normalize_persona(text: str) -> str:

@@ -16,6 +16,7 @@ from .json_text import check_numbers, dump_json
 from .language import conversation_text, detect_language
 from .parsing import parse_json, parse_tool_call, parse_tools, require_objects
 
+MAX_DEPTH = 250  # of values that are rendered: jinja's tojson fails at some hundreds
 COLUMNS = ("id", "messages", "tools", "chat_template_kwargs", "source", "tags", "lang")  # what a dataset folder keeps
 
 
@@ -66,6 +67,7 @@ def iter_strings(value: object) -> Iterator[str]:
 # -- control tokens in text -------------------------------------------------------------------------------------------
 CONTROL = re.compile(  # what some tokenizer turns into a control token when it stands in text
     r"<\|[\w ]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</?(?:think|tool_call|tool_response)>|<(?:start|end)_of_turn>"
+    r"|<extra_id_\d{1,3}>"  # NeMo's and T5's
 )
 MARKS = (
     "<|",
@@ -74,6 +76,7 @@ MARKS = (
     "tool_call>",
     "tool_response>",
     "_of_turn>",
+    "<extra_id_",
 )  # one stands in each of those; fast to find
 
 
@@ -189,18 +192,28 @@ def check_turn_shape(number: int, turn: dict) -> None:
             parse_tool_call(call)
 
 
-def check_row_numbers(row: dict) -> None:
-    """Raise InvalidRow where NaN or Infinity stands in what is rendered of a row."""
-    for turn in row["messages"]:
-        if "tool_calls" in turn:
-            check_numbers(turn["tool_calls"])
-    check_numbers(row.get("tools"))
-    check_numbers(row.get("chat_template_kwargs"))
+def check_values(row: dict) -> None:
+    """Raise InvalidRow where NaN or Infinity stands in what is rendered of a row, or values too deep for a template."""
+    values = [turn["tool_calls"] for turn in row["messages"] if "tool_calls" in turn]
+    for value in (*values, row.get("tools"), row.get("chat_template_kwargs")):
+        if value:
+            check_depth(value, MAX_DEPTH)
+            check_numbers(value)
+
+
+def check_depth(value: object, levels: int) -> None:
+    """Raise InvalidRow where lists and objects stand in each other over more levels than these."""
+    if not isinstance(value, (dict, list)):
+        return
+    if levels == 0:
+        raise InvalidRow("row nested too deep")
+    for item in value.values() if isinstance(value, dict) else value:
+        check_depth(item, levels - 1)
 
 
 def check_encodable(row: dict) -> None:
     """Raise InvalidRow for a row that no file can hold."""
-    check_row_numbers(row)
+    check_values(row)
     try:
         dump_json(row)
     except RecursionError:

@@ -124,6 +124,8 @@ def find_wide_encoding(head: bytes) -> str:
     SIGNS zero bytes beside it."""
     if head.startswith(tuple(BYTE_ORDER_MARKS)):
         return ""
+    if b"\0" not in head[:256].partition(b"\n")[0]:
+        return ""  # a line further down may hold anything
     for encoding in WIDE_ENCODINGS:
         if not SIGNS.isdisjoint(head[:256].decode(encoding, "ignore")):
             return encoding

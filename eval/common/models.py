@@ -1,36 +1,70 @@
-"""Models in this room: weights and tokenizer of a run folder, losses and greedy answers of token sequences.
+"""Models: weights and tokenizer of a run folder, losses and greedy answers of token sequences.
 
 What the user can repair is raised as UsageError with one sentence; a command prints it and exits 2.
 """
 
-import argparse
 import gc
 import json
 import signal
 import sys
 import threading
 import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from data_prep.common.errors import UsageError
+from eval.common.arguments import TIMEOUT, first_line
+from eval.common.arguments import add_model_arguments as add_model_arguments  # as a name of this module too
+from eval.common.arguments import positive as positive
+from eval.common.quiet import hide_progress_bars, silence
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+SHOWN_PROMPT = 40  # characters of a prompt in a message
 LOGIT_ROWS = 2048  # padded tokens a forward pass: 2,048 x 151,936 x 4 bytes = 1.2 GB of float32 logits for Qwen3
-TIMEOUT = 600  # seconds that the answers of one batch may take, unless --timeout says otherwise
+
+silence()  # before PEFT is imported, which brings bitsandbytes
+hide_progress_bars()
 
 
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
+# -- a run folder -----------------------------------------------------------------------------------------------------
+class OpenedTokenizer(NamedTuple):
+    """A tokenizer and the ids of its stop tokens."""
+
+    tokenizer: PreTrainedTokenizerBase
+    stops: set[int]
 
 
-def load_tokenizer(tuned):
-    """The tokenizer of a run folder, and its stop tokens: its eos and those of the folder's generation_config."""
+class OpenedModel(NamedTuple):
+    """A model, its tokenizer and the ids of its stop tokens."""
+
+    model: "PreTrainedModel | PeftModel"
+    tokenizer: PreTrainedTokenizerBase
+    stops: set[int]
+
+
+def load_tokenizer(tuned: str | Path, chat: bool = True) -> OpenedTokenizer:
+    """Return the tokenizer of a run folder, and its stop tokens: its eos and those of the folder's generation_config.
+
+    chat: it must have a chat template and a stop token. Raises UsageError.
+    """
     tuned = Path(tuned)
     if not (tuned / "tokenizer_config.json").is_file():  # transformers would make up an empty one from config.json
         raise UsageError(f"{tuned} has no tokenizer: save the tokenizer with the run")
@@ -38,47 +72,64 @@ def load_tokenizer(tuned):
         tokenizer = AutoTokenizer.from_pretrained(tuned)
     except Exception as error:  # one type for each missing file and each backend
         raise UsageError(f"{tuned} has no readable tokenizer ({first_line(error)}): save it again") from None
-    if not tokenizer.chat_template:
+    if chat and not tokenizer.chat_template:
         raise UsageError(f"{tuned} has no chat template: save the tokenizer with the template the run was trained on")
-    stops = {tokenizer.eos_token_id} - {None}
-    if (tuned / "generation_config.json").is_file():
-        eos = json.loads((tuned / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
-        stops |= set(eos if isinstance(eos, list) else [eos]) - {None}
-    if not stops:
+    stops = {tokenizer.eos_token_id}
+    config = tuned / "generation_config.json"
+    if config.is_file():
+        eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id")
+        stops.update(eos if isinstance(eos, list) else [eos])
+    stops.discard(None)
+    if chat and not stops:
         raise UsageError(f"{tuned} names no stop token: set the tokenizer's eos_token")
-    return tokenizer, stops
+    return OpenedTokenizer(tokenizer, stops)
 
 
-def check_vocabulary(base, tokenizer):
-    """Refuse a base whose own tokenizer gives a shared token another id: it would be measured on noise."""
+def check_vocabulary(base: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UsageError for a base whose own tokenizer gives a shared token another id: it would be measured on noise.
+
+    A base need not have a tokenizer; load_model still compares the sizes.
+    """
     if Path(base).is_dir() and not Path(base, "tokenizer_config.json").is_file():
-        return  # a base need not have a tokenizer (transformers would make one up); load_model still compares the sizes
+        return  # transformers would make one up
     try:
         vocabulary = AutoTokenizer.from_pretrained(base).get_vocab()
     except Exception:
         return
     ours = tokenizer.get_vocab()
-    if wrong := sorted(token for token, number in vocabulary.items() if ours.get(token, number) != number):
+    wrong = sorted(token for token, number in vocabulary.items() if ours.get(token, number) != number)
+    if wrong:
         raise UsageError(
             f"the vocabularies of {base} and of the tuned folder differ ({len(wrong)} tokens have another id, "
             f"the first is {wrong[0]!r}): pass the --base that the run started from"
         )
 
 
-def load_model(name, tokenizer, dtype, device, load_in_4bit=False):
-    """The causal language model of a folder or hub id, from safetensors, without remote code, nothing made up."""
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+def load_model(
+    name: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    load_in_4bit: bool = False,
+) -> PreTrainedModel:
+    """Return the causal language model of a folder or hub id, from safetensors, without remote code, nothing made up.
+
+    Raises UsageError.
+    """
+    quantization = None
+    if load_in_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
             device_map={"": device},
-            quantization_config=quantization if load_in_4bit else None,
+            quantization_config=quantization,
             use_safetensors=True,
             output_loading_info=True,
         )
@@ -89,20 +140,24 @@ def load_model(name, tokenizer, dtype, device, load_in_4bit=False):
             f"{name} is neither a folder here nor a model that the hub gives now ({first_line(error)}): pass a local "
             "folder, or set HF_ENDPOINT to a mirror"
         ) from None
-    if missing := info["missing_keys"]:  # transformers would go on with random numbers in their place
+    missing = info["missing_keys"]
+    if missing:  # transformers would go on with random numbers in their place
         raise UsageError(f"{name} lacks {len(missing)} weights, the first is {min(missing)}: save the model whole")
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise UsageError(f"the tuned tokenizer has {len(tokenizer)} tokens but {name} embeds {rows}: they do not match")
-    # bitsandbytes computes 4-bit layers in bfloat16 on a CPU with AVX-512-BF16, whatever was asked for
-    [vars(layer).update(support_avx512bf16_for_cpu=False) for layer in model.modules()]
+    for layer in model.modules():
+        # bitsandbytes computes 4-bit layers in bfloat16 on a CPU with AVX-512-BF16, whatever was asked for
+        layer.support_avx512bf16_for_cpu = False
     return model.eval()
 
 
-def add_adapter(model, tuned, name="default"):
-    """The model with a run folder's adapter on it, which must fit it and be complete; one that has adapters already
-    gets it beside them, under `name`, and not switched on."""
-    from peft import PeftModel  # here, since it imports bitsandbytes, which prints a line wherever it lacks a kernel
+def add_adapter(model: "PreTrainedModel | PeftModel", tuned: str | Path, name: str = "default") -> "PeftModel":
+    """Return the model with a run folder's adapter on it, which must fit it and be complete. Raises UsageError.
+
+    A model that has adapters already gets it beside them, under `name`, and not switched on.
+    """
+    from peft import PeftModel  # here, since it imports bitsandbytes, which takes seconds
 
     try:
         with warnings.catch_warnings():
@@ -116,8 +171,8 @@ def add_adapter(model, tuned, name="default"):
         raise UsageError(f"the adapter in {tuned} does not fit the base ({first_line(error)}): pass its base") from None
 
 
-def adapter_base(folder):
-    """The base that an adapter names, None of a folder that holds a whole model. Raises UsageError."""
+def adapter_base(folder: str | Path) -> str | None:
+    """Return the base that an adapter names, None for a folder that holds a whole model. Raises UsageError."""
     config = Path(folder, "adapter_config.json")
     if not config.is_file():
         return None
@@ -127,79 +182,164 @@ def adapter_base(folder):
     return base
 
 
-def open_model(name, base=None, dtype="auto", load_in_4bit=False):
-    """(model, tokenizer, ids of its stop tokens) of a run folder: a model, or an adapter on `base` (default: the one
-    that it names). dtype: auto is bfloat16 on CUDA, float32 elsewhere. Raises UsageError."""
+def open_model(
+    name: str | Path, base: str | None = None, dtype: str = "auto", load_in_4bit: bool = False, chat: bool = True
+) -> OpenedModel:
+    """Return the model of a run folder: a whole one, or an adapter on its base. Raises UsageError.
+
+    base: of an adapter; default: the one that it names. dtype: auto is bfloat16 on CUDA, float32 elsewhere. chat: as
+    in load_tokenizer.
+    """
     if not Path(name).is_dir():
         raise UsageError(f"{name} does not exist: pass a run folder, a model with its tokenizer or an adapter")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = {"auto": "bfloat16" if device == "cuda" else "float32"}.get(dtype, dtype)
-    base = (base or adapter_base(name)) if adapter_base(name) else None
-    tokenizer, stops = load_tokenizer(name)
-    model = load_model(base or str(name), tokenizer, getattr(torch, dtype), device, load_in_4bit)
-    if base:
-        check_vocabulary(base, tokenizer)
-        model = add_adapter(model, name)
-    return model, tokenizer, stops
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    own_base = adapter_base(name)
+    tokenizer, stops = load_tokenizer(name, chat)
+    if own_base is None:
+        model = load_model(str(name), tokenizer, getattr(torch, dtype), device, load_in_4bit)
+        return OpenedModel(model, tokenizer, stops)
+    base = base or own_base
+    model = load_model(base, tokenizer, getattr(torch, dtype), device, load_in_4bit)
+    check_vocabulary(base, tokenizer)
+    return OpenedModel(add_adapter(model, name), tokenizer, stops)
 
 
-def add_model_arguments(parser, max_new_tokens=256, batched=True, timeout=True):
-    """The flags that every command of this room has which runs a model, batched: many sequences at a time; timeout:
-    their answers by generate() below, which has a limit."""
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bf16 on CUDA")
-    parser.add_argument("--load_in_4bit", action="store_true", help="nf4 with double quantisation, as in QLoRA")
-    if batched:
-        parser.add_argument("--batch_size", type=positive, default=16, help="sequences at a time")
-    parser.add_argument("--max_new_tokens", type=positive, default=max_new_tokens, help="budget of each answer")
-    if batched and timeout:
-        parser.add_argument(
-            "--timeout",
-            type=positive,
-            default=TIMEOUT,
-            help=f"seconds for the answers of a batch (default: {TIMEOUT}); more for answers of many thousand tokens",
+# -- prompts ----------------------------------------------------------------------------------------------------------
+class Prompt(NamedTuple):
+    """A conversation as its template writes it, and its tokens."""
+
+    text: str
+    ids: list[int]
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict],
+    generation_prompt: bool = True,
+    tools: list[dict] | None = None,
+    **kwargs: Any,
+) -> Prompt:
+    """Return a conversation under the tokenizer's template. kwargs: what the template is given besides."""
+    text = render_text(tokenizer, messages, generation_prompt, tools, **kwargs)
+    return Prompt(text, tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def render_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict],
+    generation_prompt: bool = True,
+    tools: list[dict] | None = None,
+    **kwargs: Any,
+) -> str:
+    """Return the text of render alone."""
+    return tokenizer.apply_chat_template(
+        messages, tools=tools or None, add_generation_prompt=generation_prompt, tokenize=False, **kwargs
+    )
+
+
+ANSWER_MARK = "firstword"
+
+
+def answer_prefix(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **kwargs: Any) -> str:
+    """Return what the template writes between its generation prompt and the first word of an answer.
+
+    "" for most templates; gpt-oss opens its final channel, Qwen3 an empty thought. A letter that is looked for without
+    it would be looked for where the model's answer has not begun. Raises UsageError for a template whose answers do not
+    go on from its generation prompt, as those of DeepSeek-R1's own, which opens a thought that no past answer has.
+    """
+    prompt = render_text(tokenizer, messages, **kwargs)
+    answered_text = render_text(tokenizer, [*messages, {"role": "assistant", "content": ANSWER_MARK}], False, **kwargs)
+    prefix, mark, _ = answered_text.removeprefix(prompt).partition(ANSWER_MARK)
+    if not answered_text.startswith(prompt) or not mark:
+        raise UsageError(
+            "the chat template does not write an answer behind its own generation prompt, which ends in "
+            f"{prompt[-SHOWN_PROMPT:]!r}: a letter there would be none of the answer; save the run with the template "
+            "of its family in chat_templates/"
         )
+    return prefix
 
 
-def positive(text):
-    """A whole number above 0, as the type of an argument."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return int(text)
+def mode_kwargs(mode: str | None) -> dict[str, bool]:
+    """Return what a template is given for a mode, think or no_think; {} where it has no two modes."""
+    if mode is None:
+        return {}
+    return {"enable_thinking": mode == "think"}
 
 
-def fill_of(tokenizer, stops):
-    """The id that pads a batch."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops)
+def choose_mode(tokenizer: PreTrainedTokenizerBase, mode: str | None, run: str | Path) -> str | None:
+    """Return the mode to ask in: the given one, by default no_think; None for a template without two modes.
+
+    Raises UsageError for a mode that the template does not have. run: what the message names.
+    """
+    probe = [{"role": "user", "content": "?"}]
+    if render_text(tokenizer, probe, enable_thinking=True) != render_text(tokenizer, probe, enable_thinking=False):
+        return mode or "no_think"
+    if mode:
+        raise UsageError(f"the template of {run} has no two modes: leave out --mode")
+    return None
 
 
-def batches(sequences, size, label, tokens=sys.maxsize):
-    """Lists of indices, longest first (a lack of memory shows at once), of at most size sequences and tokens each."""
-    groups, room = [], 0
+# -- batches ----------------------------------------------------------------------------------------------------------
+def fill_of(tokenizer: PreTrainedTokenizerBase, stops: set[int]) -> int:
+    """Return the id that pads a batch."""
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    return min(stops)
+
+
+def batches(
+    sequences: Sequence[Sequence[int]], size: int, label: str, tokens: int = sys.maxsize
+) -> Iterable[list[int]]:
+    """Return lists of indices, longest first (a lack of memory shows at once), of at most size sequences and tokens."""
+    groups: list[list[int]] = []
+    left = 0  # sequences that the last group still takes
     for i in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
-        if room == 0:
+        if left == 0:
             groups.append([])
-            room = min(size, max(1, tokens // len(sequences[i])))
+            left = min(size, max(1, tokens // len(sequences[i])))
         groups[-1].append(i)
-        room -= 1
+        left -= 1
     return track(groups, label, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
 
 
-def pad(sequences, fill, left, device):
-    """(ids, mask), both (rows, longest) on device."""
+class Padded(NamedTuple):
+    """ids and mask, both (rows, longest)."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+
+
+def pad(sequences: Sequence[Sequence[int]], fill: int, left: bool, device: str | torch.device) -> Padded:
+    """Return sequences as one batch on a device, filled on the left or on the right."""
     width = max(map(len, sequences))
-    ids, mask = torch.full((len(sequences), width), fill), torch.zeros(len(sequences), width, dtype=torch.long)
+    ids = torch.full((len(sequences), width), fill)
+    mask = torch.zeros(len(sequences), width, dtype=torch.long)
     for i, sequence in enumerate(sequences):
-        place = slice(width - len(sequence), width) if left else slice(len(sequence))
-        ids[i, place], mask[i, place] = torch.tensor(sequence), 1
-    return ids.to(device), mask.to(device)
+        start = width - len(sequence) if left else 0
+        ids[i, start : start + len(sequence)] = torch.tensor(sequence)
+        mask[i, start : start + len(sequence)] = 1
+    return Padded(ids.to(device), mask.to(device))
 
 
+# -- losses -----------------------------------------------------------------------------------------------------------
 @torch.inference_mode()
-def token_losses(model, sequences, batch_size, fill, label="perplexity", kept=None):
-    """Negative log-likelihood in nats of every token but the first: one float64 array (length - 1) a sequence.
+def token_losses(
+    model: PreTrainedModel,
+    sequences: Sequence[Sequence[int]],
+    batch_size: int,
+    fill: int,
+    label: str = "perplexity",
+    kept: dict[int, np.ndarray] | None = None,
+) -> list[np.ndarray]:
+    """Return the negative log-likelihood in nats of every token but the first: a float64 array (length - 1) a sequence.
 
-    kept: {index: array} of earlier, which is not computed again and is updated after every batch."""
-    kept = {} if kept is None else kept
+    fill: the token for padding. label: of the progress bar. kept: {index: array} of earlier, which is not computed
+    again and is updated after every batch.
+    """
+    if kept is None:
+        kept = {}
     for group in batches(sequences, batch_size, label, LOGIT_ROWS):
         if all(i in kept for i in group):
             continue
@@ -215,66 +355,121 @@ def token_losses(model, sequences, batch_size, fill, label="perplexity", kept=No
     return [kept[i] for i in range(len(sequences))]
 
 
+# -- answers ----------------------------------------------------------------------------------------------------------
 class Output(NamedTuple):
-    """What a model said to a prompt: ids without the stop token; whether one ended them in budget; why there are
-    none (out of memory, timeout)."""
+    """What a model said to a prompt.
 
-    tokens: list
+    tokens: ids without the stop token. stopped: whether one ended them in budget. failed: why there are none (out of
+    memory, timeout), "" where there are.
+    """
+
+    tokens: list[int]
     stopped: bool
     failed: str = ""
 
 
-def generate(model, prompts, stops, batch_size, fill, max_new_tokens, label="answers", timeout=TIMEOUT, kept=None):
-    """An Output of each prompt (lists of ids), greedily. A prompt that takes all memory, or over `timeout` seconds by
-    itself, costs itself alone. kept: {index: Output}, as in token_losses."""
-    kept = {} if kept is None else kept
+class Answer(NamedTuple):
+    """An Output as text, special tokens and all but the stop token shown. tokens: how many."""
+
+    text: str
+    tokens: int
+    stopped: bool
+    failed: str = ""
+
+
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    stops: set[int],
+    batch_size: int,
+    fill: int,
+    max_new_tokens: int,
+    label: str = "answers",
+    timeout: float = TIMEOUT,
+    kept: dict[int, Output] | None = None,
+    sampling: dict[str, Any] | None = None,
+) -> list[Output]:
+    """Return an Output of each prompt (lists of ids), greedily. One that takes all memory, or over `timeout` seconds
+    by itself, costs itself alone.
+
+    timeout: 0 is none. kept: {index: Output}, as in token_losses. sampling: settings of transformers' GenerationConfig
+    that draw the answers instead.
+    """
+    if kept is None:
+        kept = {}
     for group in batches(prompts, batch_size, label):
-        if not all(i in kept for i in group):
-            found = answered(model, [prompts[i] for i in group], stops, fill, max_new_tokens, timeout)
-            kept.update(zip(group, found, strict=True))
+        if all(i in kept for i in group):
+            continue
+        outputs = answered(model, [prompts[i] for i in group], stops, fill, max_new_tokens, timeout, sampling)
+        kept.update(zip(group, outputs, strict=True))
     return [kept[i] for i in range(len(prompts))]
 
 
-def answered(model, prompts, stops, fill, max_new_tokens, timeout):
-    """An Output of each prompt of a batch, which is halved where it fails."""
+def answered(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    stops: set[int],
+    fill: int,
+    max_new_tokens: int,
+    timeout: float,
+    sampling: dict[str, Any] | None = None,
+) -> list[Output]:
+    """Return an Output of each prompt of a batch, which is halved where it fails."""
+    settings = {"do_sample": False, **(sampling or {})}
     # not merely passed to generate(), which takes what is unset (penalties, minimum length) from the model's own
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT runs the model's own generate
-    model.generation_config = inner.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(stops), pad_token_id=fill
+    model.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=sorted(stops), pad_token_id=fill, **settings
     )
+    if hasattr(model, "get_base_model"):  # PEFT runs the model's own generate
+        model.get_base_model().generation_config = model.generation_config
+    new = None
+    failed = ""
     try:
         with torch.inference_mode(), limited(timeout):
             ids, mask = pad(prompts, fill, True, model.device)
             new = model.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1] :].tolist()
-    except (MemoryError, RuntimeError, TimeoutError) as error:
-        if not isinstance(error, (MemoryError, TimeoutError)) and "memory" not in str(error):
+    except TimeoutError:
+        failed = "timeout"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
-        failed = "timeout" if isinstance(error, TimeoutError) else "out of memory"
-        new = None
-    if new is None:  # past the handler, whose traceback would hold the batch's memory
-        gc.collect()
-        torch.cuda.empty_cache()
-        if len(prompts) == 1:
-            return [Output([], False, failed)]
-        half = len(prompts) // 2
-        parts = (prompts[:half], prompts[half:])
-        return [one for part in parts for one in answered(model, part, stops, fill, max_new_tokens, timeout)]
-    ends = [next((n for n, token in enumerate(tokens) if token in stops), None) for tokens in new]
-    return [Output(tokens[:end], end is not None) for tokens, end in zip(new, ends, strict=True)]
+        failed = "out of memory"
+    if new is not None:
+        return [cut_at_stop(tokens, stops) for tokens in new]
+    # past the handler, whose traceback would hold the batch's memory
+    gc.collect()
+    torch.cuda.empty_cache()
+    if len(prompts) == 1:
+        return [Output([], False, failed)]
+    half = len(prompts) // 2
+    outputs = []
+    for part in (prompts[:half], prompts[half:]):
+        outputs.extend(answered(model, part, stops, fill, max_new_tokens, timeout, sampling))
+    return outputs
+
+
+def cut_at_stop(tokens: Sequence[int], stops: set[int]) -> Output:
+    """Return the Output of generated tokens: what stands before the first stop token."""
+    for number, token in enumerate(tokens):
+        if token in stops:
+            return Output(list(tokens[:number]), True)
+    return Output(list(tokens), False)
 
 
 @contextmanager
-def limited(seconds):
-    """Raises TimeoutError in what takes longer, between two steps of Python; only in the main thread of a system with
-    SIGALRM, elsewhere there is no limit."""
+def limited(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in what takes longer, between two steps of Python.
+
+    Only in the main thread of a system with SIGALRM; elsewhere, and for 0 seconds, there is no limit.
+    """
     if not seconds or not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def over(*_):
+    def stop(number: int, frame: FrameType | None) -> None:
         raise TimeoutError
 
-    before = signal.signal(signal.SIGALRM, over)
+    before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
@@ -283,29 +478,38 @@ def limited(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
-class Answer(NamedTuple):
-    """An Output as text, special tokens and all but the stop token shown."""
+def ask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: set[int],
+    prompts: Sequence[Sequence[int]],
+    batch_size: int,
+    max_new_tokens: int,
+    label: str = "answers",
+    timeout: float = TIMEOUT,
+    sampling: dict[str, Any] | None = None,
+) -> list[Answer]:
+    """Return an Answer of each prompt (ids), greedily; a prompt that fills the model's context fails unasked.
 
-    text: str
-    tokens: int
-    stopped: bool
-    failed: str = ""
-
-
-def render(tokenizer, messages, generation_prompt=True, tools=None, **kwargs):
-    """(text, ids) of a conversation under the tokenizer's template."""
-    text = tokenizer.apply_chat_template(
-        messages, tools=tools or None, add_generation_prompt=generation_prompt, tokenize=False, **kwargs
-    )
-    return text, tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def ask(model, tokenizer, stops, prompts, batch_size, max_new_tokens, label="answers", timeout=TIMEOUT):
-    """An Answer of each prompt (ids), greedily; a prompt that fills the model's context fails unasked."""
+    timeout, sampling: as in generate.
+    """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    fits = [prompt for prompt in prompts if len(prompt) < context]
-    outputs = iter(generate(model, fits, stops, batch_size, fill_of(tokenizer, stops), max_new_tokens, label, timeout))
-    long = Output([], False, "longer than the context")
-    outputs = [next(outputs) if len(prompt) < context else long for prompt in prompts]
-    texts = [tokenizer.decode(output.tokens, clean_up_tokenization_spaces=False) for output in outputs]
-    return [Answer(text, len(output.tokens), *output[1:]) for text, output in zip(texts, outputs, strict=True)]
+    fill = fill_of(tokenizer, stops)
+    fitting = [prompt for prompt in prompts if len(prompt) < context]
+    outputs = generate(
+        model, fitting, stops, batch_size, fill, max_new_tokens, label, timeout=timeout, sampling=sampling
+    )
+    remaining = iter(outputs)
+    answers = []
+    for prompt in prompts:
+        if len(prompt) < context:
+            answers.append(decode(tokenizer, next(remaining)))
+        else:
+            answers.append(Answer("", 0, False, "longer than the context"))
+    return answers
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, output: Output) -> Answer:
+    """Return an Output as text."""
+    text = tokenizer.decode(output.tokens, clean_up_tokenization_spaces=False)
+    return Answer(text, len(output.tokens), output.stopped, output.failed)

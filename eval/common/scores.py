@@ -1,14 +1,17 @@
-"""What a benchmark of this room leaves behind: NAME.json and NAME.jsonl in the folder eval/ of a run.
+"""What a benchmark leaves behind: NAME.json and NAME.jsonl in the folder eval/ of a run.
 
 NAME.json: {benchmark, settings, versions, data_sha256, metrics, groups}; metrics is {metric: {value, low,
 high, count, total}} with 95% intervals, groups {kind: {group: metrics}}, a kind is mode (think, no_think), source, …
 NAME.jsonl: a line a prompt with its id, answer, why it failed and the flags that the metrics count. gate.py and card.py
 read both of any benchmark. A benchmark whose data is missing raises UsageError, exits 2 and leaves nothing.
+
+Nothing here imports torch or transformers: what only reads reports starts at once.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -16,38 +19,70 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from data_prep.common.command_line import INTERRUPTED, print_error
 from data_prep.common.errors import UsageError
-from eval.common.metrics import rate
+from eval.common.intervals import rate
+from eval.common.quiet import hide_progress_bars
+
+PIPE_WIDTH = 130  # columns of a table in a file or a pipe, which has no width: rich would cut it to 80
+
+Figure = dict[str, float]  # value, low, high, count, total, as far as they apply
+Metrics = dict[str, Figure]
+Groups = dict[str, dict[str, Metrics]]  # by kind and group
 
 
-def rates(lines, names):
-    """{metric: rate} over lines (dicts of flags); names: {metric: its flag}. One without data is left out."""
-    found = {metric: rate([line.get(flag) for line in lines]) for metric, flag in names.items()}
-    return {metric: value for metric, value in found.items() if value}
+# -- lines to figures -------------------------------------------------------------------------------------------------
+def rates(lines: Sequence[dict], names: dict[str, str]) -> Metrics:
+    """Return the rate of each metric over lines; one that applies to no line is left out.
+
+    lines: dicts of flags. names: {metric: its flag}.
+    """
+    metrics = {}
+    for metric, flag in names.items():
+        figure = rate([line.get(flag) for line in lines])
+        if figure is not None:
+            metrics[metric] = figure
+    return metrics
 
 
-def grouped(lines, names, *kinds):
-    """{kind: {group: {metric: rate}}}: rates() by the value that the lines have under each kind."""
-    values = {kind: sorted({line[kind] for line in lines if line.get(kind)}) for kind in kinds}
-    return {
-        kind: {value: rates([line for line in lines if line.get(kind) == value], names) for value in values[kind]}
-        for kind in kinds
-        if values[kind]
+def grouped(lines: Sequence[dict], names: dict[str, str], *kinds: str) -> Groups:
+    """Return rates() by the value that the lines have under each kind; a kind that no line has is left out."""
+    groups = {}
+    for kind in kinds:
+        values = sorted({line[kind] for line in lines if line.get(kind)})
+        if values:
+            groups[kind] = {}
+        for value in values:
+            groups[kind][value] = rates([line for line in lines if line.get(kind) == value], names)
+    return groups
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+def write_scores(
+    folder: str | Path,
+    name: str,
+    settings: dict,
+    metrics: Metrics,
+    groups: Groups | None = None,
+    lines: Iterable[dict] = (),
+    data_sha256: str = "",
+) -> dict:
+    """Write NAME.json and NAME.jsonl to a folder, aside first, and return the report. Raises UsageError."""
+    report = {
+        "benchmark": name,
+        "settings": settings,
+        "versions": {package: version(package) for package in ("torch", "transformers", "tokenizers")},
+        "data_sha256": data_sha256,
+        "metrics": metrics,
+        "groups": groups or {},
     }
-
-
-def write_scores(folder, name, settings, metrics, groups=None, lines=(), data_sha256=""):
-    """Write NAME.json and NAME.jsonl to a folder, aside first; the report. Raises UsageError."""
-    report = {"benchmark": name, "settings": settings}
-    report |= {"versions": {one: version(one) for one in ("torch", "transformers", "tokenizers")}}
-    report |= {"data_sha256": data_sha256, "metrics": metrics, "groups": groups or {}}
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_files(Path(folder), {f"{name}.jsonl": text, f"{name}.json": json.dumps(report, indent=1, ensure_ascii=False)})
     return report
 
 
-def write_files(folder, files):
-    """Write {name: text or bytes} to a folder: all beside their places first, then renamed. Raises UsageError."""
+def write_files(folder: Path, files: dict[str, str | bytes]) -> None:
+    """Write {name: content} to a folder: all beside their places first, then renamed. Raises UsageError."""
     aside = {name: folder / f".{name}.part" for name in files}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,34 +99,44 @@ def write_files(folder, files):
                 part.unlink()
 
 
-def show(report):
+# -- the terminal -----------------------------------------------------------------------------------------------------
+def show(report: dict) -> None:
     """Print the table of a report: a line a metric, then those of its groups."""
     table = Table("group", "metric", "value (95%)", "n", title=report["benchmark"])
-    named = [(f"{kind}: {group}", m) for kind, groups in report["groups"].items() for group, m in groups.items()]
-    for group, metrics in [("all", report["metrics"]), *named]:
-        for number, (metric, found) in enumerate(metrics.items()):
-            span = f" ({found['low']:.3f}–{found['high']:.3f})" if "low" in found else ""
-            total = f"{found['total']:,}" if "total" in found else ""
-            end = number == len(metrics) - 1
-            table.add_row("" if number else group, metric, f"{found['value']:.3f}{span}", total, end_section=end)
-    # a pipe has no width, and rich would cut the table to 80 columns; a group's name is text, not markup
-    Console(width=None if sys.stdout.isatty() else 130, markup=False, emoji=False, highlight=False).print(table)
+    add_rows(table, "all", report["metrics"])
+    for kind, groups in report["groups"].items():
+        for group, metrics in groups.items():
+            add_rows(table, f"{kind}: {group}", metrics)
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    # a group's name is text, not markup
+    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
 
 
-def parser_of(doc, **more):
-    """An argument parser as every command of this room has it: its docstring as help, no abbreviations."""
-    form = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False, **more)
+def add_rows(table: Table, group: str, metrics: Metrics) -> None:
+    """Add a line a metric of a group; the first one names it, the last one closes it."""
+    for number, (metric, figure) in enumerate(metrics.items()):
+        value = f"{figure['value']:.3f}"
+        if "low" in figure:
+            value += f" ({figure['low']:.3f}–{figure['high']:.3f})"
+        total = f"{figure['total']:,}" if "total" in figure else ""
+        is_last = number == len(metrics) - 1
+        table.add_row("" if number else group, metric, value, total, end_section=is_last)
 
 
-def command(name, run, args):
-    """The exit code of a command: that of run(args), or 2 with UsageError's sentence on stderr."""
-    import transformers
+def parser_of(doc: str) -> argparse.ArgumentParser:
+    """Return an argument parser as every command has it: its docstring as help, no abbreviations."""
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
 
-    if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()
+
+def command(name: str, run: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
+    """Return the exit code of a command: run(args)'s, 2 with UsageError's sentence on stderr, 130 after Ctrl-C."""
+    hide_progress_bars()
     try:
         return run(args) or 0
     except UsageError as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return print_error(f"{name}: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return INTERRUPTED

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .chats import (
+    TURN_COLUMNS,
     TURNS,
     blossom,
     conversation_pairs,
@@ -62,6 +63,7 @@ from .instructions import (
 from .preference import emoji_preference, preference
 from .spelling import simple_spelling, spelling, spelling_bee
 from .tools import bfcl, hermes, holds_tags, xlam
+from .vendors import GEMINI_SYSTEM, chatglm3, gemini, holds_contents, holds_moss, holds_observation, moss
 
 
 @dataclass(frozen=True)
@@ -75,17 +77,13 @@ class Source:
     fits: Callable[[dict], bool] | None = None  # whether a row that has the columns is of this shape
     sign: str = ""  # what fits sees beside the columns, in words
     extends: str = ""  # sources whose rows it reads as well
+    turn_keys: str = ""  # that it reads of a turn, beside those of any message
     is_guessed: bool = True  # whether auto may choose it
     is_made: bool = False  # of no input
 
     @cached_property
     def needed(self) -> list[list[str]]:
         return [need.split("|") for need in self.needs.split()]
-
-    @cached_property
-    def alternatives(self) -> list[list[str]]:
-        """The columns of which it reads the first that a row has."""
-        return [need for need in self.needed if len(need) > 1]
 
     @cached_property
     def columns(self) -> frozenset[str]:
@@ -99,38 +97,47 @@ class Source:
         return all([not columns.isdisjoint(need) for need in self.needed])
 
 
+CHAT = f"{' '.join(TURN_COLUMNS)} {SYSTEM} {KEPT}"  # of a conversation
 PAIR = f"{SYSTEM} {THOUGHTS} history {KEPT}"  # beside a question and an answer
 SOURCES = {
-    "messages": Source(messages, TURNS, f"only_last {SYSTEM} {KEPT}", fits=holds_turns),
-    "sharegpt": Source(sharegpt, "conversations", f"{SYSTEM} {KEPT}", fits=holds_speakers),
+    "messages": Source(messages, TURNS, CHAT, fits=holds_turns),
+    "sharegpt": Source(sharegpt, "conversations", CHAT, fits=holds_speakers),
     "hermes": Source(
-        hermes,
-        TURNS,
-        f"{SYSTEM} {KEPT}",
-        fits=holds_tags,
-        sign="calls or tools as tags in the text",
-        extends="messages sharegpt",
+        hermes, TURNS, CHAT, fits=holds_tags, sign="calls or tools as tags in the text", extends="messages sharegpt"
     ),
-    "conversation_pairs": Source(conversation_pairs, TURNS, f"{SYSTEM} {KEPT}", fits=holds_pairs),
-    "list_of_strings": Source(list_of_strings, TURNS, f"{SYSTEM} {KEPT}", fits=holds_strings, sign="strings as turns"),
+    "chatglm3": Source(
+        chatglm3,
+        TURNS,
+        CHAT,
+        fits=holds_observation,
+        sign="calls with their observation",
+        extends="messages",
+        turn_keys="parameters observation",
+    ),
+    "conversation_pairs": Source(conversation_pairs, TURNS, CHAT, fits=holds_pairs),
+    "list_of_strings": Source(list_of_strings, TURNS, CHAT, fits=holds_strings, sign="strings as turns"),
     "turn_lists": Source(turn_lists, "input output", f"{SYSTEM} {KEPT}", fits=holds_lists, sign="lists of strings"),
     "message_tree": Source(message_tree, "prompt|replies", "text role lang message_tree_id", fits=holds_tree),
+    "moss": Source(moss, "chat", f"meta_instruction {SYSTEM} {KEPT}", fits=holds_moss),
+    "gemini": Source(
+        gemini, "contents", f"{' '.join(GEMINI_SYSTEM)} {SYSTEM} {KEPT}", fits=holds_contents, turn_keys="parts"
+    ),
     "alpaca": Source(alpaca, "instruction output", f"input {PAIR}"),
     "dolly": Source(dolly, "instruction response", f"context {PAIR}"),
     "query_response": Source(query_response, "query|question response", PAIR),
     "prompt_completion": Source(prompt_completion, "prompt completion", PAIR),
     "fields": Source(fields, is_guessed=False),
-    "step35": Source(step35, "conversations", KEPT, fits=holds_loss_masks),
-    "blossom": Source(blossom, "messages metadata id", fits=holds_metadata),
-    "smoltalk": Source(smoltalk, "messages", KEPT, is_guessed=False),
+    "step35": Source(step35, "conversations", CHAT, fits=holds_loss_masks),
+    "blossom": Source(blossom, "messages metadata id", CHAT, fits=holds_metadata),
+    "smoltalk": Source(smoltalk, "messages", CHAT, is_guessed=False),
     "smoltalk2": Source(
-        smoltalk2, "messages chat_template_kwargs", KEPT, fits=holds_persona, sign="custom_instructions in them"
+        smoltalk2, "messages chat_template_kwargs", CHAT, fits=holds_persona, sign="custom_instructions in them"
     ),
-    "nemotron": Source(nemotron, "input output generator reasoning", "category system_prompt"),
+    "nemotron": Source(nemotron, "input output generator reasoning", f"category {SYSTEM}"),
     "openthoughts": Source(
         openthoughts,
         "conversations",
-        f"system {KEPT}",
+        CHAT,
         fits=holds_thoughts,
         sign="<|begin_of_thought|> in the text",
         extends="sharegpt",

@@ -1,34 +1,53 @@
 """Conversations: lists of turns in the shapes in which they are published."""
 
 import re
-from collections.abc import Callable, Iterable
-from itertools import chain
+from collections.abc import Callable
 
 from ..errors import InvalidRow
 from ..parsing import (
-    MESSAGE_KEYS,
-    ROLE_KEYS,
-    TOOL_KEYS,
-    clean_text,
+    ANSWER_KEYS,
+    CALL_KEYS,
+    STATES,
+    called_functions,
     first_present,
+    is_deleted,
+    is_empty,
     parse_calls,
     parse_json,
+    parse_list,
     parse_message,
     parse_turns,
+    read_flag,
+    read_one,
+    read_tools,
+    replace_content,
     require_objects,
+    unread_call_keys,
+    unread_keys,
 )
-from .exchange import SYSTEM_KEYS, exchange, read_system, with_system
+from .exchange import PAIR_KEYS, exchange, holds_exchange, pair_turns, plain_number, read_system, with_system
 
 TURN_COLUMNS = ("messages", "conversations", "conversation", "dialog", "interactions")
 TURNS = "|".join(TURN_COLUMNS)
 
 
 def read_turns(row: dict) -> object:
-    """Return the list of turns of a row. Raises KeyError."""
-    turns = first_present(row, TURN_COLUMNS)
-    if turns is None:
-        raise KeyError("messages")
-    return turns
+    """Return the list of turns of a row. Raises KeyError, and InvalidRow for two lists that differ."""
+    names = [name for name in TURN_COLUMNS if name in row]
+    if len(names) != 1:
+        names = [name for name in names if holds_list(row[name])] or TURN_COLUMNS
+    return parse_list(read_one(row, names, "messages", parse_turns, required=True), "messages")
+
+
+def holds_list(value: object) -> bool:
+    """Return whether a value is a list, or the text of one."""
+    return isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("["))
+
+
+def with_turns(row: dict, turns: list[dict]) -> dict:
+    """Return a row with these turns in the place of its own."""
+    kept = {name: value for name, value in row.items() if name not in TURN_COLUMNS}
+    return {**kept, "messages": turns}
 
 
 def messages(row: dict) -> dict:
@@ -39,10 +58,7 @@ def messages(row: dict) -> dict:
     loss_mask, and the row train_turns: flagged; mistral-finetune's only_last gives train_turns: last."""
     turns = read_turns(row)
     found = {**row, "messages": with_system(parse_turns(turns), read_system(row))}
-    if row.get("only_last") in (True, 1):
-        found["chat_template_kwargs"] = {"train_turns": "last", **(row.get("chat_template_kwargs") or {})}
-    if isinstance(turns, list) and turns and not found.get("tools"):
-        found["tools"] = first_present(turns[0], TOOL_KEYS)
+    found["tools"] = read_tools(row, turns[0] if turns else None)
     return found
 
 
@@ -51,7 +67,7 @@ def sharegpt(row: dict) -> dict:
     observation turns, an optional `system` text and `tools`, JSON text. Neighbouring function_call turns, and the gpt
     turn before them, are one message."""
     require_objects(row["conversations"], "conversations")
-    return messages({**row, "messages": row["conversations"]})
+    return messages(row)
 
 
 def step35(row: dict) -> dict:
@@ -67,18 +83,15 @@ def step35(row: dict) -> dict:
             raise InvalidRow("assistant with neither content nor tool_calls", f"message {number}")
     if not any([turn["role"] == "user" for turn in raw]):
         raise InvalidRow("no user turn")
-    turns = parse_turns(raw, "conversations")
-    for turn in turns:
-        if not turn.get("name", True):
-            del turn["name"]
-    return {**row, "messages": turns, "tools": first_present(raw[0], TOOL_KEYS)}
+    return messages(row)
 
 
 def blossom(row: dict) -> dict:
     """Azure99/blossom-v6.3-sft-stage1 and its like: id, type, metadata {source}, messages. An id is unique only
     together with the source, so both make ours."""
     source = row["metadata"]["source"]
-    return {"messages": parse_turns(row["messages"]), "source": source, "id": f"{source}/{row['id']}"}
+    not_kept = unread_keys(row["metadata"], ("source",), "metadata")
+    return messages(row) | {"source": source, "id": f"{source}/{row['id']}", "not_kept": not_kept}
 
 
 def smoltalk(row: dict) -> dict:
@@ -91,8 +104,9 @@ def smoltalk2(row: dict) -> dict:
     python_tools, xml_tools}, which all stay: custom_instructions is the persona, and null would bring the template's
     own. <tool_call> blocks that end an answer become tool_calls. The think and no_think rows of a prompt share it;
     mix.py keeps them together by it."""
-    turns = [split_calls(turn) for turn in require_objects(row["messages"], "messages")]
-    return messages({**row, "messages": turns})
+    not_kept = []
+    turns = [split_calls(turn, not_kept) for turn in require_objects(row["messages"], "messages")]
+    return messages(with_turns(row, turns)) | {"not_kept": not_kept}
 
 
 CALL = re.compile(r"\s*<tool_call>(.*?)</tool_call>", re.S)
@@ -102,8 +116,11 @@ def parse_call_text(text: str) -> object:
     return parse_json(text, "tool call that is not JSON")
 
 
-def split_calls(turn: dict, parse_call: Callable[[str], object] = parse_call_text) -> dict:
-    """Return a message whose text ends in <tool_call> blocks of JSON with tool_calls instead. Raises InvalidRow."""
+def split_calls(turn: dict, not_kept: list[str], parse_call: Callable[[str], object] = parse_call_text) -> dict:
+    """Return a message whose text ends in <tool_call> blocks of JSON with tool_calls instead. Raises InvalidRow.
+
+    not_kept: what of the calls has no place is added there.
+    """
     content = turn.get("content")
     if turn.get("role") != "assistant" or not isinstance(content, str) or "<tool_call>" not in content:
         return turn
@@ -112,8 +129,13 @@ def split_calls(turn: dict, parse_call: Callable[[str], object] = parse_call_tex
     behind = CALL.sub("", blocks).strip()
     if behind:
         raise InvalidRow("text behind a tool call", behind[:80])
-    calls = [parse_calls(parse_call(block)) for block in CALL.findall(blocks)]
-    return {**turn, "content": text, "tool_calls": list(chain.from_iterable(calls))}
+    calls = []
+    for block in CALL.findall(blocks):
+        call = parse_call(block)
+        calls += parse_calls(call)
+        not_kept += unread_call_keys(call)
+    read_one({**turn, "content": calls}, ("content", *CALL_KEYS), "tool_calls", called_functions)
+    return {**replace_content(turn, text), "tool_calls": calls}
 
 
 THOUGHT = re.compile(
@@ -126,60 +148,38 @@ def openthoughts(row: dict) -> dict:
     answers hold <|begin_of_thought|> … <|begin_of_solution|> …; OpenThoughts2/3: <think> blocks. A system text that
     only explains these marks goes with them."""
     turns = []
-    for number, turn in enumerate(require_objects(row["conversations"], "conversations")):
+    for turn in require_objects(row["conversations"], "conversations"):
         match = THOUGHT.fullmatch(turn["value"])
         if match:
-            turn = {**turn, "value": match[2], "reasoning_content": match[1]}
-        turns.append(parse_message(turn, number))
-    system = row.get("system")
-    if system and "<|begin_of_thought|>" not in system:
-        turns = with_system(turns, clean_text(system, "system"))
-    return {**row, "messages": turns}
+            thought = read_one({**turn, "value": match[1]}, ("value", "reasoning_content"), "reasoning")
+            turn = {**replace_content(turn, match[2]), "reasoning_content": thought}
+        turns.append(turn)
+    row = with_turns(row, turns)
+    if "<|begin_of_thought|>" in (row.get("system") or ""):
+        del row["system"]
+        return messages(row) | {"not_kept": ["system text on the marks of thoughts"]}
+    return messages(row)
 
 
 # -- turns that are no objects of a role ------------------------------------------------------------------------------
-PAIR_KEYS = (  # (question, answer) as a pair of turns names them
-    ("human", "assistant"),
-    ("user", "assistant"),
-    ("input", "output"),
-    ("question", "answer"),
-    ("query", "response"),
-    ("prompt", "response"),
-)
-
-
-def find_pair_keys(turn: object) -> tuple[str, str] | None:
-    """Return the names under which a pair holds its question and its answer."""
-    if not isinstance(turn, dict):
-        return None
-    for keys in PAIR_KEYS:
-        if turn.keys() >= set(keys):
-            return keys
-    return None
-
-
 def conversation_pairs(row: dict) -> dict:
     """Conversations of pairs [{"human": …, "assistant": …}] (Firefly, ms-swift), {"input", "output"} with an optional
     system in the first and output_with_loss (XTuner), user/assistant, question/answer, query/response or
-    prompt/response."""
+    prompt/response. What else a pair says of its answer (reasoning, weight, loss, …) is read as in a message."""
     turns = []
     not_kept = []
     system = read_system(row)
-    for number, pair in enumerate(require_objects(read_turns(row), "conversation")):
-        keys = find_pair_keys(pair)
-        if keys is None:
-            raise InvalidRow("missing field", f"a question and an answer in pair {number}, which has {', '.join(pair)}")
-        if number == 0:
-            system = system or read_system(pair)
-        turns += exchange(pair[keys[0]], pair[keys[1]])
-        if pair.get("output_with_loss") is not None:
-            if pair["output_with_loss"] not in (0, 1):
-                raise InvalidRow(
-                    "output_with_loss that is not 0 or 1", f"pair {number}: {pair['output_with_loss']!r}"[:80]
-                )
-            turns[-1]["loss_mask"] = int(pair["output_with_loss"])
-        not_kept += [f"pairs.{key}" for key in pair if key not in (*keys, *SYSTEM_KEYS, "output_with_loss")]
-    return {**row, "messages": with_system(turns, system), "not_kept": not_kept}
+    pairs = require_objects(read_turns(row), "conversation")
+    for number, pair in enumerate(pairs):
+        turns += pair_turns(pair, number)
+        pair_system = read_system(pair)
+        if number == 0 and system is None:
+            system = pair_system
+        elif pair_system not in (None, system):
+            raise InvalidRow("two system prompts", f"pair {number} has another one than the row or its first pair")
+        not_kept += unread_keys(pair, PAIR_KEYS, "pairs")
+    tools = read_tools(row, pairs[0] if pairs else None)
+    return {**row, "messages": with_system(turns, system), "tools": tools, "not_kept": not_kept}
 
 
 def turn_lists(row: dict) -> dict:
@@ -201,29 +201,54 @@ def list_of_strings(row: dict) -> dict:
     return {**row, "messages": with_system(turns, read_system(row))}
 
 
+# -- trees ------------------------------------------------------------------------------------------------------------
+NODE_KEYS = ("text", "role", "lang", "replies", "rank", "review_result", *ANSWER_KEYS)
+FLAT = "rows are single messages, joined by parent_id: pass the trees of that set instead (NAME.trees.jsonl.gz)"
+
+
 def message_tree(row: dict) -> dict:
     """Open-Assistant's trees: a prompt (or the row itself) with text, role (prompter, assistant), rank and replies. At
     each level the best-ranked reply is taken, the first where none is ranked, and none that is deleted or that
     reviewers took for spam; a last question that nobody answered goes. Replies that are not taken are counted as not
-    kept."""
-    node = row["prompt"] if isinstance(row.get("prompt"), dict) else row
+    kept. Its flat files (message_id, parent_id) are refused: a conversation's rows lie anywhere in them."""
+    node = row
+    if isinstance(row.get("prompt"), dict):
+        node = row["prompt"]
+        beside = [name for name in ("text", "replies") if not is_empty(row.get(name))]
+        if beside:
+            raise InvalidRow("prompt under two names", f"{beside[0]} stands beside it")
+    elif row.get("replies") is None and "message_id" in row:
+        raise InvalidRow("message without its tree", FLAT)
     lang = node.get("lang")
     turns = []
     not_kept = []
     while node:
-        turns.append(parse_message({"role": node["role"], "content": node["text"]}, len(turns)))
-        replies = node.get("replies") or []
-        sound = [reply for reply in replies if not reply.get("deleted") and reply.get("review_result") is not False]
+        if is_removed(node):
+            raise InvalidRow("deleted message, or one taken for spam", "the first of the tree")
+        more = {key: value for key, value in node.items() if key in ANSWER_KEYS or key in STATES}
+        turns.append(parse_message({**more, "role": node["role"], "content": node["text"]}, len(turns)))
+        if node is not row:
+            not_kept += unread_keys(node, NODE_KEYS, "replies")
+        replies = require_objects(node.get("replies") or [], "replies")
+        sound = [reply for reply in replies if not is_removed(reply)]
         node = min(sound, key=rank_of, default=None)
         not_kept += ["replies that are not the best"] * (len(replies) - bool(node))
     if turns[-1]["role"] == "user":
         turns.pop()
+        not_kept.append("a last question without an answer")
     return {"messages": turns, "lang": lang, "id": row.get("message_tree_id"), "not_kept": not_kept}
 
 
+def is_removed(node: dict) -> bool:
+    """Return whether a message was deleted or taken for spam by its reviewers."""
+    return is_deleted(node) or read_flag(node.get("review_result")) == 0
+
+
 def rank_of(reply: dict) -> float:
-    rank = reply.get("rank")
-    return float("inf") if rank is None else rank
+    """Return the rank of a reply, behind all others where it has none. Raises InvalidRow."""
+    if is_empty(reply.get("rank")):
+        return float("inf")
+    return float(plain_number(reply["rank"]))
 
 
 # -- by what a row is known -------------------------------------------------------------------------------------------
@@ -235,7 +260,7 @@ def first_turn(row: dict) -> object:
 
 
 def holds_pairs(row: dict) -> bool:
-    return find_pair_keys(first_turn(row)) is not None
+    return holds_exchange(first_turn(row))
 
 
 def holds_strings(row: dict) -> bool:
@@ -280,24 +305,3 @@ def holds_persona(row: dict) -> bool:
 
 def holds_metadata(row: dict) -> bool:
     return isinstance(row["metadata"], dict) and "source" in row["metadata"]
-
-
-def unread_message_keys(turns: object, mapped: Iterable[str] = ()) -> list[str]:
-    """Return "messages.KEY" for each key of turns that holds something and is neither read nor refused.
-
-    mapped: the names that are read there as well; without any, lists of other objects than turns have none.
-    """
-    unread = []
-    if not isinstance(turns, list):
-        return unread
-    for turn in turns:
-        if not isinstance(turn, dict) or turn.keys() <= MESSAGE_KEYS:
-            continue
-        if not mapped and turn.keys().isdisjoint(ROLE_KEYS):
-            continue
-        if "replies" in turn:  # of a tree
-            continue
-        for key, value in turn.items():
-            if key not in MESSAGE_KEYS and key not in mapped and value not in (None, "", [], {}):
-                unread.append(f"messages.{key}")
-    return unread

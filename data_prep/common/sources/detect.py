@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..errors import UsageError
-from ..parsing import MEDIA
+from ..media import MEDIA
 from . import SOURCES, Source
-from .chats import TURN_COLUMNS, first_turn
+from .chats import FLAT, TURN_COLUMNS, first_turn
 
 PROMPT_NAMES = ("prompt", "question", "query", "instruction", "input", "problem", "user", "human")
 ANSWER_NAMES = ("answer", "response", "output", "completion", "reply", "solution", "assistant", "bot")
@@ -51,7 +51,7 @@ def fits_row(source: Source, row: dict) -> bool:
 
 def detect_source(rows: list[object], file: str = "") -> Detected:
     """Return the source that the most of these rows fit, the later one of two in the table. Raises UsageError."""
-    objects = [row for row in map(as_object, rows) if isinstance(row, dict)]
+    objects = [row for row in map(as_object, rows) if isinstance(row, dict) and row]
     fitting = Counter()
     for row in objects:
         for name, source in SOURCES.items():
@@ -113,9 +113,13 @@ def guess_map(rows: list[dict]) -> dict[str, str] | None:
 
 def explain_unknown(rows: list[dict]) -> str:
     """Return what to do with rows that no source reads."""
-    if not rows or set(rows[0]) == {"text"}:
+    if not rows:
+        return "they are empty, or no objects: pass JSON objects, one a line"
+    if set(rows[0]) == {"text"}:
         return "plain text has no turns: a recipe trains it as it is, with --assistant_only_loss false"
     columns = ", ".join(present_columns(rows[0]))[:300]
+    if {"message_id", "parent_id", "text", "role"} <= rows[0].keys():
+        return FLAT
     if not {"role", "from"}.isdisjoint(rows[0]):
         return f"a row is one message ({columns}), not a conversation: join those of one into a list, a list a line"
     turn = first_turn(rows[0])

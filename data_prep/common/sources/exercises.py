@@ -5,7 +5,7 @@ import re
 from fractions import Fraction
 
 from ..errors import InvalidRow
-from ..parsing import clean_text
+from ..parsing import clean_text, is_empty, read_one
 from .exchange import exchange, plain_number
 
 
@@ -17,20 +17,17 @@ def gsm8k(row: dict) -> dict:
 
 def cmath(row: dict) -> dict:
     """XiaoMi/cmath: `input` in the repository, `question` on the hub; golden is the bare number."""
-    question = row["input"] if "input" in row else row["question"]
+    question = read_one(row, ("input", "question"), "question", required=True)
     return {"messages": exchange(question, integral_text(row["golden"]))}
 
 
 def svamp(row: dict) -> dict:
     """SVAMP and ASDiv: Body and Question make the question, Answer is the number (7.0 is 7); in small letters too."""
-    if "Body" not in row:
-        row = {**row, "Body": row["body"], "Question": row["question"], "Answer": row["answer"], "ID": row.get("idx")}
-    question = f"{clean_text(row['Body'], 'Body')} {clean_text(row['Question'], 'Question')}"
-    row_id = row.get("ID")
-    return {
-        "messages": exchange(question, number_text(row["Answer"])),
-        "id": None if row_id is None else row_id,
-    }
+    body = read_one(row, ("Body", "body"), "Body", required=True)
+    asked = read_one(row, ("Question", "question"), "Question", required=True)
+    answer = read_one(row, ("Answer", "answer"), "Answer", required=True)
+    question = f"{clean_text(body, 'Body')} {clean_text(asked, 'Question')}"
+    return {"messages": exchange(question, number_text(answer)), "id": read_one(row, ("ID", "idx"), "ID")}
 
 
 def number_text(value: object) -> object:
@@ -114,6 +111,9 @@ def arc(row: dict) -> dict:
 def mmlu(row: dict) -> dict:
     """cais/mmlu: question, subject, choices (four), answer (0 to 3); auxiliary_train wraps them in `train`."""
     if isinstance(row.get("train"), dict):
+        beside = [name for name in ("question", "choices", "answer") if not is_empty(row.get(name))]
+        if beside:
+            raise InvalidRow(f"{beside[0]} under two names", f"train.{beside[0]} and {beside[0]}")
         row = row["train"]
     answer = row["answer"]
     if type(answer) is not int or not 0 <= answer < 4:

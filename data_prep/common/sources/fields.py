@@ -4,8 +4,8 @@ import string
 from dataclasses import dataclass
 
 from ..errors import InvalidRow, UsageError
-from ..parsing import ROLES, clean_text, parse_calls, parse_turns, require_objects
-from .exchange import exchange, scalar_text, with_system
+from ..parsing import CONTENT_KEYS, ROLE_KEYS, ROLES, clean_text, parse_calls, parse_turns, require_objects
+from .exchange import THOUGHT_KEYS, exchange, scalar_text, with_system
 
 KEPT_COLUMNS = ("tools", "chat_template_kwargs", "id", "source", "lang", "tags")
 MAPPED = ("prompt", "answer", "system", "reasoning", "messages", "role", "content", *KEPT_COLUMNS)
@@ -37,7 +37,7 @@ def fields(row: dict, *, map: dict[str, str] | None = None, roles: dict[str, str
     if "messages" not in mapped:
         prompt = read_mapped(row, mapped["prompt"])
         answer = read_mapped(row, mapped["answer"])
-        found["messages"] = exchange(scalar_text(prompt), answer, system, reasoning)
+        found["messages"] = exchange(scalar_text(prompt), answer, system, {"reasoning_content": reasoning})
         if found.get("tools"):
             read_answered_calls(found["messages"][-1])
         return found
@@ -57,7 +57,7 @@ def read_answered_calls(message: dict) -> None:
 
 
 def rename_turn(turn: dict, mapped: dict[str, str], roles: dict[str, str]) -> dict:
-    """Return a turn under our names of its keys and its speaker."""
+    """Return a turn under our names of its keys and its speaker, without the keys that a mapped one stands for."""
     role_key = mapped.get("role", "role")
     if role_key not in turn and "role" not in mapped:
         role_key = "from"
@@ -66,12 +66,23 @@ def rename_turn(turn: dict, mapped: dict[str, str], roles: dict[str, str]) -> di
         speaker = roles.get(speaker, speaker)
         if speaker.lower() not in ROLES:
             raise InvalidRow("unknown role", f"{speaker[:60]}: pass --roles {speaker[:60]}=user (or assistant, tool …)")
-    renamed = {**turn, "role": speaker}
+    replaced = {role_key, *replaced_keys(mapped)}
+    renamed = {key: value for key, value in turn.items() if key not in replaced}
+    renamed["role"] = speaker
     if "content" in mapped:
         renamed["content"] = turn.get(mapped["content"])
     if "reasoning" in mapped:
         renamed["reasoning_content"] = turn.get(mapped["reasoning"])
     return renamed
+
+
+def replaced_keys(mapped: dict[str, str]) -> list[str]:
+    """Return the usual names of a turn's keys that a --map does not read, since it names others."""
+    replaced = []
+    for ours, keys in (("role", ROLE_KEYS), ("content", CONTENT_KEYS), ("reasoning", THOUGHT_KEYS)):
+        if ours in mapped:
+            replaced += keys
+    return replaced
 
 
 def read_mapped(row: dict, path: str, optional: bool = False) -> object:

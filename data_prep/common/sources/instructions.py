@@ -3,9 +3,9 @@
 import re
 
 from ..errors import InvalidRow
-from ..parsing import clean_text, parse_message, parse_turns, read_reasoning, require_objects
+from ..parsing import clean_text, is_empty, read_one, read_tools
 from .chats import messages
-from .exchange import exchange, read_history, read_system, with_system
+from .exchange import THOUGHT_KEYS, exchange, read_history, read_system, with_system
 
 
 def alpaca(row: dict) -> dict:
@@ -30,24 +30,24 @@ def instruct(row: dict, input_key: str, answer: object) -> dict:
 
 def answered(row: dict, question: object, answer: object) -> dict:
     """Return a row of one question and answer, behind its history and system prompt."""
-    turns = [*read_history(row), *exchange(question, answer, reasoning=read_reasoning(row))]
-    return {**row, "messages": with_system(turns, read_system(row))}
+    thoughts = {key: row[key] for key in THOUGHT_KEYS if key in row}
+    turns = [*read_history(row), *exchange(question, answer, beside=thoughts)]
+    tools = read_tools(row, question[0] if isinstance(question, list) and question else None)
+    return {**row, "messages": with_system(turns, read_system(row)), "tools": tools}
 
 
 def query_response(row: dict) -> dict:
     """ms-swift: query, response, optional system and history [[question, answer], …]; OpenOrca: system_prompt,
     question, response."""
-    return answered(row, row["query"] if "query" in row else row["question"], row["response"])
+    return answered(row, read_one(row, ("query", "question"), "question", required=True), row["response"])
 
 
 def prompt_completion(row: dict) -> dict:
-    """TRL's prompt-completion rows: prompt and completion, both text or both messages; a completion may be a number."""
-    prompt = row["prompt"]
-    completion = row["completion"]
-    if isinstance(prompt, str) and not isinstance(completion, (list, dict)):
-        return answered(row, prompt, completion)
-    turns = [*require_objects(prompt, "prompt"), *require_objects(completion, "completion")]
-    return {**row, "messages": with_system(parse_turns(turns), read_system(row))}
+    """TRL's prompt-completion rows: prompt and completion, each text or messages; a completion may be a number."""
+    return answered(row, row["prompt"], row["completion"])
+
+
+SWITCH = re.compile(r"detailed thinking (on|off)")
 
 
 def nemotron(row: dict) -> dict:
@@ -56,37 +56,52 @@ def nemotron(row: dict) -> dict:
     prompt "detailed thinking on" or off, which is that model's switch and no persona."""
     if row["generator"] != "DeepSeek-R1":
         raise InvalidRow("answer not of DeepSeek-R1", str(row["generator"])[:80])
-    question = row["input"]
-    if not isinstance(question, list):
-        question = [{"role": "user", "content": question}]
-    turns = parse_turns(question, "input")
-    if row.get("system_prompt") and not (turns and turns[0]["role"] == "system"):
-        turns.insert(0, {"role": "system", "content": clean_text(row["system_prompt"], "system_prompt")})
-    if turns and turns[0]["role"] == "system" and re.fullmatch(r"detailed thinking (on|off)", turns[0]["content"]):
-        del turns[0]
-    answer = parse_message({"role": "assistant", "content": row["output"]})
-    thinks = row["reasoning"] == "on"
-    if thinks and "reasoning_content" not in answer:
+    turns = exchange(row["input"], row["output"])
+    systems = {"system_prompt": read_system(row)}
+    if turns[0]["role"] == "system":
+        systems["input"] = turns.pop(0)["content"]
+    switches = {"reasoning": row["reasoning"]}
+    for name, text in systems.items():
+        match = SWITCH.fullmatch(text or "")
+        if match:
+            switches[name] = match[1]
+        else:
+            turns = with_system(turns, text)
+    thinking = read_one(switches, tuple(switches), "reasoning")
+    if thinking not in ("on", "off"):
+        raise InvalidRow("reasoning that is not on or off", str(thinking)[:80])
+    if thinking == "on" and "reasoning_content" not in turns[-1]:
         raise InvalidRow("no reasoning where the row says on")
     tags = [row["category"]] if row.get("category") else []
     return {
-        "messages": [*turns, answer],
-        "chat_template_kwargs": {"enable_thinking": thinks},
+        "messages": turns,
+        "chat_template_kwargs": {"enable_thinking": thinking == "on"},
         "tags": tags,
         "id": row.get("id"),
     }
 
 
+S1K = {  # answer: its reasoning, in the order of preference
+    "deepseek_attempt": "deepseek_thinking_trajectory",
+    "gemini_attempt": "gemini_thinking_trajectory",
+    "attempt": "thinking_trajectories",
+}
+
+
 def s1k(row: dict) -> dict:
     """simplescaling/s1K-1.1: question, deepseek_thinking_trajectory and deepseek_attempt, and the same of gemini; s1K:
     question, thinking_trajectories (a list), attempt. DeepSeek's answer comes before Gemini's."""
-    for model in ("deepseek_", "gemini_", ""):
-        if row.get(f"{model}attempt"):
-            thought = row[f"{model}thinking_trajectory" if model else "thinking_trajectories"]
-            if isinstance(thought, list) and thought:
-                thought = thought[0]
-            return {"messages": exchange(row["question"], row[f"{model}attempt"], reasoning=thought)}
-    raise KeyError("deepseek_attempt")
+    answers = [name for name in S1K if not is_empty(row.get(name))]
+    if not answers:
+        raise KeyError("deepseek_attempt")
+    answer = answers[0]
+    thought = row[S1K[answer]]
+    not_kept = [name for pair in S1K.items() for name in pair if answer not in pair and not is_empty(row.get(name))]
+    if isinstance(thought, list) and thought:
+        not_kept += ["thinking_trajectories behind the first"] * (len(thought) - 1)
+        thought = thought[0]
+    turns = exchange(row["question"], row[answer], beside={"reasoning_content": thought})
+    return {"messages": turns, "not_kept": not_kept}
 
 
 PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
@@ -95,6 +110,8 @@ PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 def identity(row: dict, *, fill: dict[str, str] | None = None) -> dict:
     """Who the model is: messages (nanochat's identity_conversations.jsonl, a list a line) or Alpaca's columns
     (LLaMA-Factory's identity.json), with {{name}} and {{author}} to be filled in: --fill name=Ada author="our lab"."""
+    if "instruction" in row and not is_empty(row.get("messages")):
+        raise InvalidRow("messages under two names", "messages and instruction")
     found = alpaca(row) if "instruction" in row else messages(row)
     values = fill or {}
 

@@ -5,20 +5,30 @@ import re
 
 from ..errors import InvalidRow
 from ..parsing import (
-    clean_text,
+    ROLE_KEYS,
+    first_present,
     parse_calls,
     parse_json,
     parse_tools,
     parse_turns,
     read_content,
+    read_one,
     read_role,
+    replace_content,
     require_objects,
+    unread_call_keys,
 )
 from ..rows import find_control_token
-from .chats import messages, read_turns, split_calls
+from .chats import TURN_COLUMNS, messages, read_turns, split_calls, with_turns
 from .exchange import exchange, read_system
 
-JSON_TYPES = {  # names of types in BFCL and xLAM, Python's and Java's, in JSON schema
+JSON_TYPES = {  # names of types in BFCL and xLAM, Python's and Java's, and in Gemini's declarations, in JSON schema
+    "OBJECT": "object",
+    "ARRAY": "array",
+    "NUMBER": "number",
+    "INTEGER": "integer",
+    "BOOLEAN": "boolean",
+    "STRING": "string",
     "dict": "object",
     "Dict": "object",
     "HashMap": "object",
@@ -71,9 +81,8 @@ def bfcl(row: dict, *, answers: dict[str, list] | None = None) -> dict:
     argument, without those that may be left out. Rows without reference calls (irrelevance) and of several user turns
     (their replies need the tools run) are refused. It is an evaluation set: train on it to test a pipeline only."""
     turns = parse_turns(row["question"][0], "question")
-    reference = row.get("ground_truth")
-    if not reference and answers:
-        reference = answers.get(row["id"])
+    listed = answers.get(row.get("id")) if answers else None
+    reference = read_one({**row, "--answers": listed}, ("ground_truth", "--answers"), "ground_truth")
     if len(row["question"]) != 1:
         raise InvalidRow("several user turns without the tools' replies")
     if not reference:
@@ -128,7 +137,7 @@ def xlam(row: dict) -> dict:
         converted.append({**tool, "parameters": json_schema(parameters)})
     turns = exchange(row["query"], "", read_system(row))[:-1]
     turns.append({"role": "assistant", "content": "", "tool_calls": parse_calls(row["answers"])})
-    return {"messages": turns, "tools": converted}
+    return {"messages": turns, "tools": converted, "not_kept": unread_call_keys(row["answers"])}
 
 
 def schema_of_parameters(parameters: dict) -> dict:
@@ -160,34 +169,41 @@ def hermes(row: dict) -> dict:
     """NousResearch/hermes-function-calling-v1 and its like: calls as <tool_call> blocks at the end of an answer (JSON,
     or Python's notation), replies as <tool_response> blocks in tool (or user) turns, the tools in the system prompt
     within <tools>. What else the system prompt says of these tags goes with them: templates write it anew."""
-    tools = row.get("tools")
+    listed = None
     turns = []
     not_kept = []
     for number, turn in enumerate(require_objects(read_turns(row), "conversations")):
         role = read_role(turn, number)
         content = read_content(turn, number)
-        turn = {**turn, "role": role, "content": content}
-        if role == "system" and isinstance(content, str):
-            match = TOOLS.search(content)
-            if match:
-                tools = tools or parse_literals(match[1])
-                turn["content"] = TOOLS.sub("", content).strip()
-                if "<tools>" in turn["content"] or find_control_token(turn["content"]):
-                    turn["content"] = ""
-                    not_kept.append("system text on the tags of calls")
-        if role in ("tool", "user") and isinstance(content, str) and "<tool_response>" in content:
-            turns += split_responses(content)
+        if not isinstance(content, str):
+            turns.append(turn)
+            continue
+        match = TOOLS.search(content)
+        if role in ("tool", "user") and "<tool_response>" in content:
+            turns += split_responses(turn, content)
+        elif role == "system" and match:
+            listed = parse_literals(match[1])
+            content = TOOLS.sub("", content).strip()
+            if "<tools>" in content or find_control_token(content):
+                content = ""
+                not_kept.append("system text on the tags of calls")
+            turns.append(replace_content(turn, content))
+        elif role == "assistant":
+            turns.append(split_calls(replace_content({**turn, "role": role}, content), not_kept, parse_literal))
         else:
-            turns.append(split_calls(turn, parse_literal))
-    return messages({**row, "messages": turns}) | {"tools": tools, "not_kept": not_kept}
+            turns.append(turn)
+    found = messages(with_turns(row, turns))
+    tools = read_one({"tools": found["tools"], "system text": listed}, ("tools", "system text"), "tools", parse_tools)
+    return found | {"tools": tools, "not_kept": not_kept}
 
 
-def split_responses(content: str) -> list[dict]:
-    """Return a tool turn for each <tool_response> block. Raises InvalidRow for text beside them."""
+def split_responses(turn: dict, content: str) -> list[dict]:
+    """Return a tool turn for each <tool_response> block of a turn. Raises InvalidRow for text beside them."""
     beside = RESPONSE.sub("", content)
     if beside:
         raise InvalidRow("text beside a tool response", beside[:80])
-    return [{"role": "tool", "content": clean_text(text, "tool_response")} for text in RESPONSE.findall(content)]
+    kept = {key: value for key, value in turn.items() if key not in ROLE_KEYS}
+    return [{**replace_content(kept, text), "role": "tool"} for text in RESPONSE.findall(content)]
 
 
 def parse_literals(text: str) -> list:
@@ -210,13 +226,5 @@ def parse_literal(text: str) -> object:
 
 def holds_tags(row: dict) -> bool:
     """Return whether calls or tools stand in the text of a conversation."""
-    text = str(first_texts(row))
+    text = str(first_present(row, TURN_COLUMNS))
     return "<tool_call>" in text or TOOLS.search(text) is not None
-
-
-def first_texts(row: dict) -> list:
-    try:
-        turns = read_turns(row)
-    except KeyError:
-        return []
-    return turns if isinstance(turns, list) else []

@@ -10,10 +10,12 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, Json, Value
 from trl import ScriptArguments, SFTConfig
 
+from data_prep.common.errors import InvalidRow
 from data_prep.common.rows import is_empty_turn
 from data_prep.common.sources.detect import normalize_arguments
+from data_prep.common.template_arguments import read_arguments
 
-from ..messages import UsageError, say
+from ..messages import UsageError, relative_path, say
 from .compiled import check_compiled_settings, check_settings_of_other_rows, is_compiled
 from .ranks import refuse_on_all_ranks
 
@@ -22,6 +24,7 @@ SHOWN_ROWS = 9
 BATCH_ROWS = 1000  # read at a time
 TRL_COLUMNS = {"messages", "completion", "text", "input_ids"}  # without any of them a recipe's to_messages reads a row
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError)  # heads of files
+KWARGS = "chat_template_kwargs"
 READ_COLUMNS = ("messages", "prompt", "conversations")  # that TRL reads, beside dataset_text_field
 
 
@@ -38,6 +41,7 @@ def check_rows(
                 raise UsageError(f"dataset {script_args.dataset_name}: {split} has no rows: pass a set that has some")
             check_columns(rows.features, script_args, training_args)
             check_turns(rows, split, script_args, training_args)
+            check_template_arguments(rows, split, script_args, training_args)
 
 
 def check_local_rows(script_args: ScriptArguments, training_args: SFTConfig) -> None:
@@ -244,6 +248,28 @@ def is_empty(turn: dict) -> bool:
     if "role" not in turn or not isinstance(content, str | None):
         return False
     return is_empty_turn(turn)
+
+
+def check_template_arguments(rows: Dataset, split: str, script_args: ScriptArguments, training_args: SFTConfig) -> None:
+    """Raise UsageError for rows whose chat_template_kwargs hold what --chat_template_path does not read or take."""
+    path = training_args.chat_template_path
+    if path is None or KWARGS not in rows.column_names:
+        return
+    arguments = read_arguments(Path(path).read_text(encoding="utf-8"), relative_path(path))
+    numbers = []
+    details = []
+    number = 0
+    for batch in rows.select_columns([KWARGS]).iter(BATCH_ROWS):
+        for template_kwargs in batch[KWARGS]:
+            try:
+                arguments.check(template_kwargs or {})
+            except InvalidRow as error:
+                numbers.append(number)
+                details.append(error.detail)
+            number += 1
+    if numbers:
+        state = describe_rows(numbers, rows, split, f"have {KWARGS} that do not fit the template")
+        raise UsageError(f"dataset {script_args.dataset_name}: {state}: {details[0]}")
 
 
 def describe_rows(numbers: list[int], rows: Dataset, split: str, fault: str) -> str:
