@@ -11,7 +11,6 @@ What would fool these tests, and what stands against it:
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import trl
@@ -288,12 +287,9 @@ def test_tokens_name_it(demo):
 
 
 def test_a_run_names_it_before_it_loads_a_model():
-    training_args = SimpleNamespace(chat_template_path=str(QWEN3))
-    script_args = SimpleNamespace(dataset_name="o/n")
-
     def start(*kwargs):
         rows = Dataset.from_list([{"messages": CHAT, "chat_template_kwargs": one} for one in kwargs])
-        row_checks.check_template_arguments(rows, "train", script_args, training_args)
+        row_checks.check_template_arguments(rows, "train", "o/n", str(QWEN3))
 
     start({}, {"train_turns": "last"})
     start({"enable_thinking": True}, {"enable_thinking": None})
@@ -304,7 +300,7 @@ def test_a_run_names_it_before_it_loads_a_model():
     )
     assert "qwen3.jinja does not read train_turn (did you mean train_turns?)" in str(caught.value)
     rows = Dataset.from_list([{"messages": CHAT}])
-    row_checks.check_template_arguments(rows, "train", script_args, training_args)
+    row_checks.check_template_arguments(rows, "train", "o/n", str(QWEN3))
 
 
 def test_a_recipe_is_refused_by_it(run_recipe, tmp_path):

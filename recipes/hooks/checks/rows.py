@@ -41,7 +41,8 @@ def check_rows(
                 raise UsageError(f"dataset {script_args.dataset_name}: {split} has no rows: pass a set that has some")
             check_columns(rows.features, script_args, training_args)
             check_turns(rows, split, script_args, training_args)
-            check_template_arguments(rows, split, script_args, training_args)
+            if training_args.chat_template_path is not None:
+                check_template_arguments(rows, split, script_args.dataset_name, training_args.chat_template_path)
 
 
 def check_local_rows(script_args: ScriptArguments, training_args: SFTConfig) -> None:
@@ -250,12 +251,15 @@ def is_empty(turn: dict) -> bool:
     return is_empty_turn(turn)
 
 
-def check_template_arguments(rows: Dataset, split: str, script_args: ScriptArguments, training_args: SFTConfig) -> None:
-    """Raise UsageError for rows whose chat_template_kwargs hold what --chat_template_path does not read or take."""
-    path = training_args.chat_template_path
-    if path is None or KWARGS not in rows.column_names:
+def check_template_arguments(rows: Dataset, split: str, name: str, template_path: str) -> None:
+    """Raise UsageError for rows whose chat_template_kwargs hold what a template does not read or take.
+
+    name: of the dataset.
+    """
+    if KWARGS not in rows.column_names:
         return
-    arguments = read_arguments(Path(path).read_text(encoding="utf-8"), relative_path(path))
+    template = Path(template_path).read_text(encoding="utf-8")
+    arguments = read_arguments(template, relative_path(template_path))
     numbers = []
     details = []
     number = 0
@@ -269,7 +273,7 @@ def check_template_arguments(rows: Dataset, split: str, script_args: ScriptArgum
             number += 1
     if numbers:
         state = describe_rows(numbers, rows, split, f"have {KWARGS} that do not fit the template")
-        raise UsageError(f"dataset {script_args.dataset_name}: {state}: {details[0]}")
+        raise UsageError(f"dataset {name}: {state}: {details[0]}")
 
 
 def describe_rows(numbers: list[int], rows: Dataset, split: str, fault: str) -> str:
