@@ -54,7 +54,9 @@ LEARNING_RATES = ["1e-6", "3e-6", "1e-5", "3e-5", "1e-4"]
 LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch"]
 OWN_FLAGS = ("--output_dir", "--resume_from_checkpoint")  # the sweep passes them itself
 NO_FOLDER = "runs/no-such-folder-of-a-sweep"
-DIVERGED = re.compile(r"step \d+, rank \d+: the (?:loss|gradient norm) is .*?; rows")  # what recipes/hooks says
+DIVERGED = re.compile(  # what recipes/hooks says
+    r"(step \d+(?:, rank \d+)?: the (?:loss|gradient norm) is [^;]*); .*; stopped (?:before|after) the weights changed"
+)
 FINAL = ("finished", "diverged")
 LOG_END = 400  # characters of a log that are shown
 RECORDED = ("hash", "state", "why", "seconds", "launches")  # of each arm in arms.json
@@ -226,7 +228,7 @@ def set_state(arm: Arm, ending: Launch) -> None:
     arm.why = ""
     if messages:
         arm.state = "diverged"
-        arm.why = messages[-1].removesuffix("; rows")
+        arm.why = messages[-1]
     elif losses and not math.isfinite(losses[-1]):
         arm.state = "diverged"
         arm.why = f"the last loss is {losses[-1]}"

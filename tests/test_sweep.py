@@ -16,8 +16,10 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import EXACT, REPO, TINY
 
 from eval import sweep
@@ -192,6 +194,38 @@ def test_a_grid_of_two_options(swept):
 def test_bad_input_is_one_sentence_before_any_launch(swept, tmp_path, flags, words):
     code, report, launches, out, err = swept(*flags)
     assert code == 2 and words in err and err.count("\n") == 1 and not launches and not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("batches", [1, 4])
+@pytest.mark.parametrize(
+    ("fault", "moment"),
+    [("the gradient norm is nan", "before"), ("the gradient norm is 2e+05, 0.9 before", "after"), ("loss", "before")],
+)
+def test_a_divergence_is_read_as_the_hooks_write_it(tmp_path, monkeypatch, capfd, ranks, batches, fault, moment):
+    """By the hook itself: of a norm it knows the rows where there was one micro-batch, and names no rank."""
+    from hooks.step_watch import StepWatch
+
+    settings = SimpleNamespace(world_size=ranks, process_index=0, output_dir=str(tmp_path))
+    accelerator = SimpleNamespace(wait_for_everyone=lambda: None)
+    watch = StepWatch.__new__(StepWatch)
+    watch.trainer = SimpleNamespace(args=settings, state=SimpleNamespace(global_step=1), accelerator=accelerator)
+    watch.batches = [{}] * batches
+    watch.losses = [torch.tensor(float("nan"))] * batches
+    monkeypatch.setattr(StepWatch, "name_rows", lambda self, batches: "[3]; or others")
+    with pytest.raises(SystemExit):
+        if fault == "loss":
+            fault = "the loss is nan"
+            watch.end_by_loss(fault, [0])
+        else:
+            watch.end_by_norm(fault, moment)
+    folder = tmp_path / "arm"
+    folder.mkdir()
+    (tmp_path / "arm.log").write_text(f"before\n{capfd.readouterr().err}\nTraceback of the launcher\n")
+    arm = sweep.Arm("arm", {"learning_rate": "1"}, [], "hash", folder)
+    sweep.set_state(arm, sweep.Launch(1, False))
+    rank = ", rank 0" if fault == "the loss is nan" else ""
+    assert (arm.state, arm.why) == ("diverged", f"step 2{rank}: {fault}")
 
 
 def test_a_recipe_that_is_not_there(tmp_path, capsys):
