@@ -59,7 +59,13 @@ from data_prep.common.loader_changes import JSON_FILES, Loader, can_be_loaded, m
 from data_prep.common.parallel import parallel_map
 from data_prep.common.readers import find_inputs, is_dataset_folder, open_splits, read_chunks
 from data_prep.common.recipe_settings import LENGTH_REMEDY, read_settings
-from data_prep.common.rendering import Renderer, find_control_tokens, find_lost_personas, load_renderer
+from data_prep.common.rendering import (
+    Renderer,
+    find_control_tokens,
+    find_empty_thoughts,
+    find_lost_personas,
+    load_renderer,
+)
 from data_prep.common.rows import COLUMNS, Message, check_messages, check_shape, complete_row, get_tools
 from data_prep.common.writer import ChunkResult, DatasetWriter, check_output_path, encode_rows, row_location, write_text
 
@@ -371,6 +377,18 @@ def check_template(row: dict, options: CheckOptions) -> Iterator[Fault]:
         yield Fault("too long", f"{length} tokens, max_length {options.max_length}")
 
 
+def check_thoughts(row: dict, options: CheckOptions) -> Iterator[Fault]:
+    renderer = options.renderer
+    if not renderer.marked or not renderer.arguments.opens_thinking:
+        return
+    try:
+        rendered = renderer.render(row, row["messages"])
+    except InvalidRow:  # check_template says so
+        return
+    if find_empty_thoughts(rendered):
+        yield Fault("answer without reasoning behind an opened thought", renderer.empty_thought_remedy)
+
+
 def check_personas(row: dict, options: CheckOptions) -> Iterator[Fault]:
     if options.renderer.template is None:
         return
@@ -397,6 +415,7 @@ RULES = (
     check_placeholders,
     check_language,
     check_template,
+    check_thoughts,
     check_personas,
     check_other_columns,
 )

@@ -784,7 +784,8 @@ def test_an_answer_that_closes_an_opened_thought_is_found(family):
 
 
 def test_every_template_begins_with_the_same_checks():
-    """One text in all, so that a mended one is mended everywhere; nanochat alone takes content in parts."""
+    """One text in all, so that a mended one is mended everywhere; nanochat alone takes content in parts, and Phi-4-mini
+    the tools of a message."""
     texts = set()
     for family in ALL_FAMILIES:
         text = template(family.name).partition("{#- what a message holds is rendered or refused, never dropped -#}")[2]
@@ -793,6 +794,8 @@ def test_every_template_begins_with_the_same_checks():
             text = text.replace("{%- if message.role == 'system' and ", "{%- if ").replace(
                 "only other turns may have parts", "this template has no place for content parts"
             )
+        if family.name == "phi4_mini":
+            text = text.replace(" and not (message.role in ('system', 'user') and key == 'tools')", "")
         texts.add(text)
     assert len(texts) == 1 and texts.pop().count("raise_exception") == 3
 

@@ -280,7 +280,17 @@ def test_persona_lost_names_the_row(tmp_path):
 def test_our_templates_keep_the_persona(path):
     """Rendered, or refused in words where the format has no system prompt."""
     for text in ("Talk like a pirate.", "You are a helpful assistant. /no_think", "用一句话。"):
-        assert {reason for reason, _ in found(row_of(chat(system=text)), path)} <= {"template refuses the row"}
+        reasons = {reason for reason, _ in found(row_of(chat(system=text)), path)}
+        assert reasons <= {"template refuses the row", "answer without reasoning behind an opened thought"}
+
+
+def test_an_answer_without_reasoning_behind_an_opened_thought():
+    """What helps is the template's argument; where the row has it, nothing is found."""
+    path = TEMPLATES / "qwen3_8.jinja"
+    ((reason, detail),) = found(row_of(chat()), path)
+    assert reason == "answer without reasoning behind an opened thought"
+    assert "pass enable_thinking=false in chat_template_kwargs for these rows, or give them reasoning" in detail
+    assert not found(row_of(chat()) | {"chat_template_kwargs": {"enable_thinking": False}}, path)
 
 
 # -- the template's own words -----------------------------------------------------------------------------------------

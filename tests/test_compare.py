@@ -977,6 +977,8 @@ def render(report):
 
 def test_the_terminal_is_coloured_as_the_page(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
     results = scripted_results(["many"] * 30)
     report = {
         "results": results,

@@ -303,6 +303,16 @@ def test_a_run_names_it_before_it_loads_a_model():
     row_checks.check_template_arguments(rows, "train", "o/n", str(QWEN3))
 
 
+@pytest.mark.parametrize("name", ["smollm3", "chatml"])
+def test_a_blank_persona_is_none_for_check_and_run(name):
+    row = {"messages": CHAT, "chat_template_kwargs": {"custom_instructions": " \n"}}
+    renderer = Renderer(template(name), template_name="t.jinja")
+    assert check.find_faults(row, check.CheckOptions(renderer)) == []
+    path = REPO / "chat_templates" / f"{name}.jinja"
+    row_checks.check_template_arguments(Dataset.from_list([row]), "train", "o/n", str(path))
+    assert renderer.render(row, CHAT) == renderer.render({"messages": CHAT}, CHAT)
+
+
 def test_a_recipe_is_refused_by_it(run_recipe, tmp_path):
     row = {"messages": CHAT, "chat_template_kwargs": {"enable_thinking": "false"}}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")

@@ -15,7 +15,7 @@ import pytest
 import transformers
 from conftest import REPO, SHARED, load_recipe
 from datasets import Dataset
-from template_oracle import FAMILIES
+from template_oracle import ALL_FAMILIES
 from test_chat_templates import template as template_text
 from test_chat_templates import tokenizer_of
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -31,7 +31,7 @@ RECIPE = REPO / "recipes" / "qwen3_qlora.py"
 TEMPLATES = REPO / "chat_templates"
 RECIPES = sorted((REPO / "recipes").glob("*.py"))
 NAMES = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
-BY_NAME = {family.name: family for family in FAMILIES}
+BY_NAME = {family.name: family for family in ALL_FAMILIES}
 UNTOUCHED = "{##}"  # before a template: transformers compiles it apart from the one that the fast path changes
 
 

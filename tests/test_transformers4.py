@@ -21,7 +21,7 @@ import tokenizers
 import transformers
 from conftest import REPO, SHARED
 from hypothesis import HealthCheck, given, settings
-from test_chat_templates import FAMILIES, conversations, template, tokenizer_of
+from test_chat_templates import ALL_FAMILIES, conversations, template, tokenizer_of
 
 pytestmark = pytest.mark.long
 PACKAGES = ["transformers==4.57.6", "tokenizers==0.22.2", "jinja2==3.1.6"]  # the newest 4.x, and what it renders with
@@ -79,7 +79,7 @@ def drawn(family):
 
 @pytest.mark.parametrize("name", ["step3_5", "step3_qwen3", "qwen3"])
 def test_ids_and_masks_equal_those_of_transformers_4(name, python4, tmp_path):
-    family, seen, sides = next(family for family in FAMILIES if family.name == name), Counter(), []
+    family, seen, sides = next(family for family in ALL_FAMILIES if family.name == name), Counter(), []
     tokenizer = SHARED / "tokenizers" / (family.tokenizer or "none")
     if not tokenizer.is_dir():
         tokenizer = tmp_path / "tokenizer"
