@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -976,9 +977,8 @@ def render(report):
 
 
 def test_the_terminal_is_coloured_as_the_page(capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.delenv("NO_COLOR", raising=False)
+    coloured = partial(compare.Console, force_terminal=True, color_system="standard", no_color=False)
+    monkeypatch.setattr(compare, "Console", coloured)
     results = scripted_results(["many"] * 30)
     report = {
         "results": results,
