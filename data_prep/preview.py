@@ -169,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
     totals = add_up(measured.rows, settings.max_length)
     plan = plan_run(measured.rows, measured.spans, order, settings, packing)
     is_chat = bool(get_turns(loaded.rows[0])) and not packing.is_compiled
-    verdict = judge(measured.rows, totals, plan, settings, args.max_cut, is_chat)
+    verdict = judge(measured.rows, totals, plan, settings, args.max_cut, is_chat, renderer)
     if is_chat and renderer.mismatch is not None:
         verdict.findings.insert(0, Finding(OTHER_FAMILY, renderer.mismatch, []))
     changes = find_changes(Path(args.data), loaded.rows, settings.dataset_train_split)

@@ -349,6 +349,20 @@ def test_our_templates_pass_on_the_demo(look, demo, tmp_path):
         assert look(data, model=demo / "init", template=TEMPLATES / f"{name}.jinja")[0] == 0
 
 
+def test_an_answer_without_reasoning_behind_an_opened_thought(look, demo):
+    """The advice is the template's argument; nothing is said where the row has it, or the prompt opens no thought."""
+    template = TEMPLATES / "qwen3_8.jinja"
+    rows = []
+    for kwargs in ({}, {"enable_thinking": False}):
+        rows.append(chat(("user", "hi"), ("assistant", "a"), chat_template_kwargs=kwargs))
+    code, out, err, report = look(rows, model=demo / "init", template=template)
+    assert report, err
+    assert [row["thought"] for row in report["rows"]] == [True, False] and code == 0
+    assert "pass enable_thinking=false in chat_template_kwargs for these rows, or give them reasoning" in out
+    assert "strip it" not in out and not any(row["newline"] or row["straddle"] for row in report["rows"])
+    assert not look(rows[:1], model=demo / "init", template=TEMPLATES / "qwen3.jinja")[3]["rows"][0]["thought"]
+
+
 def test_a_token_across_the_edge_is_seen(look, demo, tmp_path):
     """With 896 entries the demo's tokenizer has \\n\\n as one token, as Qwen3's has."""
     model = tmp_path / "larger"

@@ -12,8 +12,9 @@ from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from .errors import UsageError
+from .errors import InvalidRow, UsageError
 from .readers import is_dataset_folder
+from .template_arguments import check_without_template
 
 Options = TypeVar("Options")
 
@@ -103,6 +104,10 @@ def read_mix(path: str, pools: str | None, seed: int | None) -> Mix:
         raise UsageError(f"{path}: literal mixes by rows with interleave or resample, as the tutorial does")
     refuse_unread(unread_options(mix), options, path, mix)
     check_json(mix.chat_template_kwargs, f"{path}: chat_template_kwargs")
+    try:
+        check_without_template(mix.chat_template_kwargs)
+    except InvalidRow as error:
+        raise UsageError(f"{path}: chat_template_kwargs: {error.detail}") from None
     if not isinstance(sources, list) or not sources:
         raise UsageError(f"{path}: names no sources: write `sources:` and lines of `- {{path: …, weight: …}}`")
     for number, entry in enumerate(sources, 1):

@@ -10,14 +10,22 @@ from typing import NamedTuple
 
 from .packing import Piece, count_steps, pack_lengths
 from .recipe_settings import LENGTH_REMEDY, Settings
-from .rendering import Renderer, Span, find_control_tokens, find_lost_personas, find_stop_ids
+from .rendering import (
+    Rendered,
+    Renderer,
+    Span,
+    find_control_tokens,
+    find_empty_thoughts,
+    find_lost_personas,
+    find_stop_ids,
+)
 from .rows import get_turns
 from .tokens import Document, count_within
 
 SHOWN_ROWS = 9  # of a finding
 BINS = 24  # of the histogram, at most
 OTHER_FAMILY = "template of another family"  # the name of a finding
-FAULTS = ("untrained", "cut", "no_stop", "persona", "control", "newline", "straddle")  # of a row
+FAULTS = ("untrained", "cut", "no_stop", "persona", "control", "thought", "newline", "straddle")  # of a row
 
 
 # -- one row ----------------------------------------------------------------------------------------------------------
@@ -36,7 +44,8 @@ class RowFigures:
     no_stop: bool  # the last trained span ends without a stop token
     persona: str | None  # that the template leaves out
     control: str | None  # a control token in the row's own text
-    newline: bool  # an answer begins with one
+    thought: bool  # an answer closes, empty, the think block that its prompt opens
+    newline: bool  # an answer begins with one, of the others
     straddle: bool  # a token lies across an edge of the trained text
     kept: Span  # the tokens that are not truncated
 
@@ -79,7 +88,9 @@ class RowChecks:
         kept = find_kept(len(document.ids), self.settings)
         trained_kept = document.trained(*kept)
         has_text = document.text is not None  # a compiled row has none
-        answers = [document.text[start:end] for start, end in document.chars]
+        thoughts = find_empty_thoughts(Rendered(document.text, document.chars)) if has_text else []
+        other_spans = [span for span in document.chars if span[0] not in thoughts]
+        answers = [document.text[start:end] for start, end in other_spans]
         return RowFigures(
             row=document.number,
             id=document.row.get("id"),
@@ -92,15 +103,16 @@ class RowChecks:
             no_stop=trained > 0 and not self.stop_is_trained(document),
             persona=self.find_lost_persona(document) if has_text else None,
             control=self.find_control_token(document) if has_text else None,
+            thought=bool(thoughts),
             newline=any([re.match(r"[^\S\n]*\n", answer) for answer in answers]),
-            straddle=has_straddling_token(document),
+            straddle=has_straddling_token(document, other_spans),
             kept=kept,
         )
 
 
-def has_straddling_token(document: Document) -> bool:
-    """Return whether a token lies across an edge of the trained text."""
-    for start, end in document.chars:
+def has_straddling_token(document: Document, spans: list[Span]) -> bool:
+    """Return whether a token lies across an edge of these spans of trained text."""
+    for start, end in spans:
         first = document.encoding.char_to_token(start)
         last = document.encoding.char_to_token(end - 1)
         if first is not None and document.encoding.token_to_chars(first)[0] < start:
@@ -290,7 +302,13 @@ def count_rows(rows: list[int]) -> str:
 
 
 def judge(
-    rows: list[RowFigures], totals: Totals, plan: Plan, settings: Settings, max_cut: float, is_chat: bool
+    rows: list[RowFigures],
+    totals: Totals,
+    plan: Plan,
+    settings: Settings,
+    max_cut: float,
+    is_chat: bool,
+    renderer: Renderer,
 ) -> Verdict:
     """Return what is wrong with the rows. max_cut: the share of them whose answers may be truncated."""
     verdict = Verdict()
@@ -306,6 +324,9 @@ def judge(
         tokens = sorted({rows[number].control for number in faults["control"]})
         text = f"{count_rows(faults['control'])} with {', '.join(tokens[:5])} in the text"
         verdict.fail("control tokens in text", f"{text}, which becomes a real control token", faults["control"])
+    if faults["thought"]:
+        text = f"{count_rows(faults['thought'])}: {renderer.empty_thought_remedy}"
+        verdict.warn("no reasoning behind an opened thought", text, faults["thought"])
     if faults["newline"]:
         text = f"{count_rows(faults['newline'])} with an answer that begins with a newline"
         verdict.warn("leading newline", f"{text}, which merges with the header's: strip it", faults["newline"])

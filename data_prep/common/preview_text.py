@@ -75,6 +75,8 @@ class ShownRow:
             faults.append("persona lost")
         if figures.control:
             faults.append(f"control token {figures.control} in text")
+        if figures.thought:
+            faults.append("no reasoning behind an opened thought")
         if figures.newline:
             faults.append("answer begins with a newline")
         elif figures.straddle:
