@@ -15,6 +15,7 @@ import math
 import random
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from conftest import MODULES
@@ -401,7 +402,8 @@ def test_the_verdict_is_the_colour_of_the_table(tmp_path, capsys):
 
 
 def test_failures_are_red_and_what_is_met_green(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
+    coloured = partial(gate.Console, force_terminal=True, color_system="standard", no_color=False)
+    monkeypatch.setattr(gate, "Console", coloured)
     write_run(tmp_path, only("sums", LOOP))
     text = "- metric: loop_rate\n  max: 0.02\n- metric: empty\n  max: 1"
     _, out, _ = run(capsys, tmp_path, "--rules", rules(tmp_path, text))
