@@ -57,13 +57,13 @@ from data_prep.common.json_text import dump_json
 from data_prep.common.language import UNKNOWN, conversation_text, detect_language
 from data_prep.common.loader_changes import JSON_FILES, Loader, can_be_loaded, may_change
 from data_prep.common.parallel import parallel_map
+from data_prep.common.personas import PERSONA_LOST, find_lost_personas
 from data_prep.common.readers import find_inputs, is_dataset_folder, open_splits, read_chunks
 from data_prep.common.recipe_settings import LENGTH_REMEDY, read_settings
 from data_prep.common.rendering import (
     Renderer,
     find_control_tokens,
     find_empty_thoughts,
-    find_lost_personas,
     load_renderer,
 )
 from data_prep.common.rows import COLUMNS, Message, check_messages, check_shape, complete_row, get_tools
@@ -393,7 +393,7 @@ def check_personas(row: dict, options: CheckOptions) -> Iterator[Fault]:
     if options.renderer.template is None:
         return
     for place, text in find_lost_personas(row, options.renderer):
-        yield Fault("persona lost", f"{place}: {text[:60]!r} is not in the rendered text")
+        yield Fault(PERSONA_LOST, f"{place}: {text[:60]!r} is not in the rendered text")
 
 
 def check_other_columns(row: dict, options: CheckOptions) -> Iterator[Fault]:

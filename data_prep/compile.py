@@ -42,6 +42,7 @@ from data_prep.common.errors import InvalidRow, UsageError
 from data_prep.common.fast_tokens import missing_name
 from data_prep.common.packing import batches, nest, pack_columns
 from data_prep.common.parallel import parallel_map
+from data_prep.common.personas import PERSONA_LOST, LostPersonas
 from data_prep.common.readers import find_inputs, open_splits, relative_names
 from data_prep.common.recipe_rows import load_rows, load_sets, shuffle, split_by_prompt
 from data_prep.common.recipe_settings import (
@@ -152,6 +153,18 @@ def open_renderer(settings: str) -> Renderer:
     return load_renderer(Settings(**json.loads(settings)))
 
 
+@cache
+def open_lost_personas(settings: str) -> LostPersonas:
+    return LostPersonas(open_renderer(settings))
+
+
+def check_persona(row: dict, settings: Settings) -> None:
+    """Raise InvalidRow for a row whose persona the template leaves out: in a compiled set no recipe can see it."""
+    persona = open_lost_personas(dump_settings(settings)).find(row)
+    if persona is not None:
+        raise InvalidRow(PERSONA_LOST, f"{persona.place}: {persona.text[:60]!r} is not in the rendered text")
+
+
 def dump_settings(settings: Settings) -> str:
     return json.dumps(vars(settings))
 
@@ -167,6 +180,8 @@ def compile_block(block: Chunk, settings: Settings, chat: bool) -> ChunkResult:
     kept: list[CompiledDocument | None] = []
     for document in documents:
         try:
+            if chat:
+                check_persona(document.row, settings)
             kept.append(compile_document(document, settings))
         except InvalidRow as refusal:
             result.rejected.append(

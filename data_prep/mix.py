@@ -64,7 +64,7 @@ from data_prep.common.mix_options import Mix, read_mix
 from data_prep.common.mix_strategies import Candidates, Draw, count_passes, draw_literally, draw_rows, shares_of
 from data_prep.common.parallel import parallel_map
 from data_prep.common.readers import Split, open_splits
-from data_prep.common.row_keys import prompt_key, row_key
+from data_prep.common.row_keys import compared_turns, prompt_key, row_key
 from data_prep.common.rows import Row
 from data_prep.common.splitting import choose_validation, order_by_prompt
 from data_prep.common.writer import ChunkResult, DatasetWriter, EncodedRows, LinesFile, encode_rows, explain_os_errors
@@ -219,8 +219,10 @@ def read_rows(chunk: PartChunk, flags: RendererFlags | None, kwargs: dict) -> Kn
     lines = [dump_json(row) for row in rows]
     facts = np.zeros(len(rows), FACTS)
     facts["is_validation"] = chunk.is_validation
-    facts["key"] = [row_key(row) for row in rows]
-    facts["prompt"] = [prompt_key(row) for row in rows]
+    for number, row in enumerate(rows):
+        turns = compared_turns(row)
+        facts["key"][number] = row_key(row, turns)
+        facts["prompt"][number] = prompt_key(row, turns)
     facts["turns"] = [count_turns(row) for row in rows]
     facts["think"] = [shows_reasoning(row) for row in rows]
     for number, row in enumerate(rows):
@@ -423,7 +425,7 @@ def encode_output(chunk: OutputChunk, path: Path, kwargs: dict) -> ChunkResult:
     for start, end, number in zip(chunk.starts, chunk.ends, chunk.passes, strict=True):
         file.seek(start)
         line = file.read(end - start)
-        row = json.loads(line)
+        row = json.loads(line.decode())  # bytes would be searched for their encoding first
         if number:
             row["id"] = f"{row['id']}@{number + 1}"
         if kwargs:

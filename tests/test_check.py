@@ -30,8 +30,18 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from data_prep import check, normalize
-from data_prep.common import json_text, loader_changes, readers, recipe_rows, rendering, row_keys, text_files, writer
-from data_prep.common.errors import UsageError
+from data_prep.common import (
+    json_text,
+    loader_changes,
+    personas,
+    readers,
+    recipe_rows,
+    rendering,
+    row_keys,
+    text_files,
+    writer,
+)
+from data_prep.common.errors import InvalidRow, UsageError
 from data_prep.common.rows import complete_row
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -260,9 +270,9 @@ def test_every_place_of_a_persona():
     told = {name: f"You are {name}." for name in ("custom_instructions", "system_prompt", "model_identity")}
     row = row_of([turn("developer", "Be brief."), *chat()], chat_template_kwargs=told)
     lost = told | {"message 0": "Be brief."}
-    assert dict(rendering.find_lost_personas(row, rendering.Renderer(body))) == lost
+    assert dict(personas.find_lost_personas(row, rendering.Renderer(body))) == lost
     for name in told:
-        said = dict(rendering.find_lost_personas(row, rendering.Renderer(body + f"{{{{ {name} }}}}")))
+        said = dict(personas.find_lost_personas(row, rendering.Renderer(body + f"{{{{ {name} }}}}")))
         assert said == {place: text for place, text in lost.items() if place != name}
 
 
@@ -939,3 +949,25 @@ def test_shared_sharegpt_as_messages_without_normalize(tmp_path):
         "last message is not the assistant's": 6,
         "no assistant turn": 1,
     }
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
+def test_a_call_without_function_is_rendered_or_named(name):
+    """{"name", "arguments"} may stand alone in a call, as half of the published templates read it; in the others the
+    row is refused by a sentence, not by what Python says of a missing key."""
+    whole = {"id": "call00001", "type": "function", "function": {"name": "prime", "arguments": {"number": 7}}}
+    bare = {"id": "call00001", "name": "prime", "arguments": {"number": 7}}
+    function = {"name": "prime", "description": "d", "parameters": {"type": "object", "properties": {}}}
+    texts = []
+    for call in (whole, bare):
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        renderer = rendering.Renderer((TEMPLATES / f"{name}.jinja").read_text())
+        renderer.special_tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+        try:
+            texts.append(renderer.render({"tools": [{"type": "function", "function": function}]}, turns).text)
+        except InvalidRow as refusal:
+            texts.append(refusal.detail)
+    if "has no place for" in texts[0]:
+        return
+    assert "prime" in texts[0]
+    assert texts[1] == texts[0] or texts[1].startswith("message 1: a tool call without function, which this template ")

@@ -51,7 +51,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.training_args import OptimizerNames
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 
-from data_prep.common import rendering
+from data_prep.common import personas as data_personas
 from data_prep.common.recipe_settings import LENGTH_REMEDY
 
 CPU = torch.device("cpu")
@@ -1148,8 +1148,8 @@ def test_lost_personas_are_counted(persona_trainer, monkeypatch):
     trainer = persona_trainer(DROPS_SYSTEM, values * 20)
     sentence = refusal(personas.check_personas, trainer, [])
     assert sentence.startswith("40 of 60 rows lose their persona, the first is row 1 ")
-    render = mock.Mock(side_effect=rendering.render_with_personas)
-    monkeypatch.setattr(rendering, "render_with_personas", render)
+    render = mock.Mock(side_effect=data_personas.render_with_personas)
+    monkeypatch.setattr(data_personas, "render_with_personas", render)
     personas.find_lost_personas(trainer, trainer.train_rows)
     assert render.call_count == 2
 

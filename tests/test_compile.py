@@ -330,6 +330,27 @@ def test_every_row_is_accounted_for(tmp_path, make):
     assert report["refused"] == {"nothing to train": 1, "template refuses the row": 1}
 
 
+def test_rows_that_lose_their_persona_are_refused(tmp_path, make):
+    """As check and the recipes refuse them: a recipe sees only the tokens of a compiled set. A word in braces that the
+    user's text repeats is no persona."""
+    rows = chats(20)
+    for number, persona in ((2, "A pirate"), (5, "A pirate"), (7, " ")):
+        rows[number]["messages"].insert(0, {"role": "system", "content": persona})
+    template = (TEMPLATES / "chatml.jinja").read_text()
+    lossy = tmp_path / "lossy.jinja"
+    lossy.write_text("{%- set messages = messages | rejectattr('role', 'equalto', 'system') | list %}" + template)
+    data = save(tmp_path / "x.jsonl", rows)
+    code, out, said = make(data, "--eval_rows", 0, "--max_length", 512, "--chat_template_path", lossy)
+    report = json.loads((out / "report.json").read_text())
+    assert code == 0 and report["out"] == {"train": 18} and report["refused"] == {"persona lost": 2}, said
+    entries = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    assert [(one["line"], one["detail"]) for one in entries] == [
+        (number, "message 0: 'A pirate' is not in the rendered text") for number in (3, 6)
+    ]
+    code, kept, said = make(data, "--eval_rows", 0, "--max_length", 512)
+    assert code == 0 and json.loads((kept / "report.json").read_text())["refused"] == {}
+
+
 def test_the_plain_path_is_named_and_gives_the_same_set(tmp_path, make, monkeypatch):
     data = save(tmp_path / "x.jsonl", chats(60))
     _, fast, said = make(data, "--eval_rows", 0, "--max_length", 64)

@@ -11,6 +11,7 @@ What would fool these tests, and what stands against it:
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trl
@@ -289,7 +290,7 @@ def test_tokens_name_it(demo):
 def test_a_run_names_it_before_it_loads_a_model():
     def start(*kwargs):
         rows = Dataset.from_list([{"messages": CHAT, "chat_template_kwargs": one} for one in kwargs])
-        row_checks.check_template_arguments(rows, "train", "o/n", str(QWEN3))
+        row_checks.check_template_arguments(rows, "train", "o/n", read_arguments(QWEN3.read_text(), "qwen3.jinja"))
 
     start({}, {"train_turns": "last"})
     start({"enable_thinking": True}, {"enable_thinking": None})
@@ -300,7 +301,28 @@ def test_a_run_names_it_before_it_loads_a_model():
     )
     assert "qwen3.jinja does not read train_turn (did you mean train_turns?)" in str(caught.value)
     rows = Dataset.from_list([{"messages": CHAT}])
-    row_checks.check_template_arguments(rows, "train", "o/n", str(QWEN3))
+    row_checks.check_template_arguments(rows, "train", "o/n", read_arguments(QWEN3.read_text(), "qwen3.jinja"))
+
+
+def test_a_run_with_the_tokenizer_s_own_template_names_it(demo):
+    """It is known once the tokenizer is there; both splits are looked at, and a template file is left to check_rows."""
+    tokenizer = AutoTokenizer.from_pretrained(demo / "init")
+    tokenizer.chat_template = QWEN3.read_text()
+    sound = Dataset.from_list([{"messages": CHAT, "chat_template_kwargs": {"train_turns": "last"}}])
+    misspelt = Dataset.from_list([{"messages": CHAT, "chat_template_kwargs": {"train_turn": "last"}}])
+    script_args = SimpleNamespace(dataset_name="o/n", dataset_train_split="train")
+
+    def start(train, validation, path=None):
+        args = SimpleNamespace(chat_template_path=path)
+        trainer = SimpleNamespace(args=args, processing_class=tokenizer, train_rows=train, validation_rows=validation)
+        row_checks.check_own_template_arguments(trainer, script_args)
+
+    start(sound, None)
+    start(sound, sound)
+    start(misspelt, misspelt, path="x.jinja")
+    for train, validation, split in ((misspelt, sound, "train"), (sound, misspelt, "validation")):
+        with pytest.raises(UsageError, match=f"1 of 1 rows of {split} have .*own template does not read train_turn "):
+            start(train, validation)
 
 
 @pytest.mark.parametrize("name", ["smollm3", "chatml"])
@@ -308,8 +330,7 @@ def test_a_blank_persona_is_none_for_check_and_run(name):
     row = {"messages": CHAT, "chat_template_kwargs": {"custom_instructions": " \n"}}
     renderer = Renderer(template(name), template_name="t.jinja")
     assert check.find_faults(row, check.CheckOptions(renderer)) == []
-    path = REPO / "chat_templates" / f"{name}.jinja"
-    row_checks.check_template_arguments(Dataset.from_list([row]), "train", "o/n", str(path))
+    row_checks.check_template_arguments(Dataset.from_list([row]), "train", "o/n", renderer.arguments)
     assert renderer.render(row, CHAT) == renderer.render({"messages": CHAT}, CHAT)
 
 

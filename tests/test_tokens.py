@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from data_prep.common import fast_tokens, packing, recipe_rows, recipe_settings, rendering, tokens
+from data_prep.common import fast_tokens, packing, personas, recipe_rows, recipe_settings, rendering, tokens
 from data_prep.common.errors import InvalidRow
 from data_prep.common.rendering import Renderer
 
@@ -416,9 +416,9 @@ def test_a_persona_that_takes_no_mark_is_looked_at_as_it_stands():
     refuses += "{% endif %}{% if m.role != 'system' or SHOWN %}{{ m.content }}{% endif %}{% endfor %}"
     row = chat(("system", "A pirate"), ("user", "q"), ("assistant", "a"))
     for shown, lost in (("true", []), ("false", [("message 0", "A pirate")])):
-        assert list(rendering.find_lost_personas(row, Renderer(refuses.replace("SHOWN", shown)))) == lost
+        assert list(personas.find_lost_personas(row, Renderer(refuses.replace("SHOWN", shown)))) == lost
     row["messages"][0]["content"] = "A sailor"
-    assert list(rendering.find_lost_personas(row, Renderer(refuses))) == []
+    assert list(personas.find_lost_personas(row, Renderer(refuses))) == []
 
 
 # -- rules that recipes repeat ----------------------------------------------------------------------------------------

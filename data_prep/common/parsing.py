@@ -68,6 +68,7 @@ MESSAGE_KEYS = frozenset([*ROLE_KEYS, *CONTENT_KEYS, *ANSWER_KEYS, *TOOL_KEYS, "
 # read, or refused by name; every other key of a message is counted as not kept
 EXTRA_KEYS = (MESSAGE_KEYS | STATES.keys()) - {*ROLE_KEYS, *CONTENT_KEYS}  # that most messages have none of
 PART_KEYS = (*CONTENT_KEYS, *REASONING_KEYS, *REASONING_BLOCKS)  # that may hold parts or blocks
+PLAIN_KEYS = {"role", "content"}
 CALLED_KEYS = ("name", "arguments")  # of a call, where it has no function
 RESULT_KEYS = ("result", "results", "output", "response", "observation")  # that some put into the call itself
 
@@ -201,19 +202,21 @@ def parse_turns(value: object, where: str = "messages") -> list[dict]:
         if role == CALL:
             add_calls(turns, turn, number)
             continue
-        message = parse_message(turn, number)
+        message = parse_message(turn, number, role)
         if role != "system" or message["content"]:
             turns.append(message)
     return turns
 
 
-def parse_message(turn: dict, number: int = 0) -> dict:
+def parse_message(turn: dict, number: int = 0, role: str | None = None) -> dict:
     """Return message `number` of a conversation in the shape of transformers' chat API.
 
     Reads role/content and from/value, content in parts, reasoning by any of its usual names or in a <think> block,
     function_call as tool_calls, and weight, loss, train and the like as loss_mask. Raises InvalidRow.
+    role: read_role of the turn, where it is known.
     """
-    role = read_role(turn, number)
+    if role is None:
+        role = read_role(turn, number)
     content = read_content(turn, number)
     if isinstance(content, list):
         turn, content = join_parts(turn, content, role)
@@ -541,6 +544,8 @@ def read_tools(row: dict, first: object = None) -> object:
         for key in TOOL_KEYS:
             if key in first:
                 named[f"{key} of the first message"] = first[key]
+    if not named:
+        return None
     return read_one(named, tuple(named), "tools", parse_tools)
 
 
@@ -548,6 +553,13 @@ def read_tools(row: dict, first: object = None) -> object:
 def unread_keys(value: dict, read: Iterable[str], name: str) -> list[str]:
     """Return "NAME.KEY" for each other key that holds something."""
     return [f"{name}.{key}" for key, item in value.items() if key not in read and not is_empty(item)]
+
+
+def is_plain(turn: dict) -> bool:
+    """Return whether a turn is role and text alone, as most are, and no call."""
+    if turn.keys() != PLAIN_KEYS or not isinstance(turn["content"], str):
+        return False
+    return ROLES.get(turn["role"], CALL) != CALL if isinstance(turn["role"], str) else False
 
 
 def unread_message_keys(turns: list, read: Iterable[str] = (), replaced: Iterable[str] = ()) -> list[str]:
@@ -560,6 +572,8 @@ def unread_message_keys(turns: list, read: Iterable[str] = (), replaced: Iterabl
     marks = (*ROLE_KEYS, *read)
     for turn in turns:
         if not isinstance(turn, dict) or turn.keys().isdisjoint(marks) or "replies" in turn:  # replies: of a tree
+            continue
+        if is_plain(turn) and not replaced:
             continue
         if replaced or not turn.keys() <= MESSAGE_KEYS:
             unread += unread_keys(turn, (MESSAGE_KEYS - set(replaced)).union(read), "messages")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .packing import Piece, count_steps, pack_lengths
+from .personas import find_lost_personas
 from .recipe_settings import LENGTH_REMEDY, Settings
 from .rendering import (
     Rendered,
@@ -16,7 +17,6 @@ from .rendering import (
     Span,
     find_control_tokens,
     find_empty_thoughts,
-    find_lost_personas,
     find_stop_ids,
 )
 from .rows import get_turns

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import InvalidRow, UsageError
 from .recipe_settings import Settings
-from .rows import CONTROL, MARKS, get_tools, get_turns, iter_strings
+from .rows import CONTROL, find_control_token, get_tools, get_turns, iter_strings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +28,16 @@ COMMENTS = re.compile(r"{#.*?#}", re.DOTALL)
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
 SHOWN_TOKENS = 4
 PROBE = ({"role": "user", "content": "firstquestion"}, {"role": "assistant", "content": "firstanswer"})
+
+
+def find_call_without_function(messages: list[dict]) -> int | None:
+    """Return the number of the first message with a tool call whose name stands beside no function, or None."""
+    for number, turn in enumerate(messages):
+        calls = turn.get("tool_calls")
+        if isinstance(calls, list) and any([isinstance(call, dict) and "function" not in call for call in calls]):
+            return number
+    return None
+
 
 # -- tokens that templates write --------------------------------------------------------------------------------------
 CONTROL_TOKENS = re.compile(  # as templates write them
@@ -234,9 +244,8 @@ class Renderer:
         self.model_name = model_name
         self.marked = has_markers(template)
         self.special_tokens = {"bos_token": "", "eos_token": ""}
-        self.control = CONTROL  # what must not stand in text: the tokenizer's own, or those of the known families
-        # one of these stands in every control token: finding it is ten times as fast as the pattern
-        self.marks = MARKS
+        self.control = None  # the tokenizer's own control tokens
+        self.marks = ()  # one of these begins each of them: finding it is ten times as fast as the pattern
         if tokenizer is not None:
             self.special_tokens = tokenizer.special_tokens_map
             tokens = find_own_control_tokens(tokenizer, template or "")
@@ -244,7 +253,10 @@ class Renderer:
             self.marks = tuple(sorted({token[0] for token in tokens}))
 
     def control_in(self, value: object) -> str | None:
-        """Return the first control token in any string of a JSON value, or None."""
+        """Return the first control token in any string of a JSON value, or None: of the tokenizer, or of the known
+        families where none is given."""
+        if self.control is None:
+            return find_control_token(value)
         for text in iter_strings(value):
             if any(mark in text for mark in self.marks):
                 match = self.control.search(text)
@@ -285,7 +297,7 @@ class Renderer:
                 **{**self.special_tokens, **(row.get("chat_template_kwargs") or {})},
             )
         except Exception as error:  # a template is a program: it may fail in any way
-            raise InvalidRow("template refuses the row", self.describe_refusal(error)) from None
+            raise InvalidRow("template refuses the row", self.describe_refusal(error, messages)) from None
         return Rendered(texts[0], [Span(*span) for span in spans[0]] if spans else [])
 
     @cached_property
@@ -299,8 +311,15 @@ class Renderer:
             f"request holds: {remedy}"
         )
 
-    def describe_refusal(self, error: Exception) -> str:
+    def describe_refusal(self, error: Exception, messages: list[dict]) -> str:
         """Return what a template failed on; that it is another family's, where it fails on what the tokenizer lacks."""
+        if isinstance(error, (TypeError, AttributeError)) or type(error).__name__ == "UndefinedError":
+            number = find_call_without_function(messages)
+            if number is not None:
+                return (
+                    f"message {number}: a tool call without function, which this template reads: write it as "
+                    '{"type": "function", "function": {"name": …, "arguments": …}}, as data_prep.normalize does'
+                )
         if type(error).__name__ == "UndefinedError" and self.mismatch is not None:
             return self.mismatch
         return describe_error(error)
@@ -414,67 +433,3 @@ def find_control_tokens(row: dict, renderer: Renderer) -> Iterator[ControlToken]
             token = renderer.control_in(texts)
             if token is not None:
                 yield ControlToken(f"{name} {number}", token)
-
-
-# -- personas ---------------------------------------------------------------------------------------------------------
-PERSONA_ARGUMENTS = ("custom_instructions", "system_prompt", "model_identity")  # of templates: who speaks
-PERSONA_ROLES = ("system", "developer")
-SWITCHES = re.compile(r"/(?:no_think|think|system_override)\b")  # templates take them out of a persona
-
-
-class Persona(NamedTuple):
-    """A text that says who speaks. place: message 0, or the name of a template's argument."""
-
-    place: str
-    text: str
-
-
-def find_personas(row: dict) -> list[Persona]:
-    """Return the texts of a row that say who speaks, blank ones not: arguments of the template, then messages."""
-    template_kwargs = row.get("chat_template_kwargs") or {}
-    texts = {name: template_kwargs.get(name) for name in PERSONA_ARGUMENTS}
-    for number, turn in enumerate(get_turns(row)):
-        if turn.get("role") in PERSONA_ROLES:
-            texts[f"message {number}"] = turn.get("content")
-    return [Persona(place, text) for place, text in texts.items() if isinstance(text, str) and text.strip()]
-
-
-def find_lost_personas(row: dict, renderer: Renderer) -> Iterator[Persona]:
-    """Yield each persona that the rendered text leaves out, as SmolLM3's own did for custom_instructions=None.
-
-    Each is rendered with a mark behind it: its text alone might stand in the default persona, or in what the user says,
-    and the row would pass though the template drops it. Where the template does not take the marks, the row is looked
-    at as it stands; where it does not render at all, nothing is yielded.
-    """
-    personas = find_personas(row)
-    if not personas:
-        return
-    marked = [Persona(place, f"{text} persona{number}mark") for number, (place, text) in enumerate(personas)]
-    for shown in (marked, personas):
-        try:
-            text = render_with_personas(row, renderer, shown)
-        except InvalidRow:
-            continue
-        for persona, expected in zip(personas, shown, strict=True):
-            if normalize_persona(expected.text) not in text:
-                yield persona
-        return
-
-
-def render_with_personas(row: dict, renderer: Renderer, personas: list[Persona]) -> str:
-    """Return the normalized text of a row with these personas in their places. Raises InvalidRow."""
-    texts = dict(personas)
-    template_kwargs = dict(row.get("chat_template_kwargs") or {})
-    for name in PERSONA_ARGUMENTS:
-        if name in texts:
-            template_kwargs[name] = texts[name]
-    turns = []
-    for number, turn in enumerate(get_turns(row)):
-        turns.append({**turn, "content": texts.get(f"message {number}", turn.get("content"))})
-    shown = {**row, "chat_template_kwargs": template_kwargs}
-    return normalize_persona(renderer.render_unchecked(shown, turns).text)
-
-
-def normalize_persona(text: str) -> str:
-    """Return text without the switches that a template takes out of a persona and without a difference of blanks."""
-    return " ".join(SWITCHES.sub(" ", text).split())

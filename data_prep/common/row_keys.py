@@ -22,8 +22,8 @@ def normalize_text(text: str) -> str:
     return " ".join(text.split())
 
 
-def row_key(row: Row) -> bytes:
-    """Return 16 bytes that rows share where they train the same: turns but for blanks, tools, template arguments."""
+def compared_turns(row: Row) -> list[dict]:
+    """Return the messages of a row as duplicates are recognised by."""
     turns = []
     for turn in row["messages"]:
         compared = {"role": turn["role"]}
@@ -31,20 +31,37 @@ def row_key(row: Row) -> bytes:
             if name not in NOT_COMPARED:
                 compared[name] = normalize_text(value) if isinstance(value, str) else value
         turns.append(compared)
+    return turns
+
+
+def row_key(row: Row, turns: list[dict] | None = None) -> bytes:
+    """Return 16 bytes that rows share where they train the same: turns but for blanks, tools, template arguments.
+
+    turns: compared_turns of the row, where they are known.
+    """
+    if turns is None:
+        turns = compared_turns(row)
     return xxhash.xxh3_128_digest(dump_json([turns, row.get("tools"), row["chat_template_kwargs"]]))
 
 
-def prompt_key(row: Row) -> int:
+def prompt_key(row: Row, turns: list[dict] | None = None) -> int:
     """Return 64 bits that rows share where they ask the same, whatever the answers: turns but the assistant's, without
-    the switches /think and /no_think."""
-    turns = []
-    for turn in row["messages"]:
+    the switches /think and /no_think.
+
+    turns: compared_turns of the row, where they are known.
+    """
+    if turns is None:
+        turns = compared_turns(row)
+    asked = []
+    for turn in turns:
         if turn["role"] == "assistant":
             continue
-        content = SWITCH.sub("", normalize_text(turn["content"]))
+        content = turn["content"]
+        if "/" in content:
+            content = SWITCH.sub("", content)
         if content:  # a system message that was a switch alone asks nothing
-            turns.append({"role": turn["role"], "content": content})
-    return xxhash.xxh3_64_intdigest(dump_json(turns))
+            asked.append({"role": turn["role"], "content": content})
+    return xxhash.xxh3_64_intdigest(dump_json(asked))
 
 
 def row_digest(row: Row) -> bytes:

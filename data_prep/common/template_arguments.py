@@ -15,7 +15,8 @@ from functools import cache, lru_cache
 from jinja2 import Environment, nodes
 
 from .errors import InvalidRow
-from .rendering import PERSONA_ARGUMENTS, TEMPLATES, serving_template
+from .personas import PERSONA_ARGUMENTS
+from .rendering import TEMPLATES, serving_template
 
 REASON = "template refuses the row"
 FLAGS = ("loss_mask", "train")  # of a message

@@ -1,14 +1,12 @@
 """Personas that the template drops: a bug that lost every system message of SmolLM3's training changed no score."""
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from datasets import Dataset
 
-from data_prep.common import rendering
-from data_prep.common.rendering import Persona, Renderer
-from data_prep.common.rows import get_tools, get_turns
+from data_prep.common.personas import LostPersonas
+from data_prep.common.rendering import Renderer
 
 from ..messages import UsageError
 from .template import read_training_template
@@ -46,23 +44,10 @@ def find_lost_personas(trainer: "SFTTrainer", rows: Dataset) -> list[LostPersona
     names = [name for name in COLUMNS if name in rows.column_names]
     if not {"messages", "prompt"} & set(names):
         return []
-    renderer = Renderer(read_training_template(trainer), trainer.processing_class)
+    lost_personas = LostPersonas(Renderer(read_training_template(trainer), trainer.processing_class))
     lost = []
-    first_lost: dict[str, Persona | None] = {}
     for number, row in enumerate(rows.select_columns(names)):
-        personas = rendering.find_personas(row)
-        if not personas:
-            continue
-        key = persona_key(row, personas)
-        if key not in first_lost:
-            first_lost[key] = next(rendering.find_lost_personas(row, renderer), None)
-        if first_lost[key] is not None:
-            lost.append(LostPersona(number, first_lost[key].text))
+        persona = lost_personas.find(row)
+        if persona is not None:
+            lost.append(LostPersona(number, persona.text))
     return lost
-
-
-def persona_key(row: dict, personas: list[Persona]) -> str:
-    """Return equal texts for rows whose personas a template treats alike."""
-    texts = [persona.text for persona in personas]
-    parts = [texts, get_turns(row)[0]["role"], bool(get_tools(row)), row.get("chat_template_kwargs")]
-    return json.dumps(parts, sort_keys=True, default=str)

@@ -4,6 +4,7 @@ import json
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,11 +14,14 @@ from trl import ScriptArguments, SFTConfig
 from data_prep.common.errors import InvalidRow
 from data_prep.common.rows import is_empty_turn
 from data_prep.common.sources.detect import normalize_arguments
-from data_prep.common.template_arguments import read_arguments
+from data_prep.common.template_arguments import TemplateArguments, read_arguments
 
 from ..messages import UsageError, relative_path, say
 from .compiled import check_compiled_settings, check_settings_of_other_rows, is_compiled
 from .ranks import refuse_on_all_ranks
+
+if TYPE_CHECKING:
+    from ..trainer import SFTTrainer
 
 HEAD_BYTES = 16 << 20  # of a JSON file: its first row stands in them, or the loader is left to it
 SHOWN_ROWS = 9
@@ -41,8 +45,10 @@ def check_rows(
                 raise UsageError(f"dataset {script_args.dataset_name}: {split} has no rows: pass a set that has some")
             check_columns(rows.features, script_args, training_args)
             check_turns(rows, split, script_args, training_args)
-            if training_args.chat_template_path is not None:
-                check_template_arguments(rows, split, script_args.dataset_name, training_args.chat_template_path)
+            path = training_args.chat_template_path
+            if path is not None:
+                arguments = read_arguments(Path(path).read_text(encoding="utf-8"), relative_path(path))
+                check_template_arguments(rows, split, script_args.dataset_name, arguments)
 
 
 def check_local_rows(script_args: ScriptArguments, training_args: SFTConfig) -> None:
@@ -251,15 +257,29 @@ def is_empty(turn: dict) -> bool:
     return is_empty_turn(turn)
 
 
-def check_template_arguments(rows: Dataset, split: str, name: str, template_path: str) -> None:
+def check_own_template_arguments(trainer: "SFTTrainer", script_args: ScriptArguments) -> None:
+    """Raise UsageError for rows whose chat_template_kwargs the tokenizer's own template does not read or take.
+
+    It is known once the trainer is built; a template file is checked by check_rows, before the model is loaded.
+    """
+    template = trainer.processing_class.chat_template
+    if trainer.args.chat_template_path is not None or not isinstance(template, str):
+        return
+    arguments = read_arguments(template, "the tokenizer's own template")
+    splits = {script_args.dataset_train_split: trainer.train_rows}
+    if trainer.validation_rows is not None:
+        splits["validation"] = trainer.validation_rows
+    for split, rows in splits.items():
+        check_template_arguments(rows, split, script_args.dataset_name, arguments)
+
+
+def check_template_arguments(rows: Dataset, split: str, name: str, arguments: TemplateArguments) -> None:
     """Raise UsageError for rows whose chat_template_kwargs hold what a template does not read or take.
 
     name: of the dataset.
     """
     if KWARGS not in rows.column_names:
         return
-    template = Path(template_path).read_text(encoding="utf-8")
-    arguments = read_arguments(template, relative_path(template_path))
     numbers = []
     details = []
     number = 0
