@@ -21,7 +21,7 @@ from conftest import REPO
 from datasets import load_from_disk
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from template_oracle import FAMILIES
+from template_oracle import ALL_FAMILIES
 from template_oracle import Refused as OracleRefused
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -344,7 +344,7 @@ def proven(family, messages, tools, **arguments):
     return rows, counts
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", ALL_FAMILIES, ids=lambda family: family.name)
 def test_every_family(family):
     """Every answer once, under its true prompt; a family is found here once it is in the oracle's list."""
     done = [proven(family, messages, tools) for messages, tools in shapes(family)]
@@ -368,7 +368,7 @@ def fitted(row, family):
     return linked(turns), row.get("tools") if family.tools and family.tool_list else None
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", ALL_FAMILIES, ids=lambda family: family.name)
 def test_every_family_on_random_conversations(family):
     names = ("enable_thinking", "preserve_thinking", "keep_thinking")
     switches = [name for name in names if name in family.arguments]
@@ -389,7 +389,7 @@ def test_every_family_on_random_conversations(family):
 def test_steptron_trains_less_than_its_expanded_rows():
     """Published: one row a conversation, of which the answers after the last user turn are trained whose own loss_mask
     is 1, a call without reasoning without its think block. Expanded, every answer that its own flag does not forbid."""
-    family, template = next(f for f in FAMILIES if f.name == "step3_qwen3"), TEMPLATES / "step3_qwen3.jinja"
+    family, template = next(f for f in ALL_FAMILIES if f.name == "step3_qwen3"), TEMPLATES / "step3_qwen3.jinja"
     messages = linked(
         [user(), answer("Yes.", "r"), user("And?"), answer("", None, 1), REPLY, answer("", "s", 1), REPLY, answer("So")]
     )
@@ -563,7 +563,7 @@ def test_cost_by_hand(tmp_path):
 def test_cost_in_tokens_is_what_the_trainer_counts(demo, tmp_path, name):
     rows = [TWO, CHAINS | {"id": "b"}, GREETING | {"id": "c"}]
     if name != "qwen3":
-        family = next(family for family in FAMILIES if family.name == name)
+        family = next(family for family in ALL_FAMILIES if family.name == name)
         held = [shape for shape in shapes(family) if proven(family, *shape)]
         rows = [row_of(*turns, tools=tools, bos_token=family.bos, eos_token=family.eos) for turns, tools in held]
         rows = [row | {"id": str(number)} for number, row in enumerate(rows)]

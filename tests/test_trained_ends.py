@@ -16,7 +16,7 @@ from conftest import REPO
 from datasets import Dataset
 from hooks.checks import stop_token, trained_ends
 from hooks.messages import UsageError
-from template_oracle import FAMILIES, Refused
+from template_oracle import ALL_FAMILIES, Refused
 from test_chat_templates import SHARED, expected, samples, small_tokenizer, template, tokenizer_of
 from test_checks import refusal
 from trl import SFTConfig, pack_dataset
@@ -24,7 +24,7 @@ from trl import SFTConfig, pack_dataset
 from data_prep.common import rendering
 
 TEMPLATES = REPO / "chat_templates"
-BY_NAME = {family.name: family for family in FAMILIES}
+BY_NAME = {family.name: family for family in ALL_FAMILIES}
 SETTINGS = {
     "assistant_only_loss": True,
     "max_length": None,
