@@ -44,8 +44,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from data_prep.check import (
     CheckFlags,
     CheckOptions,
@@ -60,7 +58,7 @@ from data_prep.common.chunks import Chunk
 from data_prep.common.command_line import add_num_proc, make_parser, run_command
 from data_prep.common.errors import InvalidRow, UsageError
 from data_prep.common.json_text import dump_json
-from data_prep.common.ngrams import hash_ngrams, hash_words, split_words
+from data_prep.common.ngrams import repeated_share
 from data_prep.common.parallel import parallel_map
 from data_prep.common.readers import find_inputs, read_chunks
 from data_prep.common.rendering import Renderer
@@ -91,8 +89,6 @@ REFUSALS = {  # each stands at the start of a sentence; "as an AI, I have no opi
 REFUSAL = re.compile("|".join(REFUSALS.values()), re.VERBOSE | re.IGNORECASE)
 SENTENCE = re.compile(r"(?:^|[.!?。！？\n])[\s\"'“‘*]*")  # a refusal begins a sentence
 
-NGRAM = 10  # words
-FENCED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 
 MARKED = re.compile(r"####\s*(.+)")
 BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
@@ -267,23 +263,11 @@ def check_repetition(row: Row, options: FilterOptions) -> Iterator[Fault]:
         if turn["role"] != "assistant":
             continue
         for name in ("content", "reasoning_content"):
-            share = repeated_share(FENCED.sub("", turn.get(name) or ""))
+            share = repeated_share(turn.get(name) or "")
             if share > options.repetition:
                 place = f"message {number}" if name == "content" else f"message {number}, reasoning"
                 yield Fault("repetition", f"{place}: {share:.0%} of its n-grams stand there again")
                 return
-
-
-def repeated_share(text: str) -> float:
-    """Return the share of the n-grams of a text that stand in it more than once."""
-    words = split_words(text)
-    single_characters = sum([len(word) == 1 and not word.isascii() for word in words])
-    size = NGRAM * 2 if single_characters * 2 > len(words) else NGRAM
-    ngrams = hash_ngrams(hash_words(words), size)
-    if not len(ngrams):
-        return 0.0
-    _, counts = np.unique(ngrams, return_counts=True)
-    return counts[counts > 1].sum() / len(ngrams)
 
 
 def check_refusals(row: Row) -> Iterator[Fault]:

@@ -13,6 +13,9 @@ On several processes with whole weights (DDP, ZeRO-1, ZeRO-2) each measures its 
 (ZeRO-3, FSDP) every token of an answer would gather the whole model once: there it is the perplexity only. Sequence,
 context and tensor parallelism are refused.
 
+Accuracy by the letter, as nanochat watches MMLU and ARC-Easy each 200 steps: `letters` names files of their test rows;
+the letter with the highest logit where the answer begins is the answer. eval_mmlu is the share that is right.
+
 Other settings are a file of your own, passed to --hooks in place of this one:
 
     import sys
@@ -21,6 +24,7 @@ Other settings are a file of your own, passed to --hooks in place of this one:
 
     class Mine(InTraining):
         rows = 64
+        letters = {"mmlu": "data/mmlu-test", "arc_easy": "data/arc-easy-test"}
 
 Of such a file the classes that it defines are used, not those that it imports: Mine alone. Without a recipe,
 `trainer.add_callback(Mine(trainer))` does the same for TRL's SFTTrainer; it keeps no rows of messages, so that Mine
@@ -33,7 +37,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -45,9 +49,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a recipe loads this file from anywhere
 from data_prep.common.arrow_rows import batch_to_rows
 from data_prep.common.errors import UsageError
+from eval.common.letters import count_right_letters
 from eval.common.measure import PreparedRow, clean_row, measure, prepare, read_rows
 from eval.common.metrics import summarize
 from eval.common.models import batches, pad
+from eval.common.problems import TASKS, LetterProblem, letter_problem, read_problems
 
 PASS_TOKENS = 4096  # padded tokens of a forward pass for the losses
 
@@ -61,6 +67,9 @@ class InTraining(TrainerCallback):
     split: str = "validation"  # of such a folder
     max_new_tokens: int = 128  # of each answer
     batch_size: int = 8  # rows at a time
+    letters: ClassVar[dict[str, str]] = {}  # files or dataset folders of questions with choices, by a name of TASKS
+    letter_split: str = "test"  # of such a folder
+    letter_rows: int = 256  # of each
     metrics: tuple[str, ...] = ("assistant_perplexity", "usability", "stop_rate", "loop_rate", "json_valid")
 
     def __init__(self, trainer: Trainer) -> None:
@@ -82,8 +91,19 @@ class InTraining(TrainerCallback):
         self.prepared: list[PreparedRow] = []  # of the rows, those of which something is scored
         try:
             self.drawn_rows = draw_rows(self.validation_rows(), self.rows, trainer.args.seed)
+            self.letter_problems = self.read_letters()
         except UsageError as error:
             raise ValueError(str(error)) from None
+
+    def read_letters(self) -> dict[str, list[LetterProblem]]:
+        """Return the questions of each task of `letters`. Raises UsageError."""
+        known = [name for name, task in TASKS.items() if task.read is letter_problem]
+        problems = {}
+        for task, path in self.letters.items():
+            if task not in known:
+                raise UsageError(f"in_training.py: letters names {task}: it may name {', '.join(known)}")
+            problems[task] = read_problems(task, path, self.letter_split, self.letter_rows, self.trainer.args.seed)
+        return problems
 
     def validation_rows(self) -> Sequence[dict]:
         """Return the rows of messages to draw from. Raises UsageError."""
@@ -173,11 +193,13 @@ class InTraining(TrainerCallback):
         with unchanged(trainer.model):
             try:
                 records = self.measure_rows()
+                accuracies = self.measure_letters()
             except UsageError as error:
                 self.say(f"not measured: {error}")
                 return {}
             summary = summarize(records, trainer.args.seed)
             self.figures = {f"eval_{name}": summary[name]["value"] for name in self.metrics if name in summary}
+            self.figures |= accuracies
             self.measured_step = step
             now = time.perf_counter()
             self.seconds += now - began
@@ -186,12 +208,40 @@ class InTraining(TrainerCallback):
             trainer.log({**self.figures, "eval_answers_time_share": share})
         return self.figures
 
+    def choose_parts(self) -> tuple[int, PreTrainedModel]:
+        """Return over how many processes the work is divided, and the model.
+
+        Sharded: each pass gathers the weights, so that all processes must make the same passes.
+        """
+        if self.sharded:
+            return 1, self.trainer.model_wrapped
+        return self.trainer.args.world_size, self.trainer.model
+
+    def measure_letters(self) -> dict[str, float]:
+        """Return {eval_TASK: share of right letters}, on every process. Raises UsageError on all."""
+        parts, model = self.choose_parts()
+        figures = {}
+        for task, problems in self.letter_problems.items():
+            own_problems = problems[self.trainer.args.process_index % parts :: parts]
+            right = 0
+            failure = ""
+            try:
+                right = count_right_letters(
+                    model, self.trainer.processing_class, self.stops, own_problems, self.batch_size
+                )
+            except UsageError as error:
+                failure = str(error)
+            gathered = gather_object([(right, failure)])[:parts]
+            for _, reason in gathered:
+                if reason:
+                    raise UsageError(reason)
+            figures[f"eval_{task}"] = sum([count for count, _ in gathered]) / len(problems)
+        return figures
+
     def measure_rows(self) -> list[dict]:
         """Return a record a row, on every process. Raises UsageError on all where one of them could not measure."""
         args = self.trainer.args
-        # sharded: each pass gathers the weights, so that all processes must make the same passes
-        parts = 1 if self.sharded else args.world_size
-        model = self.trainer.model_wrapped if self.sharded else self.trainer.model
+        parts, model = self.choose_parts()
         own_rows = self.prepared[args.process_index % parts :: parts]
         tokenizer = self.trainer.processing_class
         records: list[dict] = []

@@ -7,7 +7,8 @@ losses off by one, or of whole logits; steps off by one, once per set, at evalua
 the run, or not handed on to the trainer; rows by another seed, of another split, all of them, with what Arrow fills in,
 or without their template's arguments; max_length, the budget (also by one) or the generation config's stop tokens
 ignored; figures of an earlier step where measuring failed; every process measuring the same rows, or the first one's
-alone told; a wrong share of time; parallelism within a row taken. Two change no figure and stay green: labels on the
+alone told; letters read at the end of the padded batch, or all questions by every process; a wrong share of
+time; parallelism within a row taken. Two change no figure and stay green: labels on the
 padding (the mask saves its head) and the seed of a bootstrap that is not logged.
 """
 
@@ -148,6 +149,78 @@ def test_a_reference_above_the_budget_asks_for_no_answer(run_recipe, hook, tmp_p
     [line] = measurements(run_recipe("qwen3_full", *flags, *watching(hook, **settings)))
     assert "perplexity of 10 rows, answers to 2 (the others need more than 6 tokens)" in capsys.readouterr().out
     assert (line["eval_stop_rate"], line["eval_json_valid"]) == (1, 1)
+
+
+def letter_questions(path):
+    """12 questions with four choices, whose right letters are A, B, C, D in turn."""
+    rows = []
+    for number in range(12):
+        choices = [f"{number + place}" for place in range(4)]
+        rows.append(
+            {
+                "question": "so " * (number * 7 % 12) + f"which is {choices[number % 4]}?",
+                "choices": choices,
+                "answer": number % 4,
+            }
+        )
+    return write_rows(path, rows)
+
+
+def by_hand(model, tokenizer, row):
+    """The letter with the highest logit where the answer stands in the whole conversation, as nanochat writes it."""
+    lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip("ABCD", row["choices"], strict=True))
+    question = (
+        f"Multiple Choice question: {row['question']}\n{lines}\nRespond only with the letter of the correct answer."
+    )
+    whole = [{"role": "user", "content": question}, {"role": "assistant", "content": "§"}]
+    text = tokenizer.apply_chat_template(whole, tokenize=False)
+    ids = tokenizer(text[: text.index("§")], add_special_tokens=False)["input_ids"]
+    letters = [tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "ABCD"]
+    with torch.no_grad():
+        return "ABCD"[int(model(torch.tensor([ids])).logits[0, -1, letters].argmax())]
+
+
+def test_letters_are_those_of_the_logits_where_the_answer_stands(tmp_path):
+    path = letter_questions(tmp_path / "mmlu.jsonl")
+    model = make_model(3).eval()
+    hook, trainer, log = hooked(CHATS[:2], model, letters={"mmlu": str(path)}, batch_size=5)
+    [metrics] = step(hook, trainer, 2, evaluations=1)
+    model.eval()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    answers = [by_hand(model, trainer.processing_class, row) for row in rows]
+    right = sum(answer == "ABCD"[row["answer"]] for answer, row in zip(answers, rows, strict=True))
+    assert metrics["eval_mmlu"] == right / 12 and log[0]["eval_mmlu"] == right / 12 and len(set(answers)) > 1
+
+
+def test_processes_share_the_questions_and_the_sum(tmp_path, monkeypatch):
+    path = letter_questions(tmp_path / "mmlu.jsonl")
+    model = make_model(3)
+    alone = step(*hooked(CHATS[:2], model, letters={"mmlu": str(path)})[:2], 2, evaluations=1)[0]["eval_mmlu"]
+    asked = []
+    count = in_training.count_right_letters
+
+    def counted(model, tokenizer, stops, problems, batch_size):
+        asked.append([problem.id for problem in problems])
+        return count(model, tokenizer, stops, problems, batch_size)
+
+    monkeypatch.setattr(in_training, "count_right_letters", counted)
+    shares = []
+    for rank in (0, 1):
+        hook, trainer, _ = hooked(CHATS[:2], make_model(3), letters={"mmlu": str(path)})
+        trainer.args.world_size, trainer.args.process_index = 2, rank
+        monkeypatch.setattr(in_training, "gather_object", lambda own: own)
+        shares.append(hook.measure_letters()["eval_mmlu"])
+    assert sum(shares) == pytest.approx(alone) and len(asked[0]) == len(asked[1]) == 6
+    assert not set(asked[0]) & set(asked[1])
+
+
+def test_letters_name_tasks_and_files(tmp_path):
+    with pytest.raises(ValueError, match="letters names mmul: it may name arc_easy, arc_challenge, mmlu$"):
+        hooked(CHATS[:2], letters={"mmul": "x.jsonl"})
+    with pytest.raises(ValueError, match="gsm8k"):
+        hooked(CHATS[:2], letters={"gsm8k": "x.jsonl"})
+    with pytest.raises(ValueError, match=r"no.jsonl"):
+        hooked(CHATS[:2], letters={"mmlu": str(tmp_path / "no.jsonl")})
 
 
 # -- when, and of which rows -------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """eval/common/metrics.py and what it is made of (repetition, strict_json, languages, intervals) against other
-implementations (data_prep's n-grams, jsonschema's equality, Unicode's properties), published and hand-worked values,
-simulated coverage, and answers of planted bad models.
+implementations (n-grams counted by their words, jsonschema's equality, Unicode's properties), published and
+hand-worked values, simulated coverage, and answers of planted bad models.
 
 Tried, and each turned a test red: percentiles in the place of BCa; Student's level; a share without width at its bound;
 pairs of a ratio drawn apart; counters not made equal; tables, JSON or rows of numbers taken for loops; a language
@@ -13,6 +13,7 @@ import math
 import random
 import string
 import urllib.request
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from scipy import stats
 
-from data_prep import filter as filtering
+from data_prep.common import ngrams
 from data_prep.common.answers import parse_answer
 from eval.common import intervals, languages, metrics, repetition, strict_json
 
@@ -54,20 +55,24 @@ def texts():
                 yield "".join(rng.choice(pool[-kinds:]) for _ in range(size))
 
 
-def test_repetition_is_the_rule_of_the_data_filter():
+def test_repetition_by_counting_words():
     found = []
     for text in texts():
-        found.append(repetition.repeated(text))
-        assert found[-1] == filtering.repeated_share(filtering.FENCED.sub("", text)), text
+        found.append(ngrams.repeated_share(text))
+        words = ngrams.split_words(ngrams.FENCED.sub("", text))
+        size = ngrams.ngram_size(words)
+        counts = Counter(zip(*[words[shift:] for shift in range(size)], strict=False))  # the words, not their hashes
+        repeated = sum(count for count in counts.values() if count > 1)
+        assert found[-1] == (repeated / counts.total() if counts else 0), text
     assert sum(share == 0 for share in found) > 10 and sum(0 < share < 1 for share in found) > 10
 
 
 def test_repetition_by_hand():
     """12 words, 3 n-grams of 10: with period 1 all equal; with one word changed at the end the last is another."""
-    assert repetition.repeated("a " * 12) == 1
-    assert repetition.repeated("a " * 11 + "b") == 2 / 3
-    assert repetition.repeated("one two three four five six seven eight nine ten eleven") == 0
-    assert repetition.repeated("a " * 9) == 0  # no n-gram at all
+    assert ngrams.repeated_share("a " * 12) == 1
+    assert ngrams.repeated_share("a " * 11 + "b") == 2 / 3
+    assert ngrams.repeated_share("one two three four five six seven eight nine ten eleven") == 0
+    assert ngrams.repeated_share("a " * 9) == 0  # no n-gram at all
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ GPT-3's normalisation (appendix C: lower case, no punctuation), which parts word
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -15,6 +16,8 @@ import xxhash
 SINGLE = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
 SINGLE += "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff\uac00-\ud7a3"  # kana, Han, Hangul
 WORD = re.compile(rf"[{SINGLE}]|[^\W_{SINGLE}]+")
+FENCED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)  # code, which repeats itself as prose does not
+NGRAM = 10  # words, of which a repeated text is made
 ASCII_WORD = re.compile(r"[a-z0-9]+")
 GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 
@@ -53,3 +56,23 @@ def scramble(hashes: np.ndarray) -> np.ndarray:
     hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return hashes ^ (hashes >> np.uint64(31))
+
+
+# -- repetition -------------------------------------------------------------------------------------------------------
+def ngram_size(words: Sequence[str]) -> int:
+    """Return how many words make an n-gram: 10, or 20 where most are single characters (Chinese, Japanese, Korean)."""
+    single = len([word for word in words if len(word) == 1 and not word.isascii()])
+    return NGRAM * 2 if single * 2 > len(words) else NGRAM
+
+
+def repeated_share(text: str) -> float:
+    """Return the share of the n-grams of a text's words that stand in it more than once, code in ``` fences left out.
+
+    data-juicer's word_repetition_filter.
+    """
+    words = split_words(FENCED.sub("", text))
+    ngrams = hash_ngrams(hash_words(words), ngram_size(words))
+    if not len(ngrams):
+        return 0.0
+    _, counts = np.unique(ngrams, return_counts=True)
+    return float(counts[counts > 1].sum() / len(ngrams))

@@ -5,16 +5,14 @@ Latin letters loads models of all languages in LATIN: 3 s and 0.4 GB. A language
 its nearest neighbour, which does no harm where two texts are compared.
 """
 
-import re
 from functools import cache
 from typing import TYPE_CHECKING
 
-from data_prep.common.ngrams import split_words
+from data_prep.common.ngrams import FENCED, split_words
 
 if TYPE_CHECKING:
     from lingua import LanguageDetector
 
-FENCED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 LATIN = ("CZECH", "DUTCH", "ENGLISH", "FINNISH", "FRENCH", "GERMAN", "HUNGARIAN", "INDONESIAN", "ITALIAN", "POLISH")
 LATIN += ("PORTUGUESE", "ROMANIAN", "SPANISH", "SWEDISH", "TURKISH", "VIETNAMESE")
 OTHER_SCRIPTS = ("ARABIC", "ARMENIAN", "BENGALI", "CHINESE", "GEORGIAN", "GREEK", "GUJARATI", "HEBREW", "HINDI")

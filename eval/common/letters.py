@@ -77,15 +77,13 @@ def answer_letters(
     return answers
 
 
-def letter_accuracy(
+def count_right_letters(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     stops: set[int],
     problems: Sequence[LetterProblem],
     batch_size: int,
-    **kwargs: Any,
-) -> float:
-    """Return the share of problems whose letter is right, as nanochat logs it while SFT runs. Raises UsageError."""
-    answers = answer_letters(model, tokenizer, stops, problems, batch_size, **kwargs)
-    right = [answer == problem.answer for answer, problem in zip(answers, problems, strict=True)]
-    return sum(right) / len(right)
+) -> int:
+    """Return how many problems have the right letter. Raises UsageError."""
+    answers = answer_letters(model, tokenizer, stops, problems, batch_size)
+    return len([answer for answer, problem in zip(answers, problems, strict=True) if answer == problem.answer])

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from rapidfuzz.distance import Levenshtein
 
 from data_prep.common.answers import Answer
-from data_prep.common.ngrams import split_words
+from data_prep.common.ngrams import FENCED, split_words
 from eval.common.gsm8k import official_answer
 from eval.common.intervals import (
     FEWEST_ROWS,
@@ -37,7 +37,7 @@ from eval.common.intervals import (
 )
 from eval.common.intervals import Z95 as Z95  # as names of this module too
 from eval.common.intervals import wilson as wilson
-from eval.common.languages import FENCED, identify_language, is_in_language
+from eval.common.languages import identify_language, is_in_language
 from eval.common.repetition import loops
 from eval.common.strict_json import json_fields, offers_json, schema_valid, strict_json
 

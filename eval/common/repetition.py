@@ -2,16 +2,13 @@
 
 import json
 import re
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-from data_prep.common.ngrams import split_words
-from eval.common.languages import FENCED
+from data_prep.common.ngrams import FENCED, ngram_size, repeated_share, split_words
 
 LOOP_SHARE = 0.5  # of a text's n-grams or words
-NGRAM = 10  # words
 SCATTERED_SHARE = 0.9  # of the n-grams of a text that ended, where the repeats do not stand one behind the other
 TAIL_TIMES = 8
 TAIL_CHARACTERS = 64
@@ -23,25 +20,6 @@ NUMBER = re.compile(r"\d+")
 NUMBER_ROW = re.compile(r"[\s\d.,;:|()\[\]+-]*")
 DECODER = json.JSONDecoder()
 FAILED_TRIES = 100  # brackets that begin no JSON, after which no more is looked for
-
-
-def ngram_size(words: Sequence[str]) -> int:
-    """Return how many words make an n-gram: 10, or 20 where most are single characters (Chinese, Japanese, Korean)."""
-    single = len([word for word in words if len(word) == 1 and not word.isascii()])
-    return NGRAM * 2 if single * 2 > len(words) else NGRAM
-
-
-def repeated(text: str) -> float:
-    """Return the share of the n-grams of a text's words that stand in it more than once, code in ``` fences left out.
-
-    The rule of data_prep/filter.py's --repetition, which is data-juicer's word_repetition_filter.
-    """
-    words = split_words(FENCED.sub("", text))
-    size = ngram_size(words)
-    counts = Counter(zip(*[words[shift:] for shift in range(size)], strict=False))
-    if not counts:
-        return 0.0
-    return sum([count for count in counts.values() if count > 1]) / counts.total()
 
 
 def endless(text: str) -> bool:
@@ -123,12 +101,12 @@ def loops(text: str, stopped: bool = True) -> bool:
     a chorus is none; with another number each time it takes twenty, so that a plan by days is none.
     """
     if not stopped:
-        if repeated(text) > LOOP_SHARE or endless(text.rstrip()):
+        if repeated_share(text) > LOOP_SHARE or endless(text.rstrip()):
             return True
         counted = split_words(NUMBER.sub("0", FENCED.sub("", text)))
         return chained_share(counted, TIMES, FEWEST_UNIT_WORDS) > LOOP_SHARE
     prose = drop_structures(text)
-    if endless(prose.rstrip()) or repeated(prose) > SCATTERED_SHARE:
+    if endless(prose.rstrip()) or repeated_share(prose) > SCATTERED_SHARE:
         return True
     prose = FENCED.sub("", prose)
     if chained_share(split_words(prose), TIMES) > LOOP_SHARE:
