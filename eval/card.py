@@ -345,7 +345,7 @@ def list_machine(run: Run, hardware: str | None) -> list[tuple[str, str, str]]:
     if hardware is None and engine.is_file():
         hardware = "; then ".join(engine.read_text(encoding="utf-8").splitlines())
     ram = NOT_RECORDED
-    if "ram_gib" in run.machine:
+    if run.machine.get("ram_gib") is not None:
         ram = f"{run.machine['ram_gib']:.1f} GiB"
     elif hasattr(os, "sysconf"):
         size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

@@ -295,6 +295,10 @@ def test_config_yaml_is_taken_back(run_recipe, tmp_path):
     assert saved["learning_rate"] == 3e-3 and saved["lora_target_modules"] == ["q_proj", "v_proj"]
     assert not {"gradient_accumulation_steps", "model_init_kwargs", "config"} & saved.keys()
     assert json.loads((first / "versions.json").read_text())["trl"]
+    machine = json.loads((first / "machine.json").read_text())
+    memory = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
+    assert machine["ram_gib"] == pytest.approx(int(memory.split()[1]) / 2**20, abs=0.1)
+    assert machine["cuda"] == torch.version.cuda and len(machine["gpus"]) == torch.cuda.device_count()
     assert (first / "qwen3_qlora.py").read_text() == (REPO / "recipes" / "qwen3_qlora.py").read_text()
     second = tmp_path / "second"
     run_recipe("qwen3_qlora", "--config", first / "config.yaml", "--output_dir", second, defaults=False)

@@ -1,22 +1,45 @@
-"""What a run folder keeps of how it came about: the recipe's source, its settings, the packages that were imported."""
+"""What a run folder keeps of how it came about: the recipe's source, its settings, the packages that were imported, the
+machine."""
 
 import json
+import os
+import platform
 import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
 
+import torch
 import yaml
 
 from .messages import recipe_name
 
 
 def write_provenance(output_dir: Path, settings: dict[str, object]) -> None:
-    """Write the recipe's source, config.yaml (which --config takes back) and versions.json."""
+    """Write the recipe's source, config.yaml (which --config takes back), versions.json and machine.json."""
     output_dir.mkdir(parents=True, exist_ok=True)
     shutil.copy(sys.argv[0], output_dir / recipe_name())
     (output_dir / "config.yaml").write_text(yaml.safe_dump(settings))
     (output_dir / "versions.json").write_text(json.dumps(imported_versions(), indent=1))
+    (output_dir / "machine.json").write_text(json.dumps(describe_machine(), indent=1))
+
+
+def describe_machine() -> dict[str, object]:
+    """Return what a run's speed and memory depend on, of the main process' machine. ram_gib: None where unknown."""
+    ram_gib = None
+    if hasattr(os, "sysconf"):  # not on Windows
+        ram_gib = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        gpus.append({"name": properties.name, "gib": round(properties.total_memory / 2**30, 1)})
+    return {
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+        "ram_gib": ram_gib,
+        "gpus": gpus,
+        "cuda": torch.version.cuda,  # None in a build for CPUs
+    }
 
 
 def imported_versions() -> dict[str, str]:
