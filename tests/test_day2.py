@@ -86,7 +86,7 @@ def emoji_rows():
     return rows
 
 
-@pytest.fixture(scope="module", params=["real", "small"])
+@pytest.fixture(scope="module", params=[pytest.param("real", marks=pytest.mark.long), "small"])
 def data(request, tmp_path_factory):
     """The mixed set, and rows a pool."""
     if request.param == "real" and not (SHARED / "data" / "cmath").is_dir():

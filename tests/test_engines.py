@@ -105,14 +105,9 @@ def loads_in_transformers(demo, folder, dtype=torch.float32):
 
 FULL, LORA, QLORA = "qwen3_full", "qwen3_lora", "qwen3_qlora"
 SHIPPED, SLOW = ["--lora_dropout", "0"], ["--learning_rate", "1e-4"]
-QUICK = [
-    (FULL, "ddp", EXACT, 1e-5),
-    (FULL, "zero3", EXACT, 1e-5),
-    (FULL, "fsdp2", EXACT, 1e-5),
-    (FULL, "sp", EXACT, 1e-5),
-    (QLORA, "ddp", SHIPPED, 1e-3),  # evaluation in the middle: bitsandbytes once cut the gradients after one
-]
-LONG = [(FULL, engine, EXACT, 1e-5) for engine in ("zero1", "zero2", "offload", "hsdp")]
+QUICK = [(FULL, "zero3", EXACT, 1e-5), (FULL, "fsdp2", EXACT, 1e-5)]  # DDP: test_packing.py
+LONG = [(FULL, engine, EXACT, 1e-5) for engine in ("ddp", "sp", "zero1", "zero2", "offload", "hsdp")]
+LONG += [(QLORA, "ddp", SHIPPED, 1e-3)]  # evaluation in the middle: bitsandbytes once cut the gradients after one
 LONG += [(LORA, engine, EXACT, 1e-5) for engine in ("ddp", "zero1", "zero2", "zero3", "fsdp2", "sp")]
 LONG += [(LORA, "offload", EXACT, 2e-4)]  # DeepSpeed's own Adam: where gradients are near 0, as B's at first, rounding
 LONG += [(QLORA, engine, EXACT + TORCH_ADAM, 1e-5) for engine in ("ddp", "zero1", "zero2", "zero3")]

@@ -21,7 +21,7 @@ def run(*command, cwd):
     return done
 
 
-@pytest.fixture(params=[pytest.param("real", marks=pytest.mark.long), "small"])
+@pytest.fixture(params=["real", "small"])
 def raw(request, demo, tmp_path):
     """(train file, rows in it, test file, model folder)"""
     if request.param == "real":
@@ -46,6 +46,7 @@ def raw(request, demo, tmp_path):
     return tmp_path / "raw_train.jsonl", 300, tmp_path / "raw_test.jsonl", tmp_path / "model"
 
 
+@pytest.mark.long
 def test_gsm8k_from_raw_rows_to_report(raw, tmp_path):
     train, count, test, model = raw
     run("-m", "data_prep.normalize", "gsm8k", train, "--out", "train_set", cwd=tmp_path)

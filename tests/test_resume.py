@@ -26,7 +26,9 @@ def weights(folder):
     return load_file(next(folder.glob("*model.safetensors")))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", ["full", "lora", pytest.param("qlora-adamw", marks=pytest.mark.long), "qlora-paged-8bit"]
+)
 def test_resume_is_bitwise(run_recipe, tmp_path, capsys, case):
     recipe, flags = CASES[case]
     whole = run_recipe(recipe, *flags, *EVERY, out="whole")
