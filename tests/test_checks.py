@@ -202,10 +202,10 @@ def test_verdict_equals_the_oracle(kind, attention):
 def packing_verdict(training_args, capsys):
     """packing_verdict(config, **settings): what check_packing refuses with, else what it says."""
 
-    def check(config, **values):
+    def check(config, allow=(), **values):
         capsys.readouterr()
         args = training_args(**{"packing": True} | values)
-        return refusal(packing.check_packing, config, args) or capsys.readouterr().out
+        return refusal(packing.check_packing, config, args, list(allow)) or capsys.readouterr().out
 
     return check
 
@@ -264,8 +264,11 @@ def test_packed_rows_that_fail_are_refused(packing_verdict):
     assert "qwen3_5_text with sdpa attention cannot take packed rows" in verdict and "causal_conv1d" in verdict
 
 
-def test_what_cannot_be_probed_is_said_and_runs_on(packing_verdict):
+def test_what_cannot_be_probed_is_refused_unless_allowed(packing_verdict):
     verdict = packing_verdict(default_config("blt"))
+    assert verdict.startswith("packing: whether blt with sdpa attention lets documents in one pack see each other is ")
+    assert verdict.endswith(": --packing false, or another --attn_implementation, or --allow unprobed_packing")
+    verdict = packing_verdict(default_config("blt"), allow=["unprobed_packing"])
     assert re.fullmatch(r"\S+: packing of blt with sdpa attention not probed: .+\n", verdict), verdict
 
 
@@ -1417,6 +1420,7 @@ def test_checks_before_training(monkeypatch):
         "check_master_weights",
         "check_tied_embeddings",
         "check_adapter_coverage",
+        "check_own_template_arguments",
         "check_personas",
         "check_trained_ends",
         "check_counts",

@@ -2,7 +2,7 @@
 
 import difflib
 import sys
-from dataclasses import fields
+from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 
 import trl
@@ -34,6 +34,15 @@ RENAMED = {  # names that other versions, trainers and tutorials use: what to do
 }
 
 
+KL_WEIGHT = "weight of KL(base || model) a trained token, which holds the model near its base; 0: none"
+FIELDS = [("kl_weight", float, field(default=0.0, metadata={"help": KL_WEIGHT}))]
+
+
+def add_fields(script_arguments: type) -> type:
+    """Return a recipe's script arguments with those that these hooks bring; a copy without them refuses the names."""
+    return make_dataclass(script_arguments.__name__, FIELDS, bases=(script_arguments,))
+
+
 class TrlParser(trl.TrlParser):
     """TRL's parser; refuses unknown names on the command line and in YAML with the nearest known one.
 
@@ -43,6 +52,7 @@ class TrlParser(trl.TrlParser):
     """
 
     def __init__(self, dataclass_types: list[type] | tuple[type, ...], **kwargs: object) -> None:
+        dataclass_types = [add_fields(dataclass_types[0]), *dataclass_types[1:]]
         super().__init__(dataclass_types, usage="%(prog)s [--config FILE] [--name value ...]", **kwargs)
         self.known_names = {field.name for dataclass_type in dataclass_types for field in fields(dataclass_type)}
         self.plain_values = vars(self.parse_args([]))

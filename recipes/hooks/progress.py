@@ -30,11 +30,19 @@ def duration(seconds: float) -> str:
     return f"{minutes}:{seconds:02}"
 
 
+def describe_loss(logs: dict[str, float]) -> str:
+    """Return the loss of a step, with its parts where a KL term is one of them."""
+    text = f"loss {logs['loss']:.4g}"
+    if "kl" in logs:
+        text += f" (nll {logs['nll']:.4g}, kl {logs['kl']:.3g})"
+    return text
+
+
 def format_training_logs(logs: dict[str, float]) -> str:
     speed = amount(logs["tokens_per_second"])
     trained_speed = amount(logs["trained_tokens_per_second"])
     parts = [
-        f"loss {logs['loss']:.4g}",
+        describe_loss(logs),
         f"lr {logs['learning_rate']:.2e}",
         f"{speed} tokens/s ({trained_speed} trained)",
         f"{logs['padding_share']:.1%} padding",

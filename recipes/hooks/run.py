@@ -10,10 +10,12 @@ from trl import ModelConfig, ScriptArguments, SFTConfig
 from .arguments import TrlParser
 from .checkpoints import choose_checkpoint, on_main_process
 from .checks import check_before_load, check_before_train, check_checkpoint, check_output_dir
+from .checks.devices import prepare_gpu
 from .checks.rows import check_rows as check_loaded_rows
 from .end_block import print_end_block
 from .heartbeat import Heartbeat
 from .identity import check_contents, check_settings
+from .kl_to_base import KLToBase
 from .log_file import LogFile
 from .parity import keep_fp32_under_zero
 from .progress import Progress
@@ -46,6 +48,7 @@ def before_load(
     check_checkpoint(script_args, training_args)
     parser.run_settings = check_settings(script_args, training_args, model_args)
     keep_fp32_under_zero(training_args, model_args)
+    prepare_gpu(training_args)
     if not training_args.run_name:
         training_args.run_name = Path(training_args.output_dir).name  # in trackio and W&B: not a random one
 
@@ -63,6 +66,8 @@ def before_train(trainer: SFTTrainer, parser: TrlParser, script_args: ScriptArgu
     Raises UsageError.
     """
     check_before_train(trainer, script_args, model_args)
+    if script_args.kl_weight:
+        trainer.kl = KLToBase(trainer, script_args.kl_weight)
     trainer.changed_settings = on_main_process(
         lambda: check_contents(trainer, model_args, parser.run_settings, script_args.allow)
     )

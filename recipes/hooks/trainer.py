@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import rotate_checkpoints
 
 from .checkpoints import RUN, find_fault, seal
+from .kl_to_base import KLToBase
 from .parity import Parity, use_autocast
 from .resume_rules import CARRIED
 from .signals import SaveOnSignal
@@ -52,6 +53,7 @@ class SFTTrainer(trl.SFTTrainer):
         self.throughput = Throughput(self)
         self.signals = SaveOnSignal(self)
         self.watch.signals = self.signals
+        self.kl: KLToBase | None = None  # by --kl_weight
         self.add_callback(self.signals)
         self.add_callback(OwnIntervals)
         self.changed_settings: list[str] = []  # by a resume, as --allow has it
@@ -87,8 +89,14 @@ class SFTTrainer(trl.SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, object]:
-        """Compute TRL's loss; in training, weigh it and look at it before it goes into the backward pass."""
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        """Compute TRL's loss, with the KL to the base where it is asked for; in training, weigh it and look at it
+        before it goes into the backward pass."""
+        if self.kl is None or return_outputs:  # outputs are for metrics of logits
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        else:
+            with self.kl.watch():
+                loss = super().compute_loss(model, inputs, False, num_items_in_batch)
+            loss = self.kl.add(loss, inputs["labels"], num_items_in_batch)
         if not self.model.training:
             return loss
         loss = self.parity.weigh(loss, inputs)
@@ -110,6 +118,8 @@ class SFTTrainer(trl.SFTTrainer):
         """Log a step with tokens, speed and memory, on every process at once (as its loss was)."""
         if "loss" in logs and "learning_rate" in logs:
             logs.update(self.throughput.figures())
+        if self.kl is not None and ("loss" in logs or "eval_loss" in logs):
+            logs.update(self.kl.figures("train" if "loss" in logs else "eval"))
         super().log(logs, start_time)
 
     # -- epochs --

@@ -14,6 +14,7 @@ from .allowed import ALLOWED, check_allowed_names
 from .checkpoint import check_engine_of_checkpoint, check_optimizer_state, check_output_dir, say_unknown_run
 from .compiled import check_compiled_for
 from .counts import check_counts
+from .devices import check_visible_gpus
 from .downloads import say_downloads
 from .engine import (
     check_master_weights,
@@ -27,7 +28,7 @@ from .packing import check_packing
 from .paths import check_model_and_dataset_names
 from .personas import check_personas
 from .ranks import refuse_on_all_ranks
-from .rows import check_local_rows, check_rows
+from .rows import check_local_rows, check_own_template_arguments, check_rows
 from .settings import check_choices, check_packages, say_save_only_model
 from .stop_token import check_pad_token, check_stop_token, load_tokenizer, silence_stop_warning
 from .template import check_template
@@ -61,6 +62,7 @@ def check_before_load(script_args: ScriptArguments, training_args: SFTConfig, mo
         check_packages(training_args, model_args)
         check_model_and_dataset_names(script_args, model_args)
         check_template(training_args)
+        check_visible_gpus(training_args)
         check_sequence_parallelism(training_args)
         check_method_and_engine(training_args, model_args, allow)
         check_local_rows(script_args, training_args)
@@ -76,7 +78,7 @@ def check_before_load(script_args: ScriptArguments, training_args: SFTConfig, mo
             check_stop_token(tokenizer, training_args, model_args.model_name_or_path)
             check_pad_token(tokenizer, training_args, model_args.model_name_or_path, allow)
             check_compiled_for(script_args, training_args, tokenizer, allow)
-        check_packing(config, training_args)
+        check_packing(config, training_args, allow)
 
 
 def check_checkpoint(script_args: ScriptArguments, training_args: SFTConfig) -> None:
@@ -95,6 +97,7 @@ def check_before_train(trainer: "SFTTrainer", script_args: ScriptArguments, mode
         check_master_weights(trainer, model_args, allow)
         check_tied_embeddings(trainer)
         check_adapter_coverage(trainer, model_args, allow)
+        check_own_template_arguments(trainer, script_args)
         check_personas(trainer, allow)
         check_trained_ends(trainer, allow)
         check_counts(trainer, allow)

@@ -89,8 +89,8 @@ def is_padding_free(training_args: SFTConfig) -> bool:
     return training_args.padding_free or packs_whole_documents
 
 
-def check_packing(config: PreTrainedConfig, training_args: SFTConfig) -> None:
-    """Raise UsageError where packed documents see each other; say so where they do by choice or cannot be probed."""
+def check_packing(config: PreTrainedConfig, training_args: SFTConfig, allow: list[str]) -> None:
+    """Raise UsageError where packed documents see each other, or may; say so where that is by choice."""
     if training_args.packing and training_args.packing_strategy == "wrapped":
         say("wrapped packing: documents see those before them in their pack, as asked for")
     if not is_padding_free(training_args):
@@ -101,6 +101,11 @@ def check_packing(config: PreTrainedConfig, training_args: SFTConfig) -> None:
     try:
         probe = probe_packing(config, attention, training_args.device, training_args.trust_remote_code)
     except NotProbed as error:
+        if "unprobed_packing" not in allow:
+            raise UsageError(
+                f"packing: whether {subject} lets documents in one pack see each other is unknown, no small copy of it "
+                f"runs ({error}): {remedy}, or --allow unprobed_packing"
+            ) from None
         say(f"packing of {subject} not probed: {error}")
         return
     except PackedRowsFail as error:
@@ -151,7 +156,7 @@ def find_probe_model(
     other ways than the usual ones.
     """
     reasons = []
-    for dtype, narrow in product(LEAK_SHARE, (True, False)):
+    for narrow, dtype in product((True, False), LEAK_SHARE):
         try:
             small_config = shrink_config(config, narrow)
             model = build_probe_model(small_config, attention, device, dtype, trust_remote_code)
