@@ -15,33 +15,43 @@ prompt starts anew from --seed, each turn follows the model's own answer; a tool
 shows every special token, in --out the prompt too. --out writes the answers: JSON lines to .jsonl, else markdown.
 """
 
+import argparse
 import copy
 import json
+import re
 import sys
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import yaml
 from jinja2 import TemplateError
-from transformers import TextStreamer, set_seed
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from data_prep.common.errors import UsageError
-from eval.common.metrics import final_text
+from data_prep.common.answer_formats import FORMATS
+from data_prep.common.answers import find_family, parse_answer
+from data_prep.common.errors import InvalidRow, UsageError
+from data_prep.common.parsing import parse_tools
+from eval.common.arguments import add_model_arguments, first_line
 from eval.common.models import (
+    Prompt,
     adapter_base,
     add_adapter,
-    add_model_arguments,
     check_vocabulary,
+    choose_mode,
     fill_of,
-    first_line,
     load_tokenizer,
+    mode_kwargs,
     open_model,
     render,
 )
 from eval.common.scores import command, parser_of, write_files
+from eval.common.tool_messages import add_call_ids
 
+BASE = "base"  # the name of the model without an adapter
+PROBE = [{"role": "user", "content": "x"}]
 COMMANDS = {
     "/system TEXT": "another system prompt, none without TEXT; the conversation starts anew",
     "/think [TEXT]": "think from now on; with TEXT, for this turn",
@@ -54,103 +64,225 @@ COMMANDS = {
 }
 
 
-class Said(NamedTuple):
-    """An answer: its text without special tokens, with them, its tokens, whether it ended by itself, why it did not."""
+# -- answers ----------------------------------------------------------------------------------------------------------
+@dataclass
+class Reply:
+    """An answer. prompt: what it goes on from; text: without special tokens; raw: with them; tokens: how many, without
+    the stop token; stopped: whether it ended by itself; failed: why it did not; message: what it says, as a row holds
+    it."""
 
+    prompt: str
     text: str
     raw: str
     tokens: int
     stopped: bool
-    failed: str = ""
+    failed: str
+    message: dict
+
+    @property
+    def ending(self) -> str:
+        """What is worth saying about how it ended."""
+        if self.failed:
+            return f"[{self.failed} after {self.tokens} tokens]"
+        if not self.stopped:
+            return f"[not ended by itself: {self.tokens} tokens, --max_new_tokens]"
+        return ""
 
 
 class Screen(TextStreamer):
     """Prints an answer as it is made and keeps its tokens."""
 
-    def __init__(self, tokenizer, raw):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, raw: bool) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=not raw, clean_up_tokenization_spaces=False)
-        self.tokens = []
+        self.tokens: list[int] = []
 
-    def put(self, value):
+    def put(self, value: torch.Tensor) -> None:
         if not self.next_tokens_are_prompt:
             self.tokens += value.flatten().tolist()
         super().put(value)
 
-    def on_finalized_text(self, text, stream_end=False):
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         print(text, end="", flush=True)
+
+
+def to_message(
+    text: str, family: str, prompt: str, tools: list[dict] | None = None, special: tuple[str, ...] = ()
+) -> dict:
+    """Return the assistant's message of an answer with its control tokens. special: those that no message keeps."""
+    answer = parse_answer(text, family, prompt, tools)
+    message = {"role": "assistant", "content": remove_tokens(answer.content, special)}
+    reasoning = remove_tokens(answer.reasoning or "", special)
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    if answer.tool_calls:
+        message["tool_calls"] = answer.tool_calls
+    return message
+
+
+def remove_tokens(text: str, tokens: tuple[str, ...]) -> str:
+    for token in tokens:
+        text = text.replace(token, "")
+    return text.strip()
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+@dataclass
+class Voice:
+    """An adapter by PEFT's name, or the whole model, with its tokenizer and the ids of its stop tokens."""
+
+    adapter: str
+    tokenizer: PreTrainedTokenizerBase
+    stops: set[int]
+
+
+class Asked(NamedTuple):
+    """A conversation, and what the template is given besides."""
+
+    messages: list[dict]
+    kwargs: dict[str, bool]
 
 
 class Talker:
     """A model with its adapters, and how it is asked."""
 
-    def __init__(self, args):
-        self.args, first = args, args.models[0]
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        first = args.models[0]
         self.model, tokenizer, stops = open_model(first, args.base, args.dtype, args.load_in_4bit)
         self.model.generation_config.max_length = None  # else each turn says that max_new_tokens goes before it
-        self.names = {}  # name: (PEFT's name, tokenizer, stops)
-        for number, folder in enumerate(args.models):
-            if number:
-                base = adapter_base(folder)
-                if not base or not adapter_base(first):
-                    raise UsageError(
-                        f"{folder if not base else first} is not an adapter: pass adapters of one base only"
-                    )
-                if not args.base and base != adapter_base(first):
-                    raise UsageError(f"{first} and {folder} name different bases: pass --base, or one of them")
-                tokenizer, stops = load_tokenizer(folder)
-                check_vocabulary(args.base or base, tokenizer)
-                self.model = add_adapter(self.model, folder, str(number))
-            name = Path(folder).resolve().name
-            name = name if name not in {"base", *self.names} else str(folder)
-            self.names[name] = (str(number) if number else "default", tokenizer, stops)
-        self.use(next(iter(self.names)))
+        self.voices: dict[str, Voice] = {}
+        self.add_voice(first, Voice("default", tokenizer, stops))
+        for number, folder in enumerate(args.models[1:], 1):
+            base = self.check_base(first, folder)
+            tokenizer, stops = load_tokenizer(folder)
+            check_vocabulary(args.base or base, tokenizer)
+            self.model = add_adapter(self.model, folder, str(number))
+            self.add_voice(folder, Voice(str(number), tokenizer, stops))
+        self.use(next(iter(self.voices)))
 
-    def use(self, name):
+    def check_base(self, first: str, folder: str) -> str:
+        """Return the base that a further adapter names. Raises UsageError where it is not that of the first one."""
+        base = adapter_base(folder)
+        first_base = adapter_base(first)
+        if not base:
+            raise UsageError(f"{folder} is not an adapter: pass adapters of one base only")
+        if not first_base:
+            raise UsageError(f"{first} is not an adapter: pass adapters of one base only")
+        if not self.args.base and base != first_base:
+            raise UsageError(f"{first} and {folder} name different bases: pass --base, or one of them")
+        return base
+
+    def add_voice(self, folder: str, voice: Voice) -> None:
+        """Add a model under the name of its folder, or its path where that is taken."""
+        name = Path(folder).resolve().name
+        if name == BASE or name in self.voices:
+            name = str(folder)
+        self.voices[name] = voice
+
+    @property
+    def has_adapters(self) -> bool:
+        return hasattr(self.model, "peft_config")
+
+    @property
+    def names(self) -> list[str]:
+        """What can answer."""
+        names = list(self.voices)
+        if self.has_adapters:
+            names.append(BASE)
+        return names
+
+    def use(self, name: str) -> None:
         """Answer with the adapter of that name, or with the base alone."""
         self.name = name
-        inner, self.tokenizer, self.stops = self.names.get(name) or next(iter(self.names.values()))
-        if name != "base" and hasattr(self.model, "set_adapter") and hasattr(self.model, "peft_config"):
-            self.model.set_adapter(inner)
+        voice = self.voices.get(name) or next(iter(self.voices.values()))
+        self.tokenizer = voice.tokenizer
+        self.stops = voice.stops
+        if name != BASE and self.has_adapters:
+            self.model.set_adapter(voice.adapter)
 
-    def switched(self, messages, think, tools):
-        """(messages, template arguments) that ask for thinking or none; think None: as the template has it."""
+    def switch_thinking(self, messages: list[dict], think: bool | None) -> Asked:
+        """Return what asks for thinking or none; None: as the template has it.
+
+        Raises UsageError for a template that knows neither.
+        """
         if think is None:
-            return messages, {}
-        probe = [{"role": "user", "content": "x"}]
-        both = {render(self.tokenizer, probe, True, tools, enable_thinking=value)[0] for value in (True, False)}
-        if len(both) == 2:
-            return messages, {"enable_thinking": think}
+            return Asked(messages, {})
+        mode = "think" if think else "no_think"
+        if choose_mode(self.tokenizer, None, self.name) is not None:
+            return Asked(messages, mode_kwargs(mode))
         if "/no_think" not in self.tokenizer.chat_template:
             raise UsageError("this chat template knows no thinking: leave /think and /no_think out")
-        system = messages[0]["content"] if messages[0]["role"] == "system" else ""
-        told = {"role": "system", "content": f"{system} {'/think' if think else '/no_think'}".strip()}
-        return [told, *messages[bool(system) :]], {}
+        system = ""
+        if messages[0]["role"] == "system":
+            system = messages[0]["content"]
+            messages = messages[1:]
+        flagged = {"role": "system", "content": f"{system} /{mode}".strip()}
+        return Asked([flagged, *messages], {})
 
-    def ask(self, messages, think=None, tools=None, raw=False):
-        """(prompt, Said), printed as it comes. Raises UsageError where the template refuses."""
+    def render(self, messages: list[dict], think: bool | None, tools: list[dict] | None) -> Prompt:
+        """Return the prompt of a conversation. Raises UsageError where the template refuses it."""
+        family = find_family(self.tokenizer.chat_template)
         try:
-            messages, kwargs = self.switched(messages, think, tools)
-            prompt, ids = render(self.tokenizer, messages, True, tools, **kwargs)
+            messages, kwargs = self.switch_thinking(messages, think)
+            return render(self.tokenizer, add_call_ids(messages, family), True, tools, **kwargs)
         except (TemplateError, TypeError, ValueError) as error:
             raise UsageError(f"the chat template refuses this ({first_line(error)})") from None
+
+    def choose_sampling(self) -> GenerationConfig:
+        """Return the model's own settings of generation, with the command's."""
         config = copy.deepcopy(self.model.generation_config)
-        config.update(max_new_tokens=self.args.max_new_tokens, eos_token_id=sorted(self.stops))
-        config.update(pad_token_id=fill_of(self.tokenizer, self.stops))
-        if self.args.temperature is not None or self.args.top_p is not None:
-            greedy = self.args.temperature == 0
-            config.update(
-                do_sample=not greedy, temperature=1.0 if greedy else self.args.temperature or config.temperature
-            )
-            config.update(top_p=1.0 if greedy else self.args.top_p or config.top_p)
-        screen, failed = Screen(self.tokenizer, raw), ""
-        prefix = "<think>\n" if prompt.rstrip().endswith("<think>") else ""  # the template opened it
-        print(prefix, end="")
-        bare = self.model.disable_adapter() if self.name == "base" else nullcontext()
+        config.update(max_new_tokens=self.args.max_new_tokens)
+        config.update(eos_token_id=sorted(self.stops), pad_token_id=fill_of(self.tokenizer, self.stops))
+        if self.args.temperature == 0:
+            config.update(do_sample=False, temperature=1.0, top_p=1.0)
+            return config
+        if self.args.temperature is not None:
+            config.update(do_sample=True, temperature=self.args.temperature)
+        if self.args.top_p is not None:
+            config.update(do_sample=True, top_p=self.args.top_p)
+        return config
+
+    def ask(
+        self, messages: list[dict], think: bool | None = None, tools: list[dict] | None = None, raw: bool = False
+    ) -> Reply:
+        """Return the answer, which is printed as it comes. Raises UsageError.
+
+        think: whether it is asked to, None: as the template has it. raw: special tokens are shown.
+        """
+        prompt = self.render(messages, think, tools)
+        family = find_family(self.tokenizer.chat_template)
+        begun = re.search(rf"{FORMATS[family].thought_start}\s*\Z", prompt.text)  # the template opened a thought
+        opening = begun[0] if begun else ""
+        print(opening, end="")
+        screen = Screen(self.tokenizer, raw)
+        failed = self.generate(prompt.ids, screen)
+        stopped = bool(screen.tokens) and screen.tokens[-1] in self.stops
+        body = screen.tokens[:-1] if stopped else screen.tokens
+        special = tuple(self.tokenizer.all_special_tokens)
+        message = to_message(self.decode(body, False), family, prompt.text, tools, special)
+        return Reply(
+            prompt=prompt.text,
+            text=opening + self.decode(body, True),
+            raw=self.decode(screen.tokens, False),
+            tokens=len(body),
+            stopped=stopped,
+            failed=failed,
+            message=message,
+        )
+
+    def generate(self, ids: list[int], screen: Screen) -> str:
+        """Let the model answer to a screen; return why it did not come to an end, "" where it did."""
+        bare = self.model.disable_adapter() if self.name == BASE else nullcontext()
+        failed = ""
         try:
             with torch.inference_mode(), bare:
                 inputs = torch.tensor([ids], device=self.model.device)
-                mask = torch.ones_like(inputs)
-                self.model.generate(input_ids=inputs, attention_mask=mask, generation_config=config, streamer=screen)
+                self.model.generate(
+                    input_ids=inputs,
+                    attention_mask=torch.ones_like(inputs),
+                    generation_config=self.choose_sampling(),
+                    streamer=screen,
+                )
         except KeyboardInterrupt:
             failed = "stopped"
         except (MemoryError, RuntimeError) as error:
@@ -160,41 +292,28 @@ class Talker:
         if failed:
             with suppress(KeyboardInterrupt):
                 screen.end()  # what was held back until a word is whole
-        stopped = bool(screen.tokens) and screen.tokens[-1] in self.stops
-        body = screen.tokens[:-1] if stopped else screen.tokens
+        return failed
 
-        def decode(tokens, skip):
-            return self.tokenizer.decode(tokens, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
-
-        return prompt, Said(prefix + decode(body, True), decode(screen.tokens, False), len(body), stopped, failed)
+    def decode(self, tokens: list[int], skip_special: bool) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
 
 
-def message_of(text):
-    """The assistant message of an answer, its reasoning apart."""
-    if "<think>" not in text:
-        return {"role": "assistant", "content": text.strip()}
-    thought = text.partition("<think>")[2].partition("</think>")[0].strip()
-    return {"role": "assistant", "content": final_text(text)} | ({"reasoning_content": thought} if thought else {})
-
-
-def ending(said):
-    """What is worth saying about how an answer ended."""
-    if said.failed:
-        return f"[{said.failed} after {said.tokens} tokens]"
-    return "" if said.stopped else f"[not ended by itself: {said.tokens} tokens, --max_new_tokens]"
-
-
+# -- a conversation ---------------------------------------------------------------------------------------------------
 class Chat:
     """A conversation and its commands."""
 
-    def __init__(self, talker, system, raw):
-        self.talker, self.system, self.raw, self.think, self.last = talker, system, raw, None, ""
+    def __init__(self, talker: Talker, system: str, raw: bool) -> None:
+        self.talker = talker
+        self.system = system
+        self.raw = raw
+        self.think: bool | None = None
+        self.last = ""  # prompt and answer with every special token
         self.reset()
 
-    def reset(self):
-        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+    def reset(self) -> None:
+        self.messages = start_messages(self.system)
 
-    def line(self, line):
+    def read_line(self, line: str) -> None:
         """Do what a line says: a command, or a turn."""
         word, _, rest = line.strip().partition(" ")
         rest = rest.strip()
@@ -212,55 +331,63 @@ class Chat:
             self.reset()
             print("a new conversation")
         elif word == "/adapter":
-            self.adapter(rest)
+            self.choose_adapter(rest)
         elif word == "/raw":
             print(self.last or "nothing was said yet")
         elif word == "/save":
             self.save(rest)
         elif word == "/help":
-            print(listed())
+            print(list_commands())
         else:
             print(f"unknown command {word}: /help lists them")
 
-    def turn(self, text, think):
+    def turn(self, text: str, think: bool | None) -> None:
         self.messages.append({"role": "user", "content": text})
         try:
-            prompt, said = self.talker.ask(self.messages, think, raw=self.raw)
+            reply = self.talker.ask(self.messages, think, raw=self.raw)
         except UsageError as error:
             self.messages.pop()
             print(error)
             return
-        print("" if said.text.endswith("\n") and not ending(said) else f"\n{ending(said)}".rstrip())
-        self.last = prompt + said.raw
-        self.messages.append(message_of(said.text))
+        print()
+        if reply.ending:
+            print(reply.ending)
+        self.last = reply.prompt + reply.raw
+        self.messages.append(reply.message)
 
-    def switch(self, think, text):
+    def switch(self, think: bool, text: str) -> None:
+        """Think or not from now on; with a text, for this turn."""
         if text:
             self.turn(text, think)
             return
         try:
-            self.talker.switched([{"role": "user", "content": "x"}], think, None)
+            self.talker.switch_thinking(PROBE, think)
         except UsageError as error:
             print(error)
             return
         self.think = think
         print("thinks from now on" if think else "does not think from now on")
 
-    def adapter(self, name):
-        known = [*self.talker.names, *(["base"] if hasattr(self.talker.model, "peft_config") else [])]
-        if name in known:
+    def choose_adapter(self, name: str) -> None:
+        names = ", ".join(self.talker.names)
+        if name in self.talker.names:
             self.talker.use(name)
         elif name:
-            print(f"no adapter {name}: there is {', '.join(known)}")
+            print(f"no adapter {name}: there is {names}")
             return
-        print(f"answers with {self.talker.name} (of {', '.join(known)})")
+        print(f"answers with {self.talker.name} (of {names})")
 
-    def save(self, name):
-        if not name or not any(message["role"] == "assistant" for message in self.messages):
-            print("nothing to save yet" if name else "/save needs a FILE")
+    def save(self, name: str) -> None:
+        """Add the conversation to a file as one row."""
+        if not name:
+            print("/save needs a FILE")
+            return
+        if not any([message["role"] == "assistant" for message in self.messages]):
+            print("nothing to save yet")
             return
         row = {"id": f"chat with {self.talker.name}", "messages": self.messages}
-        row |= {"chat_template_kwargs": {"enable_thinking": self.think}} if self.think is not None else {}
+        if self.think is not None:
+            row["chat_template_kwargs"] = {"enable_thinking": self.think}
         try:
             with Path(name).expanduser().open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -270,86 +397,132 @@ class Chat:
         print(f"added {len(self.messages)} messages to {name}")
 
 
-def listed():
-    return "\n".join(f"    {name:17} {does}" for name, does in COMMANDS.items())
+def start_messages(system: str) -> list[dict]:
+    """Return the messages of a conversation before its first turn."""
+    if not system:
+        return []
+    return [{"role": "system", "content": system}]
 
 
-def talk(talker, args):
+def list_commands() -> str:
+    return "\n".join([f"    {name:17} {meaning}" for name, meaning in COMMANDS.items()])
+
+
+def hold_chat(talker: Talker, args: argparse.Namespace) -> None:
+    """Talk in the terminal, or with the lines of standard input, until they end."""
     with suppress(ImportError):
         import readline  # noqa: F401 (input() then edits lines and remembers them)
-    chat, asks = Chat(talker, args.system, args.raw), sys.stdin.isatty()
-    if asks:
+    chat = Chat(talker, args.system, args.raw)
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
         print(f"{talker.name}: /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends")
     while True:
         try:
-            chat.line(input("> " if asks else ""))
+            chat.read_line(input("> " if is_terminal else ""))
         except KeyboardInterrupt:
             print("\nCtrl-D ends")
         except EOFError:
-            print(end="\n" if asks else "")
+            if is_terminal:
+                print()
             return
 
 
-def read_prompts(path):
+# -- prepared prompts -------------------------------------------------------------------------------------------------
+def read_prompts(path: Path) -> list[dict]:
+    """Return the prompts of a YAML file. Raises UsageError."""
     try:
         prompts = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise UsageError(f"{path} is not a readable YAML file ({first_line(error)}): repair it") from None
-    for number, prompt in enumerate(prompts if isinstance(prompts, list) else [prompts], 1):
-        known = isinstance(prompt, dict) and not prompt.keys() - {"name", "system", "tools", "think", "turns"}
-        turns = prompt.get("turns") if known else None
-        if not turns or not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
+    if not isinstance(prompts, list):
+        prompts = [prompts]
+    for number, prompt in enumerate(prompts, 1):
+        if not is_prompt(prompt):
             raise UsageError(
                 f"{path}, prompt {number} is not {{name, turns: [texts], system?, tools?, think?}}: repair it"
             )
+        try:
+            parse_tools(prompt.get("tools"))
+        except InvalidRow as error:
+            raise UsageError(f"{path}, prompt {number} has {first_line(error)}: repair it") from None
     return prompts
 
 
-def run_prompts(talker, args):
-    """Ask all prompts; a line {name, turn, user, prompt, answer, raw, tokens, stopped, failed} each turn."""
+def is_prompt(prompt: object) -> bool:
+    """Return whether an entry of a file of prompts has turns, and no key that is not known."""
+    if not isinstance(prompt, dict) or prompt.keys() - {"name", "system", "tools", "think", "turns"}:
+        return False
+    turns = prompt.get("turns")
+    return isinstance(turns, list) and bool(turns) and all([isinstance(turn, str) for turn in turns])
+
+
+def run_prompts(talker: Talker, args: argparse.Namespace) -> list[dict]:
+    """Ask all prompts; return a line {name, turn, user, prompt, answer, raw, tokens, stopped, failed} a turn."""
     lines = []
     for number, prompt in enumerate(read_prompts(args.prompts), 1):
-        name, system = prompt.get("name") or str(number), prompt.get("system") or args.system
-        messages = [{"role": "system", "content": system}] if system else []
+        name = prompt.get("name") or str(number)
+        system = prompt.get("system") or args.system
+        messages = start_messages(system)
         set_seed(args.seed)
-        print(f"\n## {name}" + (f"\n\nsystem: {system}" if system else ""))
+        print(f"\n## {name}")
+        if system:
+            print(f"\nsystem: {system}")
         for turn, text in enumerate(prompt["turns"], 1):
             messages.append({"role": "user", "content": text})
-            line = {"name": name, "turn": turn, "user": text}
+            asked = {"name": name, "turn": turn, "user": text}
             print(f"\n**{text}**\n")
             try:
-                before, said = talker.ask(messages, prompt.get("think"), prompt.get("tools"), args.raw)
+                reply = talker.ask(messages, prompt.get("think"), prompt.get("tools"), args.raw)
             except UsageError as error:
                 print(error)
-                lines.append(line | {"prompt": "", "answer": "", "raw": "", "tokens": 0, "stopped": False,
-                                     "failed": str(error)})  # fmt: skip
+                lines.append(asked | to_output(Reply("", "", "", 0, False, str(error), {})))
                 break
-            print("\n" + ending(said))
-            lines.append(line | {"prompt": before, "answer": said.text, **said._asdict()})
-            del lines[-1]["text"]
-            messages.append(message_of(said.text))
-            if said.failed == "stopped":
+            print("\n" + reply.ending)
+            lines.append(asked | to_output(reply))
+            messages.append(reply.message)
+            if reply.failed == "stopped":
                 return lines
     return lines
 
 
-def markdown(lines, title, raw):
-    """What was asked and answered, as markdown; raw: prompts and answers with every special token, in code blocks."""
-    out = [f"# {title}"]
+def to_output(reply: Reply) -> dict:
+    """Return what --out keeps of an answer."""
+    return {
+        "prompt": reply.prompt,
+        "answer": reply.text,
+        "raw": reply.raw,
+        "tokens": reply.tokens,
+        "stopped": reply.stopped,
+        "failed": reply.failed,
+    }
+
+
+def to_markdown(lines: list[dict], title: str, raw: bool) -> str:
+    """Return what was asked and answered. raw: prompts and answers with every special token, in code blocks."""
+    paragraphs = [f"# {title}"]
     for line in lines:
-        out += [f"## {line['name']}"] if line["turn"] == 1 else []
-        out += [f"**{line['user']}**"]
-        out += [f"````\n{line['prompt'] + line['raw']}\n````" if raw else line["answer"].strip() or "(nothing)"]
-        note = line["failed"] or ("" if line["stopped"] else "not ended by itself")
-        out += [f"*{line['tokens']} tokens{', ' * bool(note)}{note}*"]
-    return "\n\n".join(out) + "\n"
+        if line["turn"] == 1:
+            paragraphs.append(f"## {line['name']}")
+        paragraphs.append(f"**{line['user']}**")
+        if raw:
+            paragraphs.append(f"````\n{line['prompt'] + line['raw']}\n````")
+        else:
+            paragraphs.append(line["answer"].strip() or "(nothing)")
+        notes = [f"{line['tokens']} tokens"]
+        if line["failed"]:
+            notes.append(line["failed"])
+        elif not line["stopped"]:
+            notes.append("not ended by itself")
+        paragraphs.append(f"*{', '.join(notes)}*")
+    return "\n\n".join(paragraphs) + "\n"
 
 
-def parse_args(argv):
-    parser = parser_of(__doc__.format(commands=listed()))
+# -- the command ------------------------------------------------------------------------------------------------------
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = parser_of(__doc__.format(commands=list_commands()))
     parser.add_argument("models", nargs="+", help="run folder: a model, or adapters on one base")
     parser.add_argument("--base", help="the base of the adapters (default: the one that they name)")
-    add_model_arguments(parser, 1024, batched=False)
+    add_model_arguments(parser, max_new_tokens=1024, batched=False)
     parser.add_argument("--system", default="", help="system prompt")
     parser.add_argument("--temperature", type=float, help="0: greedy (default: the model's generation_config)")
     parser.add_argument("--top_p", type=float, help="nucleus (default: the model's generation_config)")
@@ -360,7 +533,8 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
+    """Run the command. Raises UsageError."""
     if args.out and not args.prompts:
         raise UsageError("--out goes with --prompts: /save keeps a chat")
     if args.prompts:
@@ -368,18 +542,20 @@ def run(args):
     talker = Talker(args)
     set_seed(args.seed)
     if not args.prompts:
-        talk(talker, args)
+        hold_chat(talker, args)
         return
     lines = run_prompts(talker, args)
     if args.out:
-        text = markdown(lines, talker.name, args.raw)
         if args.out.suffix == ".jsonl":
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            text = "".join([json.dumps(line, ensure_ascii=False) + "\n" for line in lines])
+        else:
+            text = to_markdown(lines, talker.name, args.raw)
         write_files(args.out.parent, {args.out.name: text})
         print(f"wrote {len(lines)} answers to {args.out}")
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
+    """Return the exit code of the command."""
     return command("chat.py", run, parse_args(argv))
 
 

@@ -53,6 +53,7 @@ from data_prep.common.answers import find_family
 from data_prep.common.errors import UsageError
 from data_prep.common.run_folder import plot_log, read_log
 from eval.common import models
+from eval.common.arguments import add_model_arguments, positive
 from eval.common.before_after import (
     BASE,
     FEW_ROWS,
@@ -66,7 +67,7 @@ from eval.common.before_after import (
 from eval.common.kept import Kept, hash_model, kept_answers, kept_losses, writing
 from eval.common.measure import PreparedRow, clean_row, measure, prepare, read_rows
 from eval.common.metrics import RATES, Record
-from eval.common.models import add_adapter, add_model_arguments, check_vocabulary, load_model, load_tokenizer, positive
+from eval.common.models import add_adapter, check_vocabulary, load_model, load_tokenizer
 from eval.common.page import PageContent, render_page
 from eval.common.scores import command, parser_of, write_files
 

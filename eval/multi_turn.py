@@ -24,49 +24,61 @@ answers, calls and replies. multi_turn:inference_error is also BFCL's word where
 ran out, or calls ran longer than 20 seconds. Functions that Python has and BFCL's classes have not are not run.
 """
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 import threading
 from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType, TracebackType
 
 from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 
+from data_prep.common.answer_formats import python_calls
+from data_prep.common.answers import Answer as ParsedAnswer
+from data_prep.common.answers import parse_answer
 from data_prep.common.errors import UsageError
-from eval.common.models import ask, open_model, render
-from eval.common.scores import command
-from eval.tool_calls import (
-    assistant,
+from eval.common.bfcl import (
+    BfclFiles,
+    BfclRow,
     bfcl_parser,
-    category_of,
-    form_of,
-    modes_of,
-    prompt_of,
-    python_calls,
-    read_answer,
+    list_modes,
+    list_properties,
+    list_tools,
     read_tasks,
     report,
-    tool_of,
+)
+from eval.common.models import Answer, OpenedModel, Prompt, ask, open_model, render_text
+from eval.common.scores import command
+from eval.common.tool_messages import (
+    add_call_ids,
+    call_message,
+    find_calling_family,
+    render_prompt,
+    reply_message,
 )
 
 BFCL = "2026.3.23"  # of bfcl-eval, as in the Makefile
 METRICS = {"multi_turn": "multi_turn", "step_limit": "step_limit", "malformed": "malformed", "stop_rate": "stopped"}
 CATEGORIES = [f"multi_turn_{name}" for name in ("base", "miss_func", "miss_param", "long_context")]
 SECONDS = 20  # for all calls of a conversation up to a step, which take milliseconds
+EXECUTE_CALLS = Path(__file__).with_name("common") / "execute_calls.py"
 
 
-def prompts_of_bfcl():
-    """BFCL's module of the limit of steps and of the words that add functions. Raises UsageError."""
+def import_bfcl_prompts() -> ModuleType:
+    """Return BFCL's module of the limit of steps and of the words that add functions. Raises UsageError."""
     try:
-        found = version("bfcl-eval")
+        installed = version("bfcl-eval")
     except PackageNotFoundError:
-        found = ""
-    if found != BFCL:
-        state = f"are those of bfcl-eval {found}" if found else "are not installed"
+        installed = ""
+    if installed != BFCL:
+        state = f"are those of bfcl-eval {installed}" if installed else "are not installed"
         raise UsageError(f"the classes that calls run on {state}: pip install --no-deps bfcl-eval=={BFCL}")
     from bfcl_eval.constants import default_prompts
 
@@ -76,19 +88,22 @@ def prompts_of_bfcl():
 class Classes:
     """BFCL's classes, in a process of their own (execute_calls.py), which is begun anew where calls hang or end it."""
 
-    process = None
+    def __init__(self) -> None:
+        self.process: subprocess.Popen | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> "Classes":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.close()
 
-    def ask(self, line):
-        """What the process answers to a line."""
+    def ask(self, line: dict) -> dict:
+        """Return what the process answers to a line, as execute_calls.py has both."""
         if self.process is None:
             self.process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", Path(__file__).with_name("common") / "execute_calls.py"],
+                [sys.executable, "-W", "ignore", EXECUTE_CALLS],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -98,200 +113,340 @@ class Classes:
         alarm.start()
         try:
             print(json.dumps(line), file=self.process.stdin, flush=True)
-            found = self.process.stdout.readline()
+            output = self.process.stdout.readline()
         except BrokenPipeError:
-            found = ""
+            output = ""
         finally:
             alarm.cancel()
-        if not found.endswith("\n"):
+        if not output.endswith("\n"):
             self.close()
             return {"failed": f"its calls ran longer than {SECONDS} s or ended their process"}
-        return json.loads(found)
+        return json.loads(output)
 
-    def close(self):
-        if self.process:
+    def close(self) -> None:
+        if self.process is not None:
             self.process.kill()
             with suppress(BrokenPipeError):
                 self.process.communicate()
         self.process = None
 
 
+# -- conversations ----------------------------------------------------------------------------------------------------
+@dataclass
+class Task:
+    """A row of BFCL. functions: known from the start; added: those of each turn; question: its user messages; truth:
+    the texts of its calls."""
+
+    id: str
+    category: str
+    classes: list[str]
+    config: dict
+    functions: list[dict]
+    added: list[list[dict]]
+    question: list[list[dict]]
+    truth: list[list[str]]
+
+
+@dataclass
+class Step:
+    """An answer, its calls and their replies."""
+
+    answer: str
+    calls: list[dict]
+    replies: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Verdict:
+    """BFCL's type of error, "" where the conversation is right, and its turn."""
+
+    error: str
+    turn: int | None
+
+
 class Conversation:
-    """A row of BFCL in one mode: messages up to now; turns, lists of steps {answer, calls, replies}; flags."""
+    """A task in one mode: messages up to now; turns, lists of steps; flags. failed: why it could not go on."""
 
-    def __init__(self, task, mode, kwargs):
-        self.task, self.mode, self.kwargs = task, mode, kwargs
-        self.messages, self.turns, self.calls = [], [], 0
-        self.tools = [tool_of(function) for function in task["functions"]]
-        self.failed, self.step_limit, self.malformed, self.stopped, self.over = "", False, False, True, False
-        self.next_turn()
+    def __init__(self, task: Task, mode: str | None) -> None:
+        self.task = task
+        self.mode = mode
+        self.tools = list_tools(task.functions)
+        self.messages: list[dict] = []
+        self.turns: list[list[Step]] = []
+        self.failed = ""
+        self.step_limit = False
+        self.malformed = False
+        self.stopped = True
+        self.is_over = False
+        self.begin_turn()
 
-    def next_turn(self):
+    @property
+    def last_step(self) -> Step:
+        return self.turns[-1][-1]
+
+    def begin_turn(self) -> None:
         turn = len(self.turns)
-        self.over = turn == len(self.task["question"])
-        if not self.over:
-            self.tools = self.tools + [tool_of(function) for function in self.task["added"][turn]]
-            self.messages = self.messages + self.task["question"][turn]
+        self.is_over = turn == len(self.task.question)
+        if not self.is_over:
+            self.tools = self.tools + list_tools(self.task.added[turn])
+            self.messages = self.messages + self.task.question[turn]
             self.turns.append([])
 
-    def fail(self, reason):
-        self.failed, self.over = reason, True
+    def fail(self, reason: str) -> None:
+        self.failed = reason
+        self.is_over = True
 
-    def take(self, answer, calls, malformed, said):
-        """An answer; without calls it ends the turn."""
-        self.turns[-1].append({"answer": answer.text, "calls": calls, "replies": []})
-        self.malformed, self.stopped = self.malformed or malformed, self.stopped and answer.stopped
+    def add_answer(self, answer: Answer, said: ParsedAnswer, takes_reasoning: bool) -> None:
+        """Take an answer; without calls it ends the turn. said: the answer, parsed."""
+        calls = [call["function"] for call in said.tool_calls]
+        self.turns[-1].append(Step(answer.text, calls))
+        self.malformed = self.malformed or bool(said.error)
+        self.stopped = self.stopped and answer.stopped
         if answer.failed:
             self.fail(answer.failed)
         elif not calls:
-            self.messages = self.messages + [{"role": "assistant"} | said]
-            self.next_turn()
+            message = {"role": "assistant", "content": said.content}
+            if takes_reasoning and said.reasoning:
+                message["reasoning_content"] = said.reasoning
+            self.messages = self.messages + [message]
+            self.begin_turn()
 
-    def run(self, classes, said, apart, limit):
-        """Run the calls of the last answer and take their replies; apart: the template holds one call a message."""
-        found = classes.ask(line_of(self.task, self.turns))
-        if "failed" in found:
-            return self.fail(found["failed"])
-        step, messages = self.turns[-1][-1], []
-        step["replies"] = found["replies"]
-        for call, reply in zip(step["calls"], step["replies"], strict=True):
-            asked = assistant(call, self.calls)
-            if messages and not apart:
-                messages[0]["tool_calls"] += asked["tool_calls"]
-            else:
-                messages.append(asked | (said if not messages else {}))
-            replied = {"role": "tool", "tool_call_id": asked["tool_calls"][0]["id"], "name": call["name"]}
-            messages.append(replied | {"content": reply})
-            self.calls += 1
+    def run_calls(self, classes: Classes, said: ParsedAnswer, shape: "HistoryShape", limit: int) -> None:
+        """Run the calls of the last answer and take their replies. limit: of steps in a turn."""
+        output = classes.ask(to_line(self.task, self.turns))
+        if "failed" in output:
+            self.fail(output["failed"])
+            return
+        step = self.last_step
+        step.replies = output["replies"]
+        groups = [[call] for call in step.calls] if shape.one_call else [step.calls]
+        replies = iter(step.replies)
+        messages = []
+        for calls in groups:
+            messages.append(call_message(calls))
+            for call in calls:
+                messages.append(reply_message(call, next(replies)))
+        if shape.takes_reasoning and said.reasoning:
+            messages[0]["reasoning_content"] = said.reasoning
         self.messages = self.messages + messages
-        self.step_limit = self.over = len(self.turns[-1]) > limit  # as BFCL counts: one step more than its limit
+        # as BFCL counts: one step more than its limit
+        self.step_limit = len(self.turns[-1]) > limit
+        self.is_over = self.step_limit
 
 
-def line_of(task, turns):
-    """What execute_calls.py is told of a conversation; its own id would make no difference and might be any text."""
-    calls = [[step["calls"] for step in turn] for turn in turns]
-    return {"id": task["category"] + "_0", "classes": task["classes"], "config": task["config"], "turns": calls}
+def to_line(task: Task, turns: list[list[Step]]) -> dict:
+    """Return what execute_calls.py is told of a conversation. Its own id would make no difference and might be any
+    text."""
+    calls = [[step.calls for step in turn] for turn in turns]
+    return {"id": f"{task.category}_0", "classes": task.classes, "config": task.config, "turns": calls}
 
 
-def judged(one, classes):
-    """{"error", "turn"} of a conversation that is over, as eval_runner.py of bfcl-eval gives them."""
-    found, turns = {}, len(one.turns)
-    if not one.failed and turns == len(one.task["truth"]):
-        found = classes.ask(line_of(one.task, one.turns) | {"truth": one.task["truth"]})
-        one.failed = found.get("failed", "")
-    if one.failed:
-        return {"error": "multi_turn:inference_error", "turn": turns}
-    return found or {"error": "multi_turn:force_terminated", "turn": turns}
+def judge(conversation: Conversation, classes: Classes) -> Verdict:
+    """Return the verdict on a conversation that is over, as eval_runner.py of bfcl-eval gives it."""
+    task = conversation.task
+    turn = len(conversation.turns)
+    verdict = Verdict("multi_turn:force_terminated", turn)
+    if not conversation.failed and turn == len(task.truth):
+        output = classes.ask(to_line(task, conversation.turns) | {"truth": task.truth})
+        if "failed" in output:
+            conversation.failed = output["failed"]
+        else:
+            verdict = Verdict(output["error"], output["turn"])
+    if conversation.failed:
+        return Verdict("multi_turn:inference_error", turn)
+    return verdict
 
 
-# -- the command ------------------------------------------------------------------------------------------------------
+# -- rows -------------------------------------------------------------------------------------------------------------
+def list_tasks(row: BfclRow, classes: Classes, words: str) -> list[Task]:
+    """Return the conversation of a row. words: BFCL's where functions are added.
 
-
-def conversations_of(row, where, answers, docs, classes, words):
-    """[what a row asks], with tool_calls.tasks_of's errors. As in BFCL, excluded_function takes nothing away."""
-    category, truth, question = category_of(row), answers.get(row["id"]), row["question"]
+    As in BFCL, excluded_function takes nothing away. Raises UsageError, and other errors where the row is not as BFCL
+    writes it.
+    """
+    category = row.category
     if category not in CATEGORIES:
         raise UsageError(
-            f"{where} is of {category}, which is not of several turns: python -m eval.tool_calls measures it"
+            f"{row.place} is of {category}, which is not of several turns: python -m eval.tool_calls measures it"
         )
-    if truth is None:
-        raise UsageError(f"{where} ({row['id']}) has no answer: pass the file of its answers with --answers")
-    functions = [one for name in row["involved_classes"] for one in docs(name, where)]
-    missed = row.get("missed_function", {})  # {turn, as a string: names that are told from then on}
-    held_back = {name for names in missed.values() for name in names}
-    task = {"id": row["id"], "category": category, "classes": row["involved_classes"], "config": row["initial_config"]}
-    task["functions"] = [one for one in functions if one["name"] not in held_back]
-    task |= {"truth": truth, "question": [], "added": []}
-    for turn, said in enumerate(question):
+    truth = row.require_truth()
+    functions = row.list_functions()
+    missed = row.row.get("missed_function", {})  # {turn, as a string: names that are told from then on}
+    held_back = set()
+    for names in missed.values():
+        held_back.update(names)
+    known = [function for function in functions if function["name"] not in held_back]
+    task = Task(
+        id=row.row["id"],
+        category=category,
+        classes=row.row["involved_classes"],
+        config=row.row["initial_config"],
+        functions=known,
+        added=[],
+        question=[],
+        truth=truth,
+    )
+    for turn, messages in enumerate(row.row["question"]):
         names = missed.get(str(turn), [])
-        task["added"].append([one for name in names for one in functions if one["name"] == name])
-        task["question"].append([{"role": "user", "content": words}] if names else said)
-    steps = [[{"calls": true_calls(text, functions)} for text in texts] for texts in truth]
-    found = classes.ask(line_of(task, steps) | {"truth": truth})
-    if found.get("error") or "failed" in found or len(truth) != len(question):
-        raise ValueError(f"its ground truth is wrong on BFCL's classes, {found.get('failed') or found.get('error')}")
+        added = []
+        for name in names:
+            added.extend([function for function in functions if function["name"] == name])
+        task.added.append(added)
+        task.question.append([{"role": "user", "content": words}] if names else messages)
+    check_tools(task)
+    check_truth(task, functions, classes)
     return [task]
 
 
-def true_calls(text, functions):
-    """The call of a text of the ground truth, which BFCL evaluates as it stands: it may be nothing else."""
-    calls = python_calls(text, functions)
-    if len(calls) != 1 or calls[0]["name"] not in {one["name"] for one in functions}:
+def check_tools(task: Task) -> None:
+    """Raise ValueError where a task shows no functions, or what is none."""
+    if not list_tools(task.functions):
+        raise ValueError("no functions")
+    for added in task.added:
+        list_tools(added)
+
+
+def check_truth(task: Task, functions: list[dict], classes: Classes) -> None:
+    """Raise ValueError where the ground truth is not right by BFCL's own classes."""
+    turns = []
+    for texts in task.truth:
+        turns.append([Step("", read_true_calls(text, functions)) for text in texts])
+    output = classes.ask(to_line(task, turns) | {"truth": task.truth})
+    reason = output.get("failed") or output.get("error")
+    if not reason and len(task.truth) != len(task.question):
+        reason = f"{len(task.truth)} turns of {len(task.question)}"
+    if reason:
+        raise ValueError(f"its ground truth is wrong on BFCL's classes, {reason}")
+
+
+def read_true_calls(text: str, functions: list[dict]) -> list[dict]:
+    """Return the call of a text of the ground truth, which BFCL evaluates as it stands: it may be nothing else."""
+    calls = python_calls(text, list_properties(functions))
+    names = [function["name"] for function in functions]
+    if len(calls) != 1 or calls[0]["name"] not in names:
         raise ValueError(f"{text} is no call of its functions")
     return calls
 
 
-def shape_of(tokenizer, task):
-    """(whether the template holds one call a message only, whether it takes reasoning). Raises UsageError."""
-    tools = [tool_of(function) for function in task["functions"]]
-    name = tools[0]["function"]["name"]
-    asked = [assistant({"name": name, "arguments": {}}, number) for number in range(2)]
-    calls = [call for message in asked for call in message["tool_calls"]]
-    replies = [{"role": "tool", "tool_call_id": call["id"], "name": name, "content": "{}"} for call in calls]
+# -- templates --------------------------------------------------------------------------------------------------------
+@dataclass
+class HistoryShape:
+    """What a template takes of an earlier answer: one call a message only; its reasoning."""
 
-    def holds(*messages):
-        user = {"role": "user", "content": "Hi"}
-        messages = [user, *messages, {"role": "assistant", "content": "Done."}, user]
+    one_call: bool
+    takes_reasoning: bool
+
+
+def find_history_shape(tokenizer: PreTrainedTokenizerBase, family: str, task: Task) -> HistoryShape:
+    """Return what a template takes of earlier answers. Raises UsageError for one that takes no replies to calls."""
+    tools = list_tools(task.functions)
+    call = {"name": tools[0]["function"]["name"], "arguments": {}}
+    reply = reply_message(call, "{}")
+    user = {"role": "user", "content": "Hi"}
+
+    def takes(*messages: dict) -> bool:
+        conversation = [user, *messages, {"role": "assistant", "content": "Done."}, user]
         try:
-            return bool(render(tokenizer, messages, True, tools)[0])
+            return bool(render_text(tokenizer, add_call_ids(conversation, family), True, tools))
         except (TemplateError, TypeError, ValueError):
             return False
 
-    if not holds(asked[0], replies[0]):
+    if not takes(call_message([call]), reply):
         raise UsageError("the model's template takes no replies to calls: measure one that does")
-    return not holds(asked[0] | {"tool_calls": calls}, *replies), holds(
-        asked[0] | {"reasoning_content": "Hm."}, replies[0]
+    return HistoryShape(
+        one_call=not takes(call_message([call, call]), reply, reply),
+        takes_reasoning=takes(call_message([call]) | {"reasoning_content": "Hm."}, reply),
     )
 
 
-def hold(conversations, opened, kind, classes, limit, args):
-    """Hold all conversations to their ends, a step of each at a time."""
+# -- the command ------------------------------------------------------------------------------------------------------
+@dataclass
+class Asked:
+    """A conversation and the prompt of its next answer."""
+
+    conversation: Conversation
+    prompt: Prompt
+
+
+def list_asked(conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase, family: str) -> list[Asked]:
+    """Return the prompts of the conversations that are not over. Raises UsageError for a first one that is refused."""
+    asked = []
+    for one in conversations:
+        if one.is_over:
+            continue
+        try:
+            prompt = render_prompt(tokenizer, family, one.task.id, one.messages, one.tools, one.mode)
+        except UsageError as error:
+            if one.turns == [[]]:
+                raise
+            one.fail(str(error))
+        else:
+            asked.append(Asked(one, prompt))
+    return asked
+
+
+def hold_conversations(
+    conversations: list[Conversation],
+    opened: OpenedModel,
+    family: str,
+    classes: Classes,
+    limit: int,
+    args: argparse.Namespace,
+) -> None:
+    """Hold all conversations to their ends, a step of each at a time. limit: of steps in a turn."""
     model, tokenizer, stops = opened
-    apart, thinks = shape_of(tokenizer, conversations[0].task)
-    while open_ones := [one for one in conversations if not one.over]:
-        asked = []
-        for one in open_ones:
-            try:
-                task = {"id": one.task["id"], "messages": one.messages}
-                asked.append((one, *prompt_of(tokenizer, task, one.tools, one.kwargs)))
-            except UsageError as error:
-                if one.turns == [[]]:
-                    raise
-                one.fail(str(error))
-        prompts = [ids for _, _, ids in asked]
+    shape = find_history_shape(tokenizer, family, conversations[0].task)
+    while not all([one.is_over for one in conversations]):
+        asked = list_asked(conversations, tokenizer, family)
+        prompts = [one.prompt.ids for one in asked]
         label = f"answers of {len(asked)} conversations"
         answers = ask(model, tokenizer, stops, prompts, args.batch_size, args.max_new_tokens, label, args.timeout)
-        for (one, prompt, _), answer in zip(asked, answers, strict=True):
-            calls, malformed, said = read_answer(tokenizer, kind, prompt, answer.text, one.tools)
-            thought = {"reasoning_content": said["reasoning_content"]} if thinks and said["reasoning_content"] else {}
-            one.take(answer, calls, malformed, thought | {"content": said["content"]})
-            if calls and not one.over:
-                one.run(classes, thought, apart, limit)
+        for one, answer in zip(asked, answers, strict=True):
+            conversation = one.conversation
+            said = parse_answer(answer.text, family, one.prompt.text, conversation.tools)
+            conversation.add_answer(answer, said, shape.takes_reasoning)
+            if said.tool_calls and not conversation.is_over:
+                conversation.run_calls(classes, said, shape, limit)
 
 
-def measure_turns(args):
-    bfcl = prompts_of_bfcl()
+def to_output(conversation: Conversation, verdict: Verdict) -> dict:
+    """Return the line of a conversation in multi_turn.jsonl."""
+    steps = [step for turn in conversation.turns for step in turn]
+    return {
+        "id": conversation.task.id,
+        "category": conversation.task.category,
+        "mode": conversation.mode,
+        "answer": steps[-1].answer,
+        "failed": conversation.failed,
+        "multi_turn": not verdict.error,
+        "error": verdict.error,
+        "turn": verdict.turn,
+        "step_limit": conversation.step_limit,
+        "malformed": conversation.malformed,
+        "stopped": conversation.stopped,
+        "turns": [[asdict(step) for step in turn] for turn in conversation.turns],
+    }
+
+
+def measure_turns(args: argparse.Namespace) -> None:
+    """Run the command. Raises UsageError."""
+    bfcl = import_bfcl_prompts()
     words = bfcl.DEFAULT_USER_PROMPT_FOR_ADDITIONAL_FUNCTION_FC
+    files = BfclFiles()
     with Classes() as classes:
-        tasks, digest = read_tasks(args, partial(conversations_of, classes=classes, words=words))
+        tasks = read_tasks(args, files, partial(list_tasks, classes=classes, words=words))
         opened = open_model(args.run, args.base, args.dtype, args.load_in_4bit)
-        kind, modes = form_of(opened[1]), modes_of(opened[1], args.mode)
-        conversations = [Conversation(task, mode, kwargs) for mode, kwargs in modes.items() for task in tasks]
-        hold(conversations, opened, kind, classes, bfcl.MAXIMUM_STEP_LIMIT, args)
-        lines = []
-        for one in conversations:
-            found = judged(one, classes)
-            line = {"id": one.task["id"], "category": one.task["category"], "mode": one.mode}
-            line |= {
-                "answer": [step["answer"] for turn in one.turns for step in turn][-1],
-                "failed": one.failed,
-                "multi_turn": not found["error"],
-            } | found
-            lines.append(line | {key: getattr(one, key) for key in ("step_limit", "malformed", "stopped", "turns")})
-    report(args, "multi_turn", METRICS, kind, lines, digest, bfcl_eval=BFCL)
+        family = find_calling_family(opened.tokenizer)
+        conversations = []
+        for mode in list_modes(opened.tokenizer, args.mode, args.run):
+            conversations.extend([Conversation(task, mode) for task in tasks])
+        hold_conversations(conversations, opened, family, classes, bfcl.MAXIMUM_STEP_LIMIT, args)
+        lines = [to_output(one, judge(one, classes)) for one in conversations]
+    report(args, "multi_turn", METRICS, family, lines, files, bfcl_eval=BFCL)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
+    """Return the exit code of the command."""
     return command("multi_turn.py", measure_turns, bfcl_parser(__doc__).parse_args(argv))
 
 

@@ -4,185 +4,291 @@
 
 Follows the description in the playbook of SmolLM3 (no code is published): conversations of several turns (Multi-IF's
 there), each turn told /think or /no_think at random, the model's own answers as history. A think turn is followed by an
-answer with a think block that is not empty, a no_think turn by one with an empty block or none. The draw depends on
+answer with a thought that is not empty, a no_think turn by one with an empty thought or none. The draw depends on
 --seed and the conversation's id alone. A model that never heeds the flag gets about one half: look at both modes.
 
     follow      turns that did as told; an answer that failed (memory, time, context, refused history) did not
     follow_all  conversations whose every turn did
-    unfinished  turns whose think block was opened and never closed: what is there counts for follow
-    empty       turns with nothing after the think block, or nothing at all
+    unfinished  turns whose thought was begun and never ends: what is there counts for follow
+    empty       turns with nothing beside the thought; a thought that never ends is followed by nothing
     stop_rate   turns ended by a stop token within the budget
 
 Where the flag stands (--flag_in): `system`, at the end of the system message, which holds that of the turn to be
 answered; `kwargs`, the template's enable_thinking; `user`, at the end of the turn's message. The default is what the
 model's own template reacts to, in this order (SmolLM3's to the first, most hybrids' to the second), else `user`, which
-is also the switch in the text that Qwen3 of April 2025 was trained on. Where the prompt itself holds the empty block of
-no_think, follow says whether the model leaves it at that. Earlier answers stand in the history without their think
-block, as the clients of a server send them.
+is also the switch in the text that Qwen3 of April 2025 was trained on. Where the prompt itself holds the empty thought
+of no_think, follow says whether the model leaves it at that. Answers are read as the template's family writes them
+(data_prep/common/answers.py). Earlier ones stand in the history as their text alone, as the clients of a server send
+them: without their thoughts, and without calls, for which there are no functions here.
 
 --data: rows with `turns` (MT-Bench), with `turn_1_prompt` … (Multi-IF) or with `messages`, whose user turns are taken.
 Groups: mode and turn. Writes think_follow.json and think_follow.jsonl to --out.
 """
 
+import argparse
 import hashlib
 import json
 import random
 import re
 import sys
-from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 
+from data_prep.common.answers import find_family, parse_answer
 from data_prep.common.errors import UsageError
+from eval.common.arguments import add_model_arguments, first_line, positive
+from eval.common.intervals import rate
 from eval.common.measure import clean_row, read_rows
-from eval.common.models import Answer, add_model_arguments, ask, first_line, open_model, positive, render
-from eval.common.scores import command, grouped, parser_of, rate, rates, show, write_scores
+from eval.common.models import Answer, OpenedModel, Prompt, ask, choose_mode, mode_kwargs, open_model, render
+from eval.common.scores import command, grouped, parser_of, rates, show, write_scores
 
-METRICS = {name: name for name in ("follow", "unfinished", "empty")} | {"stop_rate": "stopped"}
-BLOCKS = (  # how families open and close a think block
-    ("<think>", "</think>"),
-    ("<|channel>thought", "<channel|>"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-)
+METRICS = {"follow": "follow", "unfinished": "unfinished", "empty": "empty", "stop_rate": "stopped"}
+MODES = ("think", "no_think")
 FLAG = re.compile(r"\s*/(?:no_think|think)\b")
 
 
-# -- think blocks -----------------------------------------------------------------------------------------------------
-
-
-def thoughts(prompt, answer):
-    """(thought, rest, unfinished) of an answer: what stands in its think blocks, what beside them, whether the last was
-    never closed. A block that the prompt opens, or that is closed without having been opened, begins the answer."""
-    for start, end in BLOCKS:
-        opened = prompt.rstrip().endswith(start)
-        before, found, _ = answer.partition(end)
-        if opened or (found and start not in before):
-            answer = start + answer
-        if start in answer:
-            parts = re.split(f"{re.escape(start)}(.*?)(?:{re.escape(end)}|$)", answer, flags=re.DOTALL)
-            rest = "".join(parts[::2]).replace(end, "").strip()  # without ends that close nothing
-            return "".join(parts[1::2]).strip(), rest, answer.rfind(start) > answer.rfind(end)
-    return "", answer.strip(), False
-
-
 # -- conversations ----------------------------------------------------------------------------------------------------
+@dataclass
+class Conversation:
+    """The system message and the user's turns of a row, without flags of their own."""
+
+    id: str
+    system: str
+    turns: list[str]
 
 
-def conversation(row, number):
-    """{id, system, turns} of a row: texts without flags of their own. Raises UsageError."""
-    where, system = f"row {number} of the data", ""
+def read_conversation(row: object, number: int) -> Conversation:
+    """Return the conversation of the number-th row. Raises UsageError."""
+    place = f"row {number} of the data"
+    system = ""
     if not isinstance(row, dict):
-        raise UsageError(f"{where} is not an object: pass rows with turns, turn_1_prompt or messages")
+        raise UsageError(f"{place} is not an object: pass rows with turns, turn_1_prompt or messages")
     if "turn_1_prompt" in row:  # before `turns`, where Multi-IF has room for a history
-        told = [row.get(f"turn_{turn}_prompt") for turn in (1, 2, 3)]
-        try:
-            turns = [json.loads(text)["content"] for text in told if text not in (None, "", "None")]
-        except (ValueError, TypeError, KeyError) as error:
-            raise UsageError(
-                f"{where} has a turn that is no message in JSON ({first_line(error)}): repair it"
-            ) from None
+        turns = read_multi_if(row, place)
     elif "turns" in row:
         turns = row["turns"]
     else:
         messages = clean_row(row, number)["messages"]
-        system = messages[0].get("content", "") if messages[0]["role"] == "system" else ""
+        if messages[0]["role"] == "system":
+            system = messages[0].get("content", "")
         turns = [message.get("content") for message in messages if message["role"] == "user"]
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
-        raise UsageError(f"{where} has no turns, or one that is not text: pass the user's messages as strings")
-    name = next((row[key] for key in ("id", "question_id", "key") if row.get(key) is not None), number)
-    return {"id": str(name), "system": FLAG.sub("", system), "turns": [FLAG.sub("", turn) for turn in turns]}
+    if not is_texts(turns):
+        raise UsageError(f"{place} has no turns, or one that is not text: pass the user's messages as strings")
+    turns = [FLAG.sub("", turn) for turn in turns]
+    return Conversation(row_name(row, number), FLAG.sub("", system), turns)
 
 
-def drawn(one, seed):
-    """The mode of each turn of a conversation, whatever else is measured with it."""
-    rng = random.Random(f"{seed} {one['id']}")
-    return [rng.choice(("think", "no_think")) for _ in one["turns"]]
+def is_texts(turns: object) -> bool:
+    """Return whether something is a list of texts that are not blank, and holds one."""
+    if not isinstance(turns, list) or not turns:
+        return False
+    return all([isinstance(turn, str) and turn.strip() for turn in turns])
 
 
-def place_of(tokenizer):
-    """Where the tokenizer's template itself reads a flag: system, kwargs, or user where it reads none."""
-    user = {"role": "user", "content": "Hi"}
-
-    def after_system(flag):
+def read_multi_if(row: dict, place: str) -> list[object]:
+    """Return the user's turns of a row of Multi-IF, messages in JSON of which the last may be missing."""
+    turns = []
+    for turn in (1, 2, 3):
+        text = row.get(f"turn_{turn}_prompt")
+        if text in (None, "", "None"):
+            continue
         try:
-            return render(tokenizer, [{"role": "system", "content": flag}, user])[0].rpartition("Hi")[2]
-        except (TemplateError, TypeError, ValueError):
-            return None
+            turns.append(json.loads(text)["content"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise UsageError(
+                f"{place} has a turn that is no message in JSON ({first_line(error)}): repair it"
+            ) from None
+    return turns
 
-    if after_system("/think") != after_system("/no_think"):
+
+def row_name(row: dict, number: int) -> str:
+    """Return what a row is called: its own id, or its number."""
+    for key in ("id", "question_id", "key"):
+        if row.get(key) is not None:
+            return str(row[key])
+    return str(number)
+
+
+def draw_modes(conversation: Conversation, seed: int) -> list[str]:
+    """Return the mode of each turn, whatever else is measured with the conversation."""
+    rng = random.Random(f"{seed} {conversation.id}")
+    return [rng.choice(MODES) for _ in conversation.turns]
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+def find_flag_place(tokenizer: PreTrainedTokenizerBase, run: Path) -> str:
+    """Return where the tokenizer's template itself reads a flag: system, kwargs, or user where it reads none.
+
+    run: what a message names.
+    """
+    endings = []
+    for mode in MODES:
+        messages = [{"role": "system", "content": f"/{mode}"}, {"role": "user", "content": "Hi"}]
+        try:
+            endings.append(render(tokenizer, messages).text.rpartition("Hi")[2])
+        except (TemplateError, TypeError, ValueError):  # it has no system message
+            endings.append(None)
+    if endings[0] != endings[1]:
         return "system"
-    on, off = (render(tokenizer, [user], enable_thinking=think)[0] for think in (True, False))
-    return "user" if on == off else "kwargs"
+    if choose_mode(tokenizer, None, run) is None:
+        return "user"
+    return "kwargs"
 
 
-def prompt_of(tokenizer, one, answers, modes, place):
-    """(text, ids) that ask for the turn after the given answers. Raises UsageError."""
+def render_turn(
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: Conversation,
+    answers: list[str],
+    modes: list[str],
+    place: str,
+) -> Prompt:
+    """Return the prompt of the turn behind the given answers. Raises UsageError.
+
+    modes: of each turn. place: of the flag.
+    """
     mode = modes[len(answers)]
-    system = f"{one['system']} /{mode}".strip() if place == "system" else one["system"]
-    messages = [{"role": "system", "content": system}] if system else []
-    for k, turn in enumerate(one["turns"][: len(answers) + 1]):
-        messages.append({"role": "user", "content": f"{turn} /{modes[k]}" if place == "user" else turn})
-        messages += [{"role": "assistant", "content": answer} for answer in answers[k : k + 1]]
+    system = conversation.system
+    if place == "system":
+        system = f"{system} /{mode}".strip()
+    messages = []
+    if system:
+        messages.append({"role": "system", "content": system})
+    for number in range(len(answers) + 1):
+        text = conversation.turns[number]
+        if place == "user":
+            text = f"{text} /{modes[number]}"
+        messages.append({"role": "user", "content": text})
+        if number < len(answers):
+            messages.append({"role": "assistant", "content": answers[number]})
+    kwargs = mode_kwargs(mode) if place == "kwargs" else {}
     try:
-        return render(tokenizer, messages, **({"enable_thinking": mode == "think"} if place == "kwargs" else {}))
+        return render(tokenizer, messages, **kwargs)
     except (TemplateError, TypeError, ValueError) as error:
         raise UsageError(
-            f"the model's template refuses conversation {one['id']} ({first_line(error)}): leave it out, or pass "
+            f"the model's template refuses conversation {conversation.id} ({first_line(error)}): leave it out, or pass "
             "another --flag_in"
         ) from None
 
 
+# -- answers ----------------------------------------------------------------------------------------------------------
+class Talk:
+    """A conversation under way. lines: of think_follow.jsonl, one a turn; answers: the texts of the earlier turns."""
+
+    def __init__(self, conversation: Conversation, seed: int) -> None:
+        self.conversation = conversation
+        self.modes = draw_modes(conversation, seed)
+        self.answers: list[str] = []
+        self.lines: list[dict] = []
+
+    @property
+    def follows(self) -> bool:
+        """Whether every turn did as told."""
+        return all([line["follow"] for line in self.lines])
+
+    def render(self, tokenizer: PreTrainedTokenizerBase, place: str) -> Prompt | None:
+        """Return the prompt of the next turn, None where the template refuses the history.
+
+        An earlier answer may hold what it refuses. Raises UsageError where it refuses the first turn.
+        """
+        try:
+            return render_turn(tokenizer, self.conversation, self.answers, self.modes, place)
+        except UsageError:
+            if self.answers:
+                return None
+            raise
+
+    def add_answer(self, family: str, prompt: Prompt | None, answer: Answer) -> None:
+        """Judge the answer to a prompt, and take it into the history."""
+        turn = len(self.answers)
+        mode = self.modes[turn]
+        said = parse_answer(answer.text, family, prompt.text if prompt else "")
+        thought = said.reasoning or ""
+        self.answers.append(said.content.strip())
+        self.lines.append(
+            {
+                "id": self.conversation.id,
+                "turn": turn + 1,
+                "mode": mode,
+                "answer": answer.text,
+                "failed": answer.failed,
+                "thought": len(thought.strip()),
+                "stopped": answer.stopped,
+                "follow": not answer.failed and bool(thought.strip()) == (mode == "think"),
+                "unfinished": not said.is_complete and not said.error,
+                "empty": not (said.content.strip() or said.tool_calls),
+            }
+        )
+
+
+def hold_talks(
+    conversations: list[Conversation], opened: OpenedModel, place: str, args: argparse.Namespace
+) -> list[Talk]:
+    """Return all conversations, held to their ends a turn of each at a time. place: of the flag. Raises UsageError."""
+    model, tokenizer, stops = opened
+    family = find_family(tokenizer.chat_template)
+    talks = [Talk(conversation, args.seed) for conversation in conversations]
+    for turn in range(max([len(talk.modes) for talk in talks])):
+        asked = [talk for talk in talks if turn < len(talk.modes)]
+        prompts = [talk.render(tokenizer, place) for talk in asked]
+        ids = [prompt.ids for prompt in prompts if prompt is not None]
+        label = f"turn {turn + 1}"
+        answers = iter(ask(model, tokenizer, stops, ids, args.batch_size, args.max_new_tokens, label, args.timeout))
+        for talk, prompt in zip(asked, prompts, strict=True):
+            if prompt is None:
+                answer = Answer("", 0, False, "refused by the template")
+            else:
+                answer = next(answers)
+            talk.add_answer(family, prompt, answer)
+    return talks
+
+
 # -- the command ------------------------------------------------------------------------------------------------------
-
-
-def talk(model, tokenizer, stops, conversations, place, args):
-    """Of each conversation a list of lines of think_follow.jsonl, one a turn. All conversations go on together."""
-    modes = [drawn(one, args.seed) for one in conversations]
-    said, lines = [[] for _ in conversations], [[] for _ in conversations]
-    for turn in range(max(map(len, modes))):
-        here = [i for i, one in enumerate(conversations) if turn < len(one["turns"])]
-        prompts = {}
-        for i in here:
-            with suppress(*[UsageError] if turn else []):  # an earlier answer may hold what the template refuses
-                prompts[i] = prompt_of(tokenizer, conversations[i], said[i], modes[i], place)
-        ids, label = [ids for _, ids in prompts.values()], f"turn {turn + 1}"
-        answers = ask(model, tokenizer, stops, ids, args.batch_size, args.max_new_tokens, label, args.timeout)
-        answers = dict(zip(prompts, answers, strict=True))
-        for i in here:
-            prompt, answer = prompts.get(i, [""])[0], answers.get(i, Answer("", 0, False, "refused by the template"))
-            thought, rest, unfinished = thoughts(prompt, answer.text)
-            said[i].append(rest)
-            line = {"id": conversations[i]["id"], "turn": turn + 1, "mode": modes[i][turn], "answer": answer.text}
-            line |= {"failed": answer.failed, "thought": len(thought), "stopped": answer.stopped}
-            line["follow"] = not answer.failed and bool(thought) == (modes[i][turn] == "think")
-            lines[i].append(line | {"unfinished": unfinished, "empty": not rest})
-    return lines
-
-
-def measure_follow(args):
+def read_conversations(args: argparse.Namespace) -> list[Conversation]:
+    """Return the conversations of the data, or those that are drawn. Raises UsageError."""
     rows = read_rows(args.data, args.split)
-    conversations = [conversation(row, number) for number, row in enumerate(rows, 1)]
+    conversations = [read_conversation(row, number) for number, row in enumerate(rows, 1)]
     if not conversations:
         raise UsageError(f"{args.data} holds no rows: pass a set with at least one conversation")
     if args.rows and args.rows < len(conversations):
-        chosen = sorted(random.Random(args.seed).sample(range(len(conversations)), args.rows))
-        conversations = [conversations[i] for i in chosen]
-    digest = hashlib.sha256(json.dumps(conversations, sort_keys=True).encode()).hexdigest()
-    model, tokenizer, stops = open_model(args.run, args.base, args.dtype, args.load_in_4bit)
-    place = args.flag_in or place_of(tokenizer)
-    talks = talk(model, tokenizer, stops, conversations, place, args)
-    lines = [line for turns in talks for line in turns]
+        drawn = random.Random(args.seed).sample(range(len(conversations)), args.rows)
+        conversations = [conversations[number] for number in sorted(drawn)]
+    return conversations
+
+
+def measure_follow(args: argparse.Namespace) -> None:
+    """Run the command. Raises UsageError."""
+    conversations = read_conversations(args)
+    text = json.dumps([asdict(conversation) for conversation in conversations], sort_keys=True)
+    opened = open_model(args.run, args.base, args.dtype, args.load_in_4bit)
+    place = args.flag_in or find_flag_place(opened.tokenizer, args.run)
+    talks = hold_talks(conversations, opened, place, args)
+    lines = []
+    for talk in talks:
+        lines.extend(talk.lines)
     metrics = rates(lines, METRICS)
-    metrics["follow_all"] = rate([all(line["follow"] for line in turns) for turns in talks])
-    settings = {"model": args.run.resolve().name, "data": args.data.resolve().name, "flag_in": place}
-    settings |= {key: getattr(args, key) for key in ("rows", "seed", "max_new_tokens", "batch_size", "load_in_4bit")}
-    out, groups = args.out or args.run / "eval", grouped(lines, METRICS, "mode", "turn")
-    show(write_scores(out, "think_follow", settings, metrics, groups, lines, digest))
+    metrics["follow_all"] = rate([talk.follows for talk in talks])
+    settings = {
+        "model": args.run.resolve().name,
+        "data": args.data.resolve().name,
+        "flag_in": place,
+        "family": find_family(opened.tokenizer.chat_template),
+        "rows": args.rows,
+        "seed": args.seed,
+        "max_new_tokens": args.max_new_tokens,
+        "batch_size": args.batch_size,
+        "load_in_4bit": args.load_in_4bit,
+    }
+    groups = grouped(lines, METRICS, "mode", "turn")
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    show(write_scores(args.out or args.run / "eval", "think_follow", settings, metrics, groups, lines, digest))
     print(f"the flag stood in: {place}")
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
+    """Return the exit code of the command."""
     parser = parser_of(__doc__)
     parser.add_argument("run", type=Path, help="run folder: a model with its tokenizer, or an adapter")
     parser.add_argument("--base", help="of an adapter (default: the one that it names)")

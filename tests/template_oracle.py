@@ -4067,25 +4067,3 @@ TINY_AYA = Family(
 )
 
 ALL_FAMILIES = [family for family in globals().values() if isinstance(family, Family)]
-NEWER = (  # of which other test files hold no tables yet
-    "command_a",
-    "deepseek_v3_1",
-    "glm4_7",
-    "granite_4",
-    "granite_4_1",
-    "kimi_k2",
-    "kimi_k2_thinking",
-    "llama4",
-    "minimax_m2",
-    "ministral_3",
-    "ministral_3_reasoning",
-    "mistral_7b_v0_3",
-    "nemotron_3_5",
-    "olmo_3",
-    "olmo_3_think",
-    "phi4_mini",
-    "qwen3_coder",
-    "qwen3_coder_next",
-    "tiny_aya",
-)
-FAMILIES = [family for family in ALL_FAMILIES if family.name not in NEWER]

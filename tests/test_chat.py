@@ -9,7 +9,8 @@ as a turn, an unknown adapter taken. Models: an adapter not switched, or under t
 an adapter on; --base, --dtype, --load_in_4bit not passed on; different bases or vocabularies taken; two folders of one
 name. Prompts: --system, tools, think or the seed of each not heeded; Ctrl-C goes on; a refusal ends all; the file read
 after the model. Answers: stop tokens of the tokenizer alone, --top_p ignored or alone resetting the temperature, the
-think block that a prompt opens lost, any error taken for memory, what was held back not shown.
+think block that a prompt opens lost, any error taken for memory, what was held back not shown. Reading: the prompt not
+given to the parser; control tokens kept in a message; a call dropped from it; tools of prompts unread.
 """
 
 import json
@@ -60,7 +61,7 @@ def said(chat_, capsys, *lines):
     capsys.readouterr()
     out = []
     for line in lines:
-        chat_.line(line)
+        chat_.read_line(line)
         out.append(capsys.readouterr().out.strip())
     return out
 
@@ -111,18 +112,46 @@ def test_thinking_goes_through_the_template(home, tmp_path, capsys):
     assert plain.messages == []
     # a template that reads the words in the system message
     plain.talker.tokenizer.chat_template += "{# /no_think #}"
-    assert plain.talker.switched([{"role": "user", "content": "x"}], False, None) == (
+    assert plain.talker.switch_thinking([{"role": "user", "content": "x"}], False) == (
         [{"role": "system", "content": "/no_think"}, {"role": "user", "content": "x"}], {})  # fmt: skip
     told = [{"role": "system", "content": "S"}, {"role": "user", "content": "x"}]
-    assert plain.talker.switched(told, True, None) == ([{"role": "system", "content": "S /think"}, told[1]], {})
+    assert plain.talker.switch_thinking(told, True) == ([{"role": "system", "content": "S /think"}, told[1]], {})
 
 
-def test_reasoning_is_kept_apart():
-    assert chat.message_of("<think>\nhm\n</think>\n\nYes.") == {
-        "role": "assistant", "content": "Yes.", "reasoning_content": "hm"}  # fmt: skip
-    assert chat.message_of("<think>\n\n</think>\n\nYes.") == {"role": "assistant", "content": "Yes."}
-    assert chat.message_of("<think>\nnot done") == {
-        "role": "assistant", "content": "", "reasoning_content": "not done"}  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "prompt", "text", "content", "reasoning"),
+    [
+        ("qwen3", "", "<think>\nhm\n</think>\n\nYes.", "Yes.", "hm"),
+        ("qwen3", "", "<think>\n\n</think>\n\nYes.", "Yes.", None),
+        ("qwen3", "", "<think>\nnot done", "", "not done"),
+        ("qwen3", "<think>\n", "hm\n</think>\n\nYes.", "Yes.", "hm"),
+        ("qwen3", "", "Yes.<|fim_pad|>", "Yes.", None),  # a control token is no part of a message
+        ("gpt_oss", "", "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Yes.",
+         "Yes.", "hm"),
+        ("ministral_3_reasoning", "", "[THINK]hm[/THINK]Yes.", "Yes.", "hm"),
+        ("gemma4", "", "<|channel>thought\nhm<channel|>Yes.", "Yes.", "hm"),
+    ],
+)  # fmt: skip
+def test_reasoning_is_kept_apart(family, prompt, text, content, reasoning):
+    expected = {"role": "assistant", "content": content}
+    if reasoning:
+        expected["reasoning_content"] = reasoning
+    assert chat.to_message(text, family, prompt, special=("<|fim_pad|>",)) == expected
+
+
+def test_a_call_is_kept_as_a_call(home, capsys, tmp_path):
+    """Shown as it was written; in the history and in a saved row it is a call, which the template writes again."""
+    written = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+    function = {"name": "f", "arguments": {"x": 1}}
+    message = {"role": "assistant", "content": "So.", "tool_calls": [{"type": "function", "function": function}]}
+    assert chat.to_message(f"So.\n{written}", "chatml", "") == message
+    assert chat.to_message(written[:30], "chatml", "") == {"role": "assistant", "content": written[:30]}
+    it = opened(home / "rigged")
+    it.messages = [{"role": "user", "content": "Hello"}, message]
+    assert said(it, capsys, "Again") == ["ab"]
+    assert f"assistant\nSo.\n{written}<|im_end|>" in it.last
+    said(it, capsys, f"/save {tmp_path / 'row'}")
+    assert json.loads((tmp_path / "row").read_text())["messages"][1] == message
 
 
 def test_adapters_switch_on_one_base(home, capsys):
@@ -181,6 +210,9 @@ def test_a_think_block_that_the_prompt_opens_is_shown_and_kept_apart(tmp_path, c
     it = opened(small.save(tmp_path / "thinks", rigged("a</think>b"), "qwen3_thinking_2507"))
     assert said(it, capsys, "x") == ["<think>\na</think>b"] and it.last.count("<think>") == 1
     assert it.messages[-1] == {"role": "assistant", "content": "b", "reasoning_content": "a"}
+    it = opened(small.save(tmp_path / "never ends", rigged("ab"), "qwen3_thinking_2507"))
+    assert said(it, capsys, "x") == ["<think>\nab"]
+    assert it.messages[-1] == {"role": "assistant", "content": "", "reasoning_content": "ab"}  # no answer
 
 
 def test_an_answer_that_does_not_end_says_so(home, capsys):
@@ -216,7 +248,7 @@ def test_out_of_memory_and_ctrl_c_cost_the_answer_only(home, capsys, monkeypatch
 
     monkeypatch.setattr(it.talker.model, "generate", wrong)
     with pytest.raises(RuntimeError, match="shapes differ"):  # a defect is no lack of memory
-        it.line("x")
+        it.read_line("x")
     it.reset()
     monkeypatch.setattr(it.talker.model, "generate", real)
     assert said(it, capsys, "x") == ["ab"]
@@ -321,9 +353,11 @@ def test_a_system_prompt_of_the_command_holds_where_a_prompt_has_none(home, tmp_
 def test_bad_input_is_one_sentence(home, tmp_path, capsys):
     (tmp_path / "a.yaml").write_text("- {name: x, turn: [y]}")
     (tmp_path / "b.yaml").write_text("- [")
+    (tmp_path / "d.yaml").write_text("- {name: x, turns: [y], tools: [{parameters: {}}]}")
     good = home / "rigged"
     for words, expected in (
         ([tmp_path / "gone"], "gone does not exist"),
+        ([tmp_path / "gone", "--prompts", tmp_path / "d.yaml"], "d.yaml, prompt 1 has tool without a name: repair it"),
         ([good, home / "cd"], "rigged is not an adapter"),
         ([home / "cd", good], "rigged is not an adapter"),
         ([good, "--prompts", tmp_path / "a.yaml"], "a.yaml, prompt 1 is not"),

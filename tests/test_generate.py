@@ -289,6 +289,7 @@ def test_what_a_row_holds_reaches_the_model(run, endpoint):
         (dict(content="two and two\n</think>\n\nfour"), "two and two"),
         (dict(content=[{"type": "text", "text": "fo"}, {"type": "text", "text": "ur"}]), None),
         (dict(content="<think>\n\n</think>\n\nfour"), None),
+        (dict(content="<think>two</think>\n<think>and two</think>four"), "two\n\nand two"),
     ],
 )
 def test_reasoning_of_every_kind_of_server(run, endpoint, message, reasoning):
@@ -571,6 +572,9 @@ def test_failures_pass_or_refuse_the_row(run, endpoint, fault, reason):
     assert tries == {"question 0": 1, "question 1": 3, "question 2": 3, "question 3": 1}
 
 
+CALL = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+
+
 @pytest.mark.parametrize(
     "reply, reason, times",
     [
@@ -579,6 +583,9 @@ def test_failures_pass_or_refuse_the_row(run, endpoint, fault, reason):
         (dict(content=""), "empty answer", 3),
         (dict(content=None), "empty answer", 3),
         (dict(content="<think>no end"), "control token in text", 3),
+        (dict(content="<think>hm</think>half <think>no end"), "empty answer", 3),
+        (dict(content=f"<think>hm</think>{CALL}"), "answer is a tool call", 3),
+        (dict(content=f"<think>hm</think>{CALL[:-20]}"), "control token in text", 3),
         (dict(content="x<|im_end|>"), "control token in text", 3),
         (dict(content="x", reasoning_content="<|im_end|>"), "control token in text", 3),
         (dict(content=None, tool_calls=[{"id": "x"}]), "answer is a tool call", 3),

@@ -5,12 +5,9 @@ conversations; BFCL's checker and its execution, called here by hand on lists of
 changed calls; cases worked by hand. The data are the wheel's own (bfcl_eval/data).
 
 Breaks tried, each seen here. Of the conversation: one step less before the limit; several calls a message where the
-template holds one, and the reverse; replies as null; thoughts dropped; later functions told at once or never, or
-without BFCL's words; excluded functions hidden; a prompt beyond the context or a template's refusal unseen. Of the
-verdict: a conversation that was ended judged by what it did; turns counted from 0 or not at all; wrong as right; the
-ground truth in place of the model's calls; the long context left out; only the last turn played. Of the classes:
-objects or precision kept from line to line; any name or argument's name run; no limit of time; sets in the order of a
-process's hashes; ground truth evaluated unread or never tried; any version of bfcl-eval taken.
+template holds one, and the reverse; thoughts dropped; later functions told at once; malformed calls unseen. Of the
+verdict: a conversation that was ended judged by what it did; turns counted from 0. Of the classes: objects kept from
+line to line; any name or argument's name run; ground truth never tried.
 """
 
 import itertools
@@ -38,8 +35,10 @@ from test_tool_calls import (
     write_rows,
 )
 
+from data_prep.common.answer_formats import python_calls
 from eval import multi_turn, tool_calls
-from eval.common import execute_calls, models
+from eval.common import bfcl, execute_calls, models
+from eval.common.call_match import mismatch
 
 bfcl_eval = pytest.importorskip("bfcl_eval", reason="bfcl-eval is not installed (make test installs it)")
 from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_checker, multi_turn_utils  # noqa: E402
@@ -47,10 +46,10 @@ from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_checker, multi_tur
 DATA = Path(bfcl_eval.__file__).parent / "data"
 long = pytest.mark.long
 IM_USER = r"<\|im_start\|>user\n(?!<tool_response>)(.*?)<\|im_end\|>"
-TEMPLATES = {  # template: stop token, form, whether it holds one call a message, its user messages, where answers begin
-    "qwen3_instruct_2507": ("<|im_end|>", "hermes", False, IM_USER, "<|im_start|>assistant"),
-    "qwen3": ("<|im_end|>", "hermes", False, IM_USER, "<|im_start|>assistant"),
-    "llama3_1": ("<|eot_id|>", "llama3", True, r"user<\|end_header_id\|>\n\n(.*?)<\|eot_id\|>", "|>assistant<|end_"),
+TEMPLATES = {  # template: stop token, whether it holds one call a message, its user messages, where answers begin
+    "qwen3_instruct_2507": ("<|im_end|>", False, IM_USER, "<|im_start|>assistant"),
+    "qwen3": ("<|im_end|>", False, IM_USER, "<|im_start|>assistant"),
+    "llama3_1": ("<|eot_id|>", True, r"user<\|end_header_id\|>\n\n(.*?)<\|eot_id\|>", "|>assistant<|end_"),
 }  # fmt: skip
 
 
@@ -59,19 +58,20 @@ def file_of(category):
 
 
 @cache
-def docs_of(name, where=""):
-    return rows_of(DATA / "multi_turn_func_doc" / f"{tool_calls.DOCS[name]}.json")
+def docs_of(name):
+    return rows_of(DATA / "multi_turn_func_doc" / f"{bfcl.CLASS_FILES[name]}.json")
 
 
 @cache
-def bfcl(category):
+def truth_of(category):
     """{id: (row, truth, its calls: turns of calls)} of a category."""
     answers = {row["id"]: row["ground_truth"] for row in rows_of(DATA / "possible_answer" / file_of(category).name)}
     found = {}
     for row in rows_of(file_of(category)):
         functions = [one for name in row["involved_classes"] for one in docs_of(name)]
         truth = answers[row["id"]]
-        calls = [[one for text in texts for one in tool_calls.python_calls(text, functions)] for texts in truth]
+        properties = bfcl.list_properties(functions)
+        calls = [[one for text in texts for one in python_calls(text, properties)] for texts in truth]
         found[row["id"]] = (row, truth, calls)
     return found
 
@@ -79,15 +79,15 @@ def bfcl(category):
 # -- models that follow a script -----------------------------------------------------------------------
 
 
-def written(tokenizer, calls):
-    """Calls, or a text, as the template writes an answer."""
-    return calls if isinstance(calls, str) else rendered(tokenizer, said(calls))[1]
+def written(tokenizer, calls, name=""):
+    """Calls, or a text, as the template of that name writes an answer."""
+    return calls if isinstance(calls, str) else rendered(tokenizer, said(calls, name))[1]
 
 
 def follow(monkeypatch, name, script, **more):
     """A model behind the real generation that reads in its prompt which user messages came and how many answers it has
     given to the last one, and says script(user messages, answers): calls or a text."""
-    stop, _, _, user, begin = TEMPLATES[name]
+    stop, _, user, begin = TEMPLATES[name]
     tokenizer = tokenizer_of(name)
     seen = []
 
@@ -98,7 +98,7 @@ def follow(monkeypatch, name, script, **more):
         answer = written(tokenizer, script([user[1].rpartition("\n}\n\n")[2] for user in users], given))
         return answer.strip().removesuffix(stop)
 
-    opened = (Scripted(tokenizer, say, **more), tokenizer, {tokenizer.convert_tokens_to_ids(stop)})
+    opened = models.OpenedModel(Scripted(tokenizer, say, **more), tokenizer, {tokenizer.convert_tokens_to_ids(stop)})
     monkeypatch.setattr(multi_turn, "open_model", lambda *_: opened)
     return seen
 
@@ -106,19 +106,26 @@ def follow(monkeypatch, name, script, **more):
 def follow_by_id(monkeypatch, script, name=""):
     """The same without generation, which takes nearly all of the time, and without a template unless one is named:
     script(id, turn, step)."""
-    tokenizer, prompt_of = tokenizer_of(name or "qwen3_instruct_2507"), multi_turn.prompt_of
+    tokenizer, render_prompt = tokenizer_of(name or "qwen3_instruct_2507"), multi_turn.render_prompt
 
-    def place(tokenizer, task, *more):
-        roles = [message["role"] for message in task["messages"]]
+    def place(tokenizer, family, task, messages, *more):
+        roles = [message["role"] for message in messages]
         last = len(roles) - roles[::-1].index("user")
-        text = prompt_of(tokenizer, task, *more)[0] if name else "<|im_start|>assistant\n"
-        return text, (task["id"], roles.count("user") - 1, roles[last:].count("assistant"))
+        text = render_prompt(tokenizer, family, task, messages, *more).text if name else "<|im_start|>assistant\n"
+        thinks = text.rstrip().endswith("<think>")
+        return models.Prompt(text, (task, roles.count("user") - 1, roles[last:].count("assistant"), thinks))
 
     def ask(model, tokenizer, stops, prompts, *_):
-        return [models.Answer(written(tokenizer, script(*one)), 1, True) for one in prompts]
+        answers = []
+        for *turn, thinks in prompts:
+            text = written(tokenizer, script(*turn), name)
+            if thinks and "</think>" not in text:  # the template wrote it without the thought that this prompt opens
+                text = "hm</think>" + text
+            answers.append(models.Answer(text, 1, True))
+        return answers
 
-    monkeypatch.setattr(multi_turn, "open_model", lambda *_: (None, tokenizer, None))
-    monkeypatch.setattr(multi_turn, "prompt_of", place)
+    monkeypatch.setattr(multi_turn, "open_model", lambda *_: models.OpenedModel(None, tokenizer, None))
+    monkeypatch.setattr(multi_turn, "render_prompt", place)
     monkeypatch.setattr(multi_turn, "ask", ask)
 
 
@@ -135,8 +142,8 @@ def command(tmp_path, *words, code=0):
 
 def by_heart(category, apart):
     """The script that plays the ground truth, {user messages up to now: steps}: a step a call, or a step a turn."""
-    steps, added = {}, multi_turn.prompts_of_bfcl().DEFAULT_USER_PROMPT_FOR_ADDITIONAL_FUNCTION_FC
-    for row, _, turns in bfcl(category).values():
+    steps, added = {}, multi_turn.import_bfcl_prompts().DEFAULT_USER_PROMPT_FOR_ADDITIONAL_FUNCTION_FC
+    for row, _, turns in truth_of(category).values():
         users = ()
         for asked, calls in zip(row["question"], turns, strict=True):
             users += (asked[0]["content"].strip() if asked else added,)  # as Llama's template has it
@@ -148,15 +155,15 @@ def by_heart(category, apart):
 @pytest.mark.parametrize("name", ["qwen3_instruct_2507", "llama3_1"])
 @pytest.mark.parametrize("rows", [4, pytest.param(200, marks=long)])
 def test_the_ground_truth_is_right_through_the_whole_command(tmp_path, monkeypatch, name, rows):
-    _, form, apart, *_ = TEMPLATES[name]
+    _, apart, *_ = TEMPLATES[name]
     seen = follow(monkeypatch, name, by_heart("base", apart))
     report, lines = command(tmp_path, "--data", file_of("base"), "--rows", rows, "--max_new_tokens", 4000)
     assert counts(report["metrics"]) == {
         "multi_turn": (rows, rows), "step_limit": (0, rows), "malformed": (0, rows), "stop_rate": (rows, rows)
     }  # fmt: skip
-    assert report["settings"]["form"] == form and report["settings"]["bfcl_eval"] == "2026.3.23"
+    assert report["settings"]["family"] == name and report["settings"]["bfcl_eval"] == "2026.3.23"
     calls = [[call for step in turn for call in step["calls"]] for line in lines for turn in line["turns"]]
-    assert calls == [turn for line in lines for turn in bfcl("base")[line["id"]][2]]
+    assert calls == [turn for line in lines for turn in truth_of("base")[line["id"]][2]]
     assert len(seen) == sum(len(turn) for line in lines for turn in line["turns"])
 
 
@@ -164,11 +171,11 @@ def test_the_ground_truth_is_right_through_the_whole_command(tmp_path, monkeypat
 @pytest.mark.parametrize("category", ["base", "miss_func", "miss_param", "long_context"])
 def test_the_ground_truth_of_every_category_is_right(tmp_path, monkeypatch, category, rows):
     turns = {}
-    for name, (*_, found) in bfcl(category).items():  # two of long_context need more than 20 calls in a turn
+    for name, (*_, found) in truth_of(category).items():  # two of long_context need more than 20 calls in a turn
         turns[name] = [[*([[one] for one in calls] if len(calls) <= 20 else [calls]), "Done."] for calls in found]
     follow_by_id(monkeypatch, lambda name, turn, step: turns[name][turn][step])
     report, lines = command(tmp_path, "--data", file_of(category), "--rows", rows)
-    assert counts(report["metrics"])["multi_turn"] == (rows, rows) and len(bfcl(category)) == 200
+    assert counts(report["metrics"])["multi_turn"] == (rows, rows) and len(truth_of(category)) == 200
     assert set(report["groups"]["category"]) == {f"multi_turn_{category}"}
     assert {(line["error"], line["turn"], line["failed"]) for line in lines} == {("", None, "")}
 
@@ -237,7 +244,7 @@ def written_rows(folder, rows, truths, category="base"):
     found = [{"id": row["id"], "ground_truth": truth} for row, truth in zip(rows, truths, strict=True)]
     write_rows(folder / "possible_answer" / name, found)
     for one in ("GorillaFileSystem", "MathAPI"):
-        write_rows(folder / "multi_turn_func_doc" / f"{tool_calls.DOCS[one]}.json", docs_of(one))
+        write_rows(folder / "multi_turn_func_doc" / f"{bfcl.CLASS_FILES[one]}.json", docs_of(one))
     return write_rows(folder / name, rows)
 
 
@@ -269,11 +276,12 @@ def test_planted_models(tmp_path, data, monkeypatch, name):
 
 def test_a_detour_is_right_here_and_wrong_to_the_letter():
     """What tool_calls.py's multi_turn_ast refuses in the planted models that BFCL takes."""
-    [task, *_] = tool_calls.tasks_of(ROW | {"excluded_function": []}, "", {ROW["id"]: TRUTH}, docs_of)
+    row = bfcl.BfclRow(ROW | {"excluded_function": []}, "", TRUTH, DATA, bfcl.BfclFiles())
+    [task, *_] = tool_calls.list_tasks(row)
     verdicts = {}
     for name, (turns, error, _) in PLANTED.items():
         calls = [one for step in turns[0] if not isinstance(step, str) for one in step]
-        verdicts[name] = error == "", tool_calls.mismatch(calls, task["functions"], task["answers"]) == ""
+        verdicts[name] = error == "", mismatch(calls, task.functions, task.answers) == ""
     assert verdicts["by heart"] == verdicts["another order, the same end"] == (True, True)
     assert verdicts["a detour that ends well"] == verdicts["asked before"] == (True, False)
     assert verdicts["another order, another end"] == (False, True)
@@ -365,13 +373,13 @@ def test_bfcls_own_checker_gives_the_same_verdicts(tmp_path, monkeypatch, times)
     every reply that went back to the model."""
     rng, seen = random.Random(times), Counter()
     for category, _ in itertools.product(["base", "miss_func", "miss_param", "long_context"], range(times)):
-        steps = {name: mutant(calls, rng) for name, (*_, calls) in bfcl(category).items()}
+        steps = {name: mutant(calls, rng) for name, (*_, calls) in truth_of(category).items()}
         script = {name: [[*turn, "Done."] for turn in turns] for name, turns in steps.items()}
         with monkeypatch.context() as patch:
             follow_by_id(patch, lambda name, turn, step, script=script: script[name][turn][step])
             _, lines = command(tmp_path, "--data", file_of(category), "--rows", 30, "--seed", rng.randrange(99))
         for line in lines:
-            row, truth, _ = bfcl(category)[line["id"]]
+            row, truth, _ = truth_of(category)[line["id"]]
             error, turn, replies = theirs(row, truth, steps[line["id"]])
             ours = [[step["replies"] for step in turn if step["calls"]] for turn in line["turns"]]
             if not line["step_limit"]:
@@ -419,8 +427,8 @@ def test_the_history_by_hand(tmp_path, data, monkeypatch):
     to = "<|channel|>commentary to=functions.{} <|constrain|>json<|message|>{}<|call|>"
     both = to.format("mkdir", '{"dir_name": "old"}') + "<|start|>assistant" + to.format("pwd", "{}")
     follow_by_id(monkeypatch, lambda name, turn, step: "Done." if turn or step else both, "gpt_oss")
-    shown, prompts = multi_turn.prompt_of, []
-    monkeypatch.setattr(multi_turn, "prompt_of", lambda *words: prompts.append(shown(*words)[0]) or shown(*words))
+    shown, prompts = multi_turn.render_prompt, []
+    monkeypatch.setattr(multi_turn, "render_prompt", lambda *words: prompts.append(shown(*words)[0]) or shown(*words))
     _, [line] = command(tmp_path, "--data", data)
     assert line["turns"][0][0]["calls"] == [MKDIR, call("pwd")]
     assert prompts[1].rpartition("Sort my files.")[2] == (

@@ -3,11 +3,10 @@
 The models are scripted behind the real generation (test_tool_calls.Scripted): they see the prompt's text only, as a
 server would send it.
 
-Breaks tried, each seen here: every answer that thinks follows, or every one with a block, empty or not; a failed turn
-follows; blocks that the prompt opens, that nothing opens or that nothing closes are missed; stray ends stay; unfinished
-is never counted; empty counts the block; thoughts stay in the history (seen only by a template that does not strip them
-itself); the first turn's flag for all, the last one's for the history; the same flags for all conversations, or for all
-seeds; the rows' own flags stay; one followed turn is enough for follow_all; a refused history stops the run.
+Breaks tried, each seen here: every answer that thinks follows; a failed turn follows; thoughts that the prompt opens
+are missed; unfinished is never counted; empty counts the thought, or a call; thoughts stay in the history; the first
+turn's flag for all; the same flags for all conversations; the rows' own flags stay; one followed turn is enough for
+follow_all; enable_thinking not passed on; a refused history stops the run.
 """
 
 import json
@@ -19,10 +18,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the hub i
 
 import pytest
 from conftest import SHARED
-from template_oracle import FAMILIES
-from test_tool_calls import counts, last_message, rows_of, scripted, tokenizer_of, write_rows
+from template_oracle import ALL_FAMILIES
+from test_tool_calls import Scripted, counts, last_message, rows_of, scripted, tokenizer_of, write_rows
 
+from data_prep.common.answer_formats import FORMATS
+from data_prep.common.answers import find_family
 from eval import think_follow
+from eval.common import models
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,6 +33,17 @@ real = pytest.mark.skipif(not BENCH.is_file(), reason="no ../shared/data/chat: M
 
 
 # -- think blocks --------------------------------------------------------------------------------------
+
+
+def judged(name, prompt, answer, mode="think"):
+    """(length of the thought, what stands in the history, whether the thought is unfinished) as the command has it."""
+    talk = think_follow.Talk(think_follow.Conversation("a", "", ["A?"]), 0)
+    talk.modes = [mode]
+    talk.add_answer(name, models.Prompt(prompt, []), models.Answer(answer, 1, True))
+    [line] = talk.lines
+    assert line["follow"] == (bool(line["thought"]) == (mode == "think"))
+    assert line["empty"] == (talk.answers == [""])
+    return line["thought"], talk.answers[0], line["unfinished"]
 
 
 @pytest.mark.parametrize(
@@ -45,55 +58,78 @@ real = pytest.mark.skipif(not BENCH.is_file(), reason="no ../shared/data/chat: M
         ("", "<think>\n", "", "", True),
         ("", "Well <think>hm</think> yes.", "hm", "Well  yes.", False),
         ("", "<think></think>a<think>hm</think>b", "hm", "ab", False),  # the second counts too
-        ("", "<think>a</think>b<think>c", "ac", "b", True),
+        ("", "<think>a</think>b<think>c", "a\n\nc", "", True),  # it went on to think and never came to an answer
         ("", "hm</think>\n\nYes.", "hm", "Yes.", False),  # closed though never opened
-        ("", "<think>a</think>b</think>c", "a", "bc", False),  # an end that closes nothing
+        ("", "<think>a</think>b</think>c", "a", "b</think>c", False),  # an end that closes nothing is text
         ("<think>\n", "hm\n</think>\n\nYes.", "hm", "Yes.", False),  # the prompt opens it
         ("<think>\n", "\n</think>\n\nYes.", "", "Yes.", False),
         ("<think>\n", "hm", "hm", "", True),
         ("<think>\n\n</think>\n\n", "Yes.", "", "Yes.", False),  # the prompt holds the empty block
         ("<think>\n\n</think>\n\n", "<think>hm</think>Yes.", "hm", "Yes.", False),  # and the model thinks all the same
-        ("", "<|channel>thought\nhm<channel|>Yes.", "hm", "Yes.", False),
-        ("", "<|START_THINKING|>hm<|END_THINKING|><|START_RESPONSE|>Yes.", "hm", "<|START_RESPONSE|>Yes.", False),
+        ("gemma4", "<|channel>thought\nhm<channel|>Yes.", "hm", "Yes.", False),
+        ("command_a_reasoning", "<|START_THINKING|>hm<|END_THINKING|><|START_RESPONSE|>Yes.", "hm", "Yes.", False),
+        ("ministral_3_reasoning", "[THINK]hm[/THINK]Yes.", "hm", "Yes.", False),
+        ("gpt_oss", "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Yes.", "hm",
+         "Yes.", False),
     ],
-)
+)  # fmt: skip
 def test_what_is_thought_and_what_is_said(prompt, answer, thought, rest, unfinished):
-    assert think_follow.thoughts(prompt, answer) == (thought, rest, unfinished)
+    name = prompt if prompt.isidentifier() else "qwen3"
+    prompt = "" if prompt.isidentifier() else prompt
+    for mode in ("think", "no_think"):
+        assert judged(name, prompt, answer, mode) == (len(thought), rest, unfinished)
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family.reasoning], ids=lambda family: family.name)
-def test_blocks_are_found_as_the_template_writes_them(family):
-    """The template is the oracle: reasoning and text that it renders come back, in every family that writes blocks."""
+def test_a_call_is_an_answer_and_no_part_of_the_history():
+    talk = think_follow.Talk(think_follow.Conversation("a", "", ["A?"]), 0)
+    answer = '<think>\nhm\n</think>\n\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    talk.add_answer("qwen3", models.Prompt("", []), models.Answer(answer, 1, True))
+    assert talk.answers == [""] and not talk.lines[0]["empty"] and not talk.lines[0]["unfinished"]
+
+
+THINKERS = [family for family in ALL_FAMILIES if family.reasoning and family.name != "nanochat"]
+ARGUMENTS = {  # what a template is given to write a thought behind its own prompt
+    "gemma4": {"enable_thinking": True},
+    "chatml": {"keep_thinking": "on"},
+    "deepseek_v3_1": {"thinking": True},
+}
+
+
+@pytest.mark.parametrize("family", THINKERS, ids=lambda family: family.name)
+def test_thoughts_are_found_as_the_template_writes_them(family):
+    """The template is the oracle: reasoning and text that it renders come back, in every family that thinks."""
     tokenizer = tokenizer_of(family.name)
+    assert find_family(tokenizer.chat_template) == family.name
     said = {"role": "assistant", "content": "Yes.", "reasoning_content": "because"}
     messages = [{"role": "user", "content": "Hi"}, said]
-    kwargs = {"gemma4": {"enable_thinking": True}, "chatml": {"keep_thinking": "on"}}.get(family.name, {})
+    kwargs = ARGUMENTS.get(family.name, {})
     prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False, **kwargs)
     text = tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-    assert text.startswith(prompt)
-    thought, rest, unfinished = think_follow.thoughts(prompt, text[len(prompt) :])
-    if family.name == "gpt_oss":  # it has channels, which no flag switches
-        assert thought == ""
-    else:
-        assert thought == "because" and "Yes." in rest and "because" not in rest and not unfinished
+    assert text.startswith(prompt) and "because" in text[len(prompt) :]
+    assert judged(family.name, prompt, text[len(prompt) :]) == (len("because"), "Yes.", False)
+    cut = text[len(prompt) :].partition("because")[0] + "because"
+    assert judged(family.name, prompt, cut) == (len("because"), "", True)
 
 
 # -- where the flag stands -----------------------------------------------------------------------------
 
 
 def test_the_default_is_what_the_template_reads():
-    found = {family.name: think_follow.place_of(tokenizer_of(family.name)) for family in FAMILIES}
+    found = {}
+    for family in ALL_FAMILIES:
+        found[family.name] = think_follow.find_flag_place(tokenizer_of(family.name), Path("run"))
     assert [name for name, place in found.items() if place == "system"] == ["smollm3"]
-    switchable = {"qwen3", "qwen3_5", "qwen3_6", "qwen3_8", "glm4_6", "gemma4", "nemotron_3", "step3_qwen3"}
+    switchable = {"qwen3", "qwen3_5", "qwen3_6", "qwen3_8", "glm4_6", "glm4_7", "gemma4", "nemotron_3", "nemotron_3_5"}
+    switchable |= {"step3_qwen3", "deepseek_v3_1"}
     assert {name for name, place in found.items() if place == "kwargs"} == switchable
     assert found["qwen3_instruct_2507"] == found["gemma2"] == "user"
 
 
-ONE = {"id": "a", "system": "Be brief.", "turns": ["A?", "B?"]}
+ONE = think_follow.Conversation("a", "Be brief.", ["A?", "B?"])
 
 
 def asked(name, place, answers=("Yes.",), modes=("think", "no_think"), one=ONE):
-    return think_follow.prompt_of(tokenizer_of(name), one, list(answers), list(modes), place)[0]
+    return think_follow.render_turn(tokenizer_of(name), one, list(answers), list(modes), place).text
 
 
 def test_prompts_by_hand():
@@ -104,7 +140,7 @@ def test_prompts_by_hand():
     assert asked("qwen3", "kwargs") == f"{start}A?{said}B?{end}<think>\n\n</think>\n\n"
     assert asked("qwen3", "kwargs", modes=("no_think", "think")) == f"{start}A?{said}B?{end}"
     assert asked("qwen3", "user", answers=()) == f"{start}A? /think{end}"
-    system = asked("qwen3", "system", one=ONE | {"system": ""})
+    system = asked("qwen3", "system", one=think_follow.Conversation("a", "", ONE.turns))
     assert system == f"<|im_start|>system\n/no_think<|im_end|>\n<|im_start|>user\nA?{said}B?{end}"
     for modes, mode in ((("think", "no_think"), "/no_think"), (("no_think", "think"), "/think")):
         prompt = asked("smollm3", "system", modes=modes)  # one flag for the whole conversation, that of the last turn
@@ -113,10 +149,10 @@ def test_prompts_by_hand():
 
 
 def test_flags_are_drawn_by_seed_and_conversation_alone():
-    many = [{"id": str(number), "turns": ["x"] * 3} for number in range(2000)]
-    first, again, other = ([think_follow.drawn(one, seed) for one in many] for seed in (1, 1, 2))
+    many = [think_follow.Conversation(str(number), "", ["x"] * 3) for number in range(2000)]
+    first, again, other = ([think_follow.draw_modes(one, seed) for one in many] for seed in (1, 1, 2))
     assert first == again != other
-    assert [think_follow.drawn(one, 1) for one in many[::-1]] == first[::-1]
+    assert [think_follow.draw_modes(one, 1) for one in many[::-1]] == first[::-1]
     for turn in range(3):
         share = sum(modes[turn] == "think" for modes in first) / len(many)
         assert abs(share - 0.5) < 0.045  # four standard errors
@@ -147,7 +183,7 @@ def test_flags_are_drawn_by_seed_and_conversation_alone():
     ],
 )  # fmt: skip
 def test_rows_of_three_shapes(row, expected):
-    assert tuple(think_follow.conversation(row, 5).values()) == expected
+    assert think_follow.read_conversation(row, 5) == think_follow.Conversation(*expected)
 
 
 # -- planted models ------------------------------------------------------------------------------------
@@ -215,6 +251,40 @@ def test_planted_models(tmp_path, data, monkeypatch, planted):
         "3": 10,
     }
     assert [line["turn"] for line in lines[:5]] == [1, 2, 1, 2, 1]
+
+
+SWITCHES = ["qwen3", "qwen3_5", "qwen3_6", "qwen3_8", "glm4_6", "glm4_7", "gemma4", "nemotron_3", "nemotron_3_5"]
+SWITCHES += ["step3_qwen3", "deepseek_v3_1", "smollm3"]
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_every_switch_is_followed_by_what_its_template_writes(tmp_path, monkeypatch, name):
+    """The model writes what the template writes for a message with reasoning, or without, behind each prompt."""
+    tokenizer = tokenizer_of(name)
+    user = {"role": "user", "content": "A?"}
+    answers = {}
+    for thinks, said in ((True, {"content": "Yes.", "reasoning_content": "because"}), (False, {"content": "No."})):
+        both = [user, {"role": "assistant", **said}]
+        prompt = tokenizer.apply_chat_template(
+            both[:1], add_generation_prompt=True, tokenize=False, enable_thinking=thinks
+        )
+        text = tokenizer.apply_chat_template(both, tokenize=False, enable_thinking=thinks)
+        assert text.startswith(prompt)
+        answers[prompt] = text[len(prompt) :]
+    assert len(answers) == 2
+    stop = next(token for token in FORMATS[name].stops if token in tokenizer.get_vocab())
+    data = write_rows(tmp_path / "a.jsonl", [{"question_id": number, "turns": ["A?"]} for number in range(20)])
+    for obeys in (True, False):
+        told = answers if obeys else dict(zip(answers, reversed(answers.values()), strict=True))
+        model = Scripted(tokenizer, lambda prompt, told=told: told[prompt].partition(stop)[0])
+        opened = models.OpenedModel(model, tokenizer, {tokenizer.convert_tokens_to_ids(stop)})
+        monkeypatch.setattr(think_follow, "open_model", lambda *_, opened=opened: opened)
+        report, lines = run(tmp_path, data, "--flag_in", "kwargs")
+        assert {line["mode"] for line in lines} == {"think", "no_think"}
+        if obeys:
+            assert counts(report["metrics"])["follow"] == (20, 20) and counts(report["metrics"])["empty"] == (0, 20)
+        elif "<think>" not in "".join(answers):  # else what is swapped stands behind a thought that the prompt opens
+            assert counts(report["metrics"])["follow"] == (0, 20)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_instruct_2507"])  # which strips thoughts itself, and which does not

@@ -4,15 +4,14 @@ The oracles: the templates (a call that one renders is read back), BFCL's own an
 right, each changed in one way they are wrong), BFCL's own checker (the long tests, on PyPI's bfcl-eval) and cases
 worked by hand. Models that always call, never call or answer by heart are scripted behind the real generation.
 
-Breaks tried, each seen here. Of the comparison: case, quotes or ^ kept; extra calls pass; a call answers twice;
-required, unknown, missing and answer-only parameters unchecked; a whole number is no float, a float an integer; types
-in lists unchecked or strict; variables standardised; the order of lists ignored; keys of objects unchecked; 1 is not
-1.0, the order of keys counts. Of the reading: JSON typed by the schema; XML untyped; malformed calls unseen; a think
-block that the prompt opens unseen; positional arguments reversed or too many. Of the command: irrelevance inverted or
-right where the answer failed; relevance always; the first call against all; excluded functions shown; a history
-without calls or without answers; one mode only; defaults that may not be said; types left in BFCL's words; prompts
-beyond the context asked; calls before the prompt's last reply read again (Mistral's anchor); sets and lone surrogates
-taken for JSON.
+Breaks tried, each seen here. Of the comparison: case or ^ kept; extra calls pass; a call answers twice; required,
+unknown and answer-only parameters unchecked; a whole number is no float; types in lists unchecked; variables
+standardised; the order of lists ignored; keys of objects unchecked. Of the reading: the answer parsed without its
+tools, or without its prompt, which may open a thought; malformed calls unseen. Of the templates: Kimi's calls under
+nine digits, Mistral's under three; replies without ids; a template taken whose calls are not read back, or that lists
+no tools. Of the command: irrelevance right where the answer failed; relevance always; the first call against all;
+excluded functions shown; a history without calls or without answers; one mode only; defaults that may not be said;
+types left in BFCL's words; ground truth or functions that do not parse taken for the model's fault.
 """
 
 import importlib
@@ -26,7 +25,6 @@ import sys
 import types
 import zipfile
 from collections import Counter
-from functools import cache
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the hub is never asked
@@ -34,13 +32,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the hub i
 import pytest
 import torch
 from conftest import SHARED
-from template_oracle import FAMILIES
+from template_oracle import ALL_FAMILIES
 from test_chat_templates import serving, small_tokenizer, template
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from data_prep.common.answer_formats import FORMATS, python_calls
+from data_prep.common.answers import parse_answer
 from data_prep.common.errors import UsageError
 from eval import tool_calls
-from eval.common import models
+from eval.common import bfcl, models, tool_messages
+from eval.common.call_match import mismatch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,8 +50,8 @@ CATEGORIES = ("simple_python", "multiple", "irrelevance", "multi_turn_base")
 FILES = [BFCL / f"BFCL_v4_{name}.json" for name in CATEGORIES]
 real = pytest.mark.skipif(not BFCL.is_dir(), reason="no ../shared/data/tools/bfcl: BFCL's files not at hand")
 long = pytest.mark.long
-callers = [family for family in FAMILIES if family.tools and family.name != "nanochat"]
-BY_NAME = {family.name: family for family in FAMILIES}
+callers = [family for family in ALL_FAMILIES if family.tools and family.name != "nanochat"]
+BY_NAME = {family.name: family for family in ALL_FAMILIES}
 
 WEATHER = {
     "name": "weather.get",
@@ -88,6 +89,7 @@ def call(name="weather.get", /, **arguments):
 
 
 RICH = call(city='Sankt "Pölten", 北京', days=3, ratio=0.5, exact=True, units=["mm", "m"], place={"zip": "0010"})
+NO_CALLS = ("It rains, get(it) now {1}.", "", 'JSON: {"city": "Oslo"}', "Use [brackets], then f(x).")
 
 
 def rendered(tokenizer, messages):
@@ -98,9 +100,13 @@ def rendered(tokenizer, messages):
     return shared, text[len(shared) :]
 
 
-def said(calls):
-    ids = [{"id": f"{number:09d}", "type": "function", "function": one} for number, one in enumerate(calls)]
-    return [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": ids}]
+def said(calls, name=""):
+    """A question and calls that answer it, with the ids that the models of that name are trained on."""
+    ids = [f"{number:09d}" for number in range(len(calls))]
+    if name.startswith("kimi"):
+        ids = [f"functions.{one['name']}:{number}" for number, one in enumerate(calls)]
+    calls = [{"id": one, "type": "function", "function": function} for one, function in zip(ids, calls, strict=True)]
+    return [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": calls}]
 
 
 def without_stop(family, text):
@@ -108,34 +114,46 @@ def without_stop(family, text):
     return text[: max(text.rfind(token) for token in (*family.special, family.eos) if token)]
 
 
+def read(name, prompt, text, functions):
+    """(calls, whether they are malformed) of an answer, as the command takes them."""
+    tools = bfcl.list_tools(functions)
+    task = tool_calls.Task("a", "irrelevance", 1, [], functions, None)
+    asked = tool_calls.AskedTask(task, None, tools, models.Prompt(prompt, []))
+    answer = parse_answer(text, name, prompt, tools)
+    line = tool_calls.judge(asked, models.Answer(text, 1, True), answer)
+    return line["calls"], line["malformed"]
+
+
 @pytest.mark.parametrize("family", callers, ids=lambda family: family.name)
 def test_a_call_is_read_as_the_template_writes_it(family):
-    tokenizer, tools = tokenizer_of(family.name), [tool_calls.tool_of(one) for one in (WEATHER, CLOCK)]
-    kind = tool_calls.form_of(tokenizer)
+    tokenizer, functions = tokenizer_of(family.name), [WEATHER, CLOCK]
     rich = call(**RICH["arguments"])
-    if family.name != "lfm2_5":  # its template writes strings between quotes as they are: a newline is no python
-        rich["arguments"]["city"] += "\n2"
+    rich["arguments"]["city"] += "\n2"
     turns = [[rich], [call("clock")], [call(city="Oslo")]]
     turns += [[rich, call("clock"), call(city="Oslo")]] if family.parallel else []
     for calls in turns:
-        prompt, text = rendered(tokenizer, said(calls))
+        prompt, text = rendered(tokenizer, said(calls, family.name))
         assert without_stop(family, text) != text
         for answer in (text, without_stop(family, text)):
-            assert tool_calls.read_calls(tokenizer, kind, prompt, answer, tools) == (calls, False), answer
+            assert read(family.name, prompt, answer, functions) == (calls, False), answer
     plain = tokenizer.apply_chat_template(said([rich])[:1], add_generation_prompt=True, tokenize=False)
-    for text in ("It rains, get(it) now {1}.", "", 'JSON: {"city": "Oslo"}', "Use [brackets], then f(x)."):
-        assert tool_calls.read_calls(tokenizer, kind, plain, text, tools) == ([], False)
+    for text in NO_CALLS:
+        assert read(family.name, plain, text, functions) == ([], False)
 
 
-def test_every_family_with_tools_has_a_form_and_every_form_a_family():
-    assert {tool_calls.form_of(tokenizer_of(family.name)) for family in callers} == set(tool_calls.FORMS)
-    for name in ("gemma3", "phi4", "nanochat"):
-        with pytest.raises(UsageError, match="renders no tool call"):
-            tool_calls.form_of(tokenizer_of(name))
+def test_every_family_with_tools_is_asked_and_no_other():
+    for family in ALL_FAMILIES:
+        tokenizer = tokenizer_of(family.name)
+        if family in callers:
+            assert tool_messages.find_calling_family(tokenizer) == family.name
+        else:
+            with pytest.raises(UsageError, match="renders no tool call|in no known form"):
+                tool_messages.find_calling_family(tokenizer)
+    assert len(ALL_FAMILIES) == 49 and len(callers) == 40
     tokenizer = tokenizer_of("chatml")
     tokenizer.chat_template = tokenizer.chat_template.replace("<tool_call>", "<call>")
     with pytest.raises(UsageError, match="no known form"):
-        tool_calls.form_of(tokenizer)
+        tool_messages.find_calling_family(tokenizer)
 
 
 HERMES = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
@@ -161,7 +179,7 @@ XML = "<tool_call>\n<function=clock>\n</function>\n</tool_call>"
         ("qwen3", "", "Sure.\n" + HERMES, 1, False),
         ("qwen3_5", "<think>\n", f"</think>{XML}", 1, False),
         ("qwen3_5", "<think>\n", XML, 0, False),
-        ("qwen3_5", "<think>\n", f"</think>{HERMES}", 0, False),  # another family's form is text here
+        ("qwen3_5", "<think>\n", f"</think>{HERMES}", 0, True),  # begins a call, in another family's form
         ("llama3_1", "", '{"name": "clock", "parameters": {}}', 1, False),
         ("llama3_1", "", '{"name": "clock", "parameters": {}} as you see', 0, True),
         ("gpt_oss", "", "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>commentary "
@@ -179,19 +197,18 @@ def test_what_is_a_call_and_what_is_none(name, opened, text, calls, malformed):
     tokenizer = tokenizer_of(name)
     prompt = tokenizer.apply_chat_template(said([])[:1], add_generation_prompt=True, tokenize=False)
     assert prompt.endswith(opened)
-    found = tool_calls.read_calls(tokenizer, tool_calls.form_of(tokenizer), prompt, text, [tool_calls.tool_of(CLOCK)])
-    assert found == ([call("clock")] * calls, malformed)
+    assert read(name, prompt, text, [CLOCK]) == ([call("clock")] * calls, malformed)
 
 
 @pytest.mark.parametrize("family", callers, ids=lambda family: family.name)
 def test_no_answer_stops_a_run(family):
     """Calls with pieces cut out, doubled or replaced: read or malformed, never an error; most are no longer right."""
-    tokenizer, tools, rng, same = tokenizer_of(family.name), [tool_calls.tool_of(WEATHER)], random.Random(0), 0
-    kind, (prompt, text) = tool_calls.form_of(tokenizer), rendered(tokenizer, said([RICH]))
+    tokenizer, rng, same = tokenizer_of(family.name), random.Random(0), 0
+    prompt, text = rendered(tokenizer, said([RICH], family.name))
     for _ in range(150):
         start, end = sorted(rng.sample(range(len(text)), 2))
         piece = rng.choice(["", text[start:end] * 2, "[", "}", '"', "\x00", "null", "[" * 5000, text])
-        calls, malformed = tool_calls.read_calls(tokenizer, kind, prompt, text[:start] + piece + text[end:], tools)
+        calls, malformed = read(family.name, prompt, text[:start] + piece + text[end:], [WEATHER])
         assert isinstance(malformed, bool) and not (malformed and calls)
         assert all(isinstance(one["name"], str) and isinstance(one["arguments"], dict) for one in calls)
         same += calls == [RICH]
@@ -201,35 +218,49 @@ def test_no_answer_stops_a_run(family):
 @pytest.mark.parametrize("family", [one for one in callers if one.tool_list], ids=lambda family: family.name)
 def test_calls_of_the_history_are_not_read_again(family):
     """The prompt ends with the reply to a call; the answer is words, which are read without what marks them."""
-    tokenizer, history = tokenizer_of(family.name), said([call("clock")])
-    kind = tool_calls.form_of(tokenizer)
-    history += [{"role": "tool", "tool_call_id": "000000000", "name": "clock", "content": "12"}]
+    tokenizer, history = tokenizer_of(family.name), said([call("clock")], family.name)
+    number = history[1]["tool_calls"][0]["id"]
+    history += [{"role": "tool", "tool_call_id": number, "name": "clock", "content": "12"}]
     prompt, text = rendered(tokenizer, [*history, {"role": "assistant", "content": "It [rains], {now}."}])
-    found = tool_calls.read_answer(tokenizer, kind, prompt, without_stop(family, text), None)
-    assert found == ([], False, {"content": "It [rains], {now}.", "reasoning_content": ""})
+    found = parse_answer(without_stop(family, text), family.name, prompt)
+    assert found.content.strip() == "It [rains], {now}." and found.is_complete
+    assert (found.reasoning, found.tool_calls, found.error) == (None, [], "")
+
+
+def test_ids_are_those_of_each_family():
+    """By hand: Mistral's nine digits, Kimi's functions.NAME:N; a reply has the id of its call."""
+    calls = [call("a"), call("b")]
+    replies = [{"role": "tool", "name": one["name"], "content": "1"} for one in calls]
+    messages = [said(calls)[0], tool_messages.call_message(calls), *replies, tool_messages.call_message([call("a")])]
+    for name, expected in (
+        ("mistral_nemo", ["000000000", "000000001", "000000002"]),
+        ("kimi_k2", ["functions.a:0", "functions.b:1", "functions.a:2"]),
+    ):
+        numbered = tool_messages.add_call_ids(messages, name)
+        assert [one["id"] for message in numbered for one in message.get("tool_calls", [])] == expected
+        assert [one.get("tool_call_id") for one in numbered] == [None, None, *expected[:2], None]
+    assert "id" not in messages[1]["tool_calls"][0]  # those that were given are as before
 
 
 def test_untyped_forms_take_the_types_of_the_schema_and_json_keeps_its_own():
-    tools, text = [tool_calls.tool_of(WEATHER)], "<parameter=city>\n7\n</parameter>\n<parameter=days>\n7\n</parameter>"
+    text = "<parameter=city>\n7\n</parameter>\n<parameter=days>\n7\n</parameter>"
     answers = {
         "qwen3_5": f"<tool_call>\n<function=weather.get>\n{text}\n</function>\n</tool_call>",
         "qwen3": '<tool_call>\n{"name": "weather.get", "arguments": {"city": 7, "days": "7"}}\n</tool_call>',
     }
-    found = {}
-    for name, answer in answers.items():
-        tokenizer = tokenizer_of(name)
-        form = tool_calls.form_of(tokenizer)
-        [[found[name]], _] = tool_calls.read_calls(tokenizer, form, "", answer, tools)
-    assert found == {"qwen3_5": call(city="7", days=7), "qwen3": call(city=7, days="7")}
+    found = {name: read(name, "", answer, [WEATHER]) for name, answer in answers.items()}
+    typed, kept = call(city="7", days=7), call(city=7, days="7")
+    assert found == {"qwen3_5": ([typed], False), "qwen3": ([kept], False)}
 
 
 def test_python_calls_take_names_from_the_function():
     function = {"name": "sort", "parameters": {"properties": {"file": {}, "up": {}}}}
-    assert tool_calls.python_calls("sort('a b', up=true)", [function]) == [call("sort", file="a b", up=True)]
-    assert tool_calls.python_calls("[a.b(x=[1, null]), c()]") == [call("a.b", x=[1, None]), call("c")]
+    properties = bfcl.list_properties([function])
+    assert python_calls("sort('a b', up=true)", properties) == [call("sort", file="a b", up=True)]
+    assert python_calls("[a.b(x=[1, null]), c()]", {}) == [call("a.b", x=[1, None]), call("c")]
     for wrong in ("sort('a', True, 3)", "f(1)", "f(x=y)", "f(", "3"):
         with pytest.raises((ValueError, SyntaxError)):
-            tool_calls.python_calls(wrong, [function])
+            python_calls(wrong, properties)
 
 
 # -- right or wrong ------------------------------------------------------------------------------------
@@ -239,7 +270,7 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def bfcl(category):
+def truth_of(category):
     """[(functions, answers)] of a category of single turns."""
     rows = rows_of(BFCL / f"BFCL_v4_{category}.json")
     truth = {row["id"]: row["ground_truth"] for row in rows_of(BFCL / "possible_answer" / f"BFCL_v4_{category}.json")}
@@ -305,11 +336,11 @@ def mutants(calls, functions, answers):
 @pytest.mark.parametrize("category", ["simple_python", "multiple"])
 def test_bfcls_own_answers_are_right_and_every_change_is_wrong(category):
     seen = dict.fromkeys(("no call", "extra call", "same call twice", "wrong function"), 0)
-    for functions, answers in bfcl(category):
-        assert tool_calls.mismatch(right_calls(answers), functions, answers) == ""
-        assert tool_calls.mismatch(right_calls(answers, functions), functions, answers) == ""
+    for functions, answers in truth_of(category):
+        assert mismatch(right_calls(answers), functions, answers) == ""
+        assert mismatch(right_calls(answers, functions), functions, answers) == ""
         for kind, calls in mutants(right_calls(answers), functions, answers):
-            found = tool_calls.mismatch(calls, functions, answers)
+            found = mismatch(calls, functions, answers)
             assert found, (kind, calls)
             seen[kind] = seen.get(kind, 0) + 1
             if kind in ("no call", "wrong function", "unknown parameter", "missing parameter"):
@@ -320,7 +351,7 @@ def test_bfcls_own_answers_are_right_and_every_change_is_wrong(category):
 
 
 def verdict(allowed, **arguments):
-    return tool_calls.mismatch([call(**arguments)], [WEATHER, CLOCK], [{"weather.get": allowed}])
+    return mismatch([call(**arguments)], [WEATHER, CLOCK], [{"weather.get": allowed}])
 
 
 @pytest.mark.parametrize(
@@ -365,37 +396,12 @@ def test_several_calls_in_any_order():
     answers = [{"weather.get": {"city": ["Oslo"]}}, {"clock": {}}, {"weather.get": {"city": ["Rom"]}}]
     calls = [call(city="Oslo"), call("clock"), call(city="Rom")]
     for order in itertools.permutations(calls):
-        assert tool_calls.mismatch(order, [WEATHER, CLOCK], answers) == ""
+        assert mismatch(order, [WEATHER, CLOCK], answers) == ""
     for wrong in (calls[:2], [*calls, call("clock")], [calls[0], calls[0], calls[1]], [calls[1], *calls[1:]]):
-        assert tool_calls.mismatch(wrong, [WEATHER, CLOCK], answers)
+        assert mismatch(wrong, [WEATHER, CLOCK], answers)
     twice = [{"clock": {}}, {"clock": {}}]  # no call stands for two answers
-    assert tool_calls.mismatch([call("clock")] * 2, [WEATHER, CLOCK], twice) == ""
-    assert tool_calls.mismatch([call("clock"), calls[0]], [WEATHER, CLOCK], twice) == "wrong function"
-
-
-@pytest.mark.parametrize(
-    ("reference", "calls", "same"),
-    [
-        ([call(days=1)], [call(days=1.0)], True),
-        ([call(days=1)], [call(days=True)], False),
-        ([call(days=1)], [call(days="1")], False),
-        ([call(city="Oslo")], [call(city="oslo")], False),
-        ([call(place={"a": 1, "b": [2.0]})], [call(place={"b": [2], "a": 1})], True),
-        ([call(units=[1, 2])], [call(units=[2, 1])], False),
-        ([call("clock"), call(days=1)], [call(days=1), call("clock")], True),
-        ([call("clock")], [call("clock")] * 2, False),
-        ([{"name": "weather.get", "arguments": '{"days": 1}'}], [call(days=1)], True),
-        ([call(days=None)], [call()], False),
-        ([], [], True),
-        ([], [call()], False),
-        ([call()], [], False),
-    ],
-)
-def test_calls_of_our_rows_are_compared_as_json(reference, calls, same):
-    message = said([])[1] | {"tool_calls": [{"type": "function", "function": one} for one in reference]}
-    assert tool_calls.same_calls(message, calls) is same
-    if not reference:
-        assert tool_calls.same_calls({"role": "assistant", "content": "Hi"}, calls) is same
+    assert mismatch([call("clock")] * 2, [WEATHER, CLOCK], twice) == ""
+    assert mismatch([call("clock"), calls[0]], [WEATHER, CLOCK], twice) == "wrong function"
 
 
 # -- the command ---------------------------------------------------------------------------------------
@@ -424,7 +430,7 @@ def scripted(monkeypatch, module, name, say, **more):
     """Make a command of this room open a scripted model with the template of that name."""
     tokenizer = tokenizer_of(name)
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    opened = (Scripted(tokenizer, say, **more), tokenizer, {stop})
+    opened = models.OpenedModel(Scripted(tokenizer, say, **more), tokenizer, {stop})
     monkeypatch.setattr(module, "open_model", lambda *_: opened)
     return tokenizer
 
@@ -541,6 +547,54 @@ def test_planted_models(tmp_path, data, monkeypatch, planted):
     assert [line["turn"] for line in lines[-3:]] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("family", [one for one in callers if one.tool_list], ids=lambda family: family.name)
+def test_every_family_by_heart_through_the_whole_command(tmp_path, data, monkeypatch, family):
+    """Each template writes the ground truth, behind its own prompt in every mode: all of it is right."""
+    tokenizer = tokenizer_of(family.name)
+    asked = {"A?": [RICH], "C?": [call("clock")], "D?": [call(city="Oslo"), call("clock")], "E?": []}
+    answers = {}
+    for text, calls in asked.items():
+        if len(calls) > 1 and not family.parallel:
+            continue
+        answer = {"role": "assistant", "content": "No."}
+        if calls:
+            answer = said(calls, family.name)[1]
+        _, written = rendered(tokenizer, [said([])[0], answer])
+        answers[text] = re.sub(r"^\s*(<think>\s*)?</think>\s*", "", without_stop(family, written))
+
+    def say(prompt):
+        [text] = [text for text in asked if text in prompt]
+        opened = re.search(r"<think>\s*$", prompt) is not None
+        return "hm\n</think>\n\n" * opened + answers[text]
+
+    rows = [ask_row(f"simple_python_{number}", text) for number, text in enumerate(answers) if asked[text]]
+    truth = []
+    for row in rows:
+        calls = asked[row["question"][0][0]["content"]]
+        truth.append([{one["name"]: {key: [wrapped(item)] for key, item in one["arguments"].items()}} for one in calls])
+    none = write_rows(tmp_path / "BFCL_v4_irrelevance.json", [ask_row("irrelevance_0", "E?")])
+    file = write_rows(tmp_path / "BFCL_v4_simple_python.json", rows)
+    found = [{"id": row["id"], "ground_truth": answer} for row, answer in zip(rows, truth, strict=True)]
+    write_rows(tmp_path / "possible_answer" / file.name, found)
+    stop = next(token for token in FORMATS[family.name].stops if token in tokenizer.get_vocab())
+    opened = models.OpenedModel(Scripted(tokenizer, say), tokenizer, {tokenizer.convert_tokens_to_ids(stop)})
+    monkeypatch.setattr(tool_calls, "open_model", lambda *_: opened)
+    report, lines = run(tmp_path, [file, none], "--max_new_tokens", 2000)
+    modes = 2 if lines[0]["mode"] else 1
+    assert counts(report["metrics"]) == {
+        "ast": (len(rows) * modes, len(rows) * modes),
+        "irrelevance": (modes, modes),
+        "malformed": (0, len(lines)),
+        "stop_rate": (len(lines), len(lines)),
+    }
+    assert report["settings"]["family"] == family.name
+
+
+def wrapped(value):
+    """A value as an answer of BFCL allows it."""
+    return {key: [item] for key, item in value.items()} if isinstance(value, dict) else value
+
+
 def test_modes_are_told_apart(tmp_path, data, monkeypatch):
     """A model that calls only where the prompt leaves it to think; both modes are asked by default."""
 
@@ -562,17 +616,29 @@ def test_modes_are_told_apart(tmp_path, data, monkeypatch):
     assert len(lines) == 2 and counts(report["metrics"])["ast"] == (0, 2)
 
 
+def row_of(row, truth, folder, place=""):
+    return bfcl.BfclRow(row, place, truth, folder, bfcl.BfclFiles())
+
+
+def test_a_call_in_a_thought_that_the_prompt_opens_and_nothing_ends_is_none(tmp_path, data, monkeypatch):
+    scripted(monkeypatch, tool_calls, "qwen3_thinking_2507", lambda prompt: spoken(RIGHT[last_message(prompt)]))
+    report, _ = run(tmp_path, data[:1])
+    assert counts(report["metrics"]) == {"ast": (0, 2), "malformed": (0, 2), "stop_rate": (2, 2)}
+
+
 def test_the_history_is_the_ground_truth(tmp_path, data):
     """By hand: what stands before the last turn, one call a message, as templates with one call a turn need it."""
     [row], [truth] = rows_of(data[-1]), ASKED["multi_turn_base"][1]
-    tasks = tool_calls.tasks_of(row, "", {row["id"]: truth}, lambda name, where: DOCS)
-    assert [len(task["messages"]) for task in tasks] == [1, 7, 9]
-    assert [one["name"] for one in tasks[0]["functions"]] == ["ls", "pwd"]
-    for name in ("qwen3", "gpt_oss", "llama3_1", "mistral_nemo", "mistral_small_3_2", "smollm3", "gemma4", "glm4_6",
-                 "qwen3_5", "nemotron_3", "lfm2_5", "command_a_reasoning", "step3_5", "chatml"):  # fmt: skip
-        tools = [tool_calls.tool_of(one) for one in tasks[0]["functions"]]
-        assert "ls" in tool_calls.prompt_of(tokenizer_of(name), tasks[-1], tools, {})[0]
-    assert tool_calls.prompt_of(tokenizer_of("chatml"), tasks[1], tools, {})[0].partition("user\n")[2] == (
+    tasks = tool_calls.list_tasks(row_of(row, truth, tmp_path))
+    assert [len(task.messages) for task in tasks] == [1, 7, 9]
+    assert [one["name"] for one in tasks[0].functions] == ["ls", "pwd"]
+    tools = bfcl.list_tools(tasks[0].functions)
+    for family in callers:
+        if family.tool_list:
+            words = (tokenizer_of(family.name), family.name, "x", tasks[-1].messages, tools, None)
+            assert "ls" in tool_messages.render_prompt(*words).text
+    words = (tokenizer_of("chatml"), "chatml", "x", tasks[1].messages, tools, None)
+    assert tool_messages.render_prompt(*words).text.partition("user\n")[2] == (
         'H?<|im_end|>\n<|im_start|>assistant\n<tool_call>\n{"name": "ls", "arguments": {"path": "a"}}\n</tool_call>'
         "<|im_end|>\n<|im_start|>tool\nnull<|im_end|>\n<|im_start|>assistant\n"
         '<tool_call>\n{"name": "pwd", "arguments": {}}\n</tool_call><|im_end|>\n<|im_start|>tool\nnull<|im_end|>\n'
@@ -580,7 +646,7 @@ def test_the_history_is_the_ground_truth(tmp_path, data):
     )
     given = {"default said": {"all": False}, "default left out": {}, "another": {"all": True}}
     found = {
-        kind: tool_calls.mismatch([call("ls", path="a", **more), call("pwd")], DOCS, tasks[0]["answers"])
+        kind: mismatch([call("ls", path="a", **more), call("pwd")], DOCS, tasks[0].answers)
         for kind, more in given.items()
     }
     assert found == {"default said": "", "default left out": "", "another": "wrong value"}
@@ -615,18 +681,14 @@ def test_rows_are_drawn_by_seed_and_the_same_run_gives_the_same_bytes(tmp_path, 
     assert saved[0] == saved[1]
 
 
-@cache
-def docs_of(name, where=""):
-    return rows_of(BFCL / "multi_turn_func_doc" / f"{tool_calls.DOCS[name]}.json")
-
-
 def turns_of_bfcl():
     """(task, its ground-truth calls) of every turn of multi_turn_base."""
     answers = {row["id"]: row["ground_truth"] for row in rows_of(BFCL / "possible_answer" / FILES[3].name)}
     for row in rows_of(FILES[3]):
-        for task in tool_calls.tasks_of(row, "", answers, docs_of):
-            texts = answers[row["id"]][task["turn"] - 1]
-            yield task, [one for text in texts for one in tool_calls.python_calls(text, task["functions"])]
+        for task in tool_calls.list_tasks(row_of(row, answers[row["id"]], BFCL)):
+            texts = answers[row["id"]][task.turn - 1]
+            properties = bfcl.list_properties(task.functions)
+            yield task, [one for text in texts for one in python_calls(text, properties)]
 
 
 @real
@@ -634,9 +696,9 @@ def test_bfcls_own_turns_are_right_and_every_change_is_wrong():
     turns = list(turns_of_bfcl())
     assert len(turns) == 734 and sum(not calls for _, calls in turns) == 3
     for task, calls in turns:
-        assert tool_calls.mismatch(calls, task["functions"], task["answers"]) == ""
-        for kind, wrong in mutants(calls, task["functions"], task["answers"]) if calls else ():
-            assert tool_calls.mismatch(wrong, task["functions"], task["answers"]), (kind, wrong)
+        assert mismatch(calls, task.functions, task.answers) == ""
+        for kind, wrong in mutants(calls, task.functions, task.answers) if calls else ():
+            assert mismatch(wrong, task.functions, task.answers), (kind, wrong)
 
 
 def bfcl_by_heart(monkeypatch):
@@ -648,10 +710,11 @@ def bfcl_by_heart(monkeypatch):
         return message, *(one["name"] for one in functions)
 
     for category in ("simple_python", "multiple"):
-        for row, (functions, answers) in zip(rows_of(BFCL / f"BFCL_v4_{category}.json"), bfcl(category), strict=True):
+        rows = rows_of(BFCL / f"BFCL_v4_{category}.json")
+        for row, (functions, answers) in zip(rows, truth_of(category), strict=True):
             right[key(row["question"][0][-1]["content"], functions)] = right_calls(answers)
     for task, calls in turns_of_bfcl():
-        right[key(task["messages"][-1]["content"], task["functions"])] = calls
+        right[key(task.messages[-1]["content"], task.functions)] = calls
     shown = re.compile(r'"function": \{"name": "([^"]+)"')
     scripted(monkeypatch, tool_calls, "qwen3_instruct_2507",
              lambda prompt: spoken(right.get((last_message(prompt), *shown.findall(prompt)), [])))  # fmt: skip
@@ -683,7 +746,7 @@ def test_a_model_of_random_weights_from_a_folder(tmp_path, data):
     assert tool_calls.main([str(word) for word in (tmp_path / "run", "--data", *data, "--max_new_tokens", 4)]) == 0
     report = json.loads((tmp_path / "run" / "eval" / "tool_calls.json").read_text())
     assert counts(report["metrics"])["ast"] == (0, 4) and counts(report["metrics"])["irrelevance"] == (2, 2)
-    assert report["settings"]["model"] == "run" and report["settings"]["form"] == "hermes"
+    assert report["settings"]["model"] == "run" and report["settings"]["family"] == "qwen3_instruct_2507"
 
 
 def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, data, monkeypatch, capsys):
@@ -691,6 +754,11 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, data, monkeypatc
         rows = rows_of(next(file for file in data if file.name == f"BFCL_v4_{name}.json"))
         rows[0] |= change
         return write_rows(tmp_path / f"broken {next(number)}" / f"BFCL_v4_{name}.json", rows)
+
+    def unread(text):
+        """Answers with a text that is no call: an error of the data, whatever the model says."""
+        row = {"id": "multi_turn_base_0", "ground_truth": [[text], [], []]}
+        return write_rows(tmp_path / f"unread {next(number)}.json", [row])
 
     number, truth = itertools.count(), tmp_path / "possible_answer" / "BFCL_v4_multi_turn_base.json"
     odd = {**WEATHER, "parameters": {"type": "dict", "properties": {"a": {"type": "HashMap"}}, "required": []}}
@@ -704,6 +772,10 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, data, monkeypatc
         ("qwen3", [broken("irrelevance", question=[])], "row 1 is not as BFCL 4 writes it"),
         ("qwen3", [broken("multiple", function=[LS]), "--answers", truth.with_name("BFCL_v4_multiple.json")],
          "row 1 is not as BFCL 4 writes it .no function clock."),
+        ("qwen3", [broken("irrelevance", function=[])], "row 1 is not as BFCL 4 writes it .no functions."),
+        ("qwen3", [broken("irrelevance", function=[{**CLOCK, "name": 3}])], "row 1 is not as BFCL 4 writes it"),
+        ("qwen3", [data[5], "--answers", unread("ls(")], "row 1 is not as BFCL 4 writes it"),
+        ("qwen3", [data[5], "--answers", unread("no words")], "row 1 is not as BFCL 4 writes it"),
         ("qwen3", [data[0], "--answers", data[0]], "the answers are not rows of id and ground_truth"),
         ("qwen3", [broken("irrelevance", function=[odd])], "a of weather.get is of type HashMap"),
         ("qwen3", [broken("simple_python", id="simple_java_0")], "row 1 is of simple_java, which is not measured"),
@@ -714,7 +786,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, data, monkeypatc
         ("qwen3", [write_rows(tmp_path / "empty.json", [])], "holds no rows"),
         ("gemma3", data[:1], "renders no tool call .*measure one that does"),
         ("deepseek_v3", data[:1], "the model's template .*tool"),
-        ("chatml", [data[0], "--mode", "think"], "no enable_thinking: leave --mode out"),
+        ("chatml", [data[0], "--mode", "think"], "has no two modes: leave out --mode"),
     ]  # fmt: skip
     for name, words, expected in cases:
         scripted(monkeypatch, tool_calls, name, lambda prompt: "No.")
@@ -818,12 +890,12 @@ def test_bfcls_own_check_gives_the_same_verdicts(upstream):
     """On its answers, on each change of them, and on 40 random ones a row."""
     seen, rng = Counter(), random.Random(0)
     for category in ("simple_python", "multiple"):
-        for functions, answers in bfcl(category):
+        for functions, answers in truth_of(category):
             calls = right_calls(answers)
             tried = [calls, *(one for _, one in mutants(calls, functions, answers))]
             for one in tried + [noise(calls, answers, rng) for _ in range(40)]:
                 theirs = upstream.check(functions, one, answers, category)
-                assert (not tool_calls.mismatch(one, functions, answers)) == theirs, (one, answers)
+                assert (not mismatch(one, functions, answers)) == theirs, (one, answers)
                 seen[theirs] += 1
     assert seen[True] > 10_000 and seen[False] > 20_000, seen
 
@@ -832,7 +904,7 @@ def test_bfcls_own_check_gives_the_same_verdicts(upstream):
 @real
 def test_bfcls_own_check_gives_the_same_verdicts_on_several_calls(upstream):
     """Rows of `multiple` put together: two or three calls in one answer, mixed, repeated, one of them changed."""
-    rows, seen, rng = bfcl("multiple"), Counter(), random.Random(0)
+    rows, seen, rng = truth_of("multiple"), Counter(), random.Random(0)
     for _ in range(2000):
         picked = rng.sample(rows, rng.choice([2, 3]))
         functions = [one for functions, _ in picked for one in functions]
@@ -844,7 +916,7 @@ def test_bfcls_own_check_gives_the_same_verdicts_on_several_calls(upstream):
         given = rng.choice([calls, *odd])
         given = rng.sample(given, len(given))
         theirs = upstream.check(functions, given, answers, "parallel")
-        assert (not tool_calls.mismatch(given, functions, answers)) == theirs, (given, answers)
+        assert (not mismatch(given, functions, answers)) == theirs, (given, answers)
         seen[theirs] += 1
     assert min(seen.values()) > 500, seen
 
@@ -856,7 +928,7 @@ def test_functions_are_shown_as_bfcl_shows_them(upstream):
     functions += [one for path in sorted((BFCL / "multi_turn_func_doc").iterdir()) for one in rows_of(path)]
     assert len(functions) > 1300
     for one in functions:
-        ours, theirs = tool_calls.tool_of(one)["function"], upstream.convert(one)["function"]
+        ours, theirs = bfcl.tool_of(one)["function"], upstream.convert(one)["function"]
         assert ours.pop("description").startswith(theirs.pop("description").split(" The response")[0])
         ours.pop("response", None)  # which that style moves into the description
         assert ours == theirs

@@ -14,6 +14,8 @@ from time import monotonic, time
 
 import httpx2
 
+from .answer_formats import GENERIC
+from .answers import parse_answer
 from .errors import InvalidRow, UsageError
 from .json_text import dump_json, load_json
 from .reply_cache import ReplyCache
@@ -99,11 +101,10 @@ def parse_reply(data: bytes, request: bytes) -> Reply:
     except (KeyError, IndexError, TypeError, AttributeError):
         raise RetryableError("reply without an answer", data[:200].decode(errors="replace")) from None
     if not reasoning and "</think>" in content:  # no server parsed it; some prefill the tag that opens it
-        before, _, after = content.partition("</think>")
-        before = before.removeprefix("<think>")
-        if "<think>" not in before:
-            content = after.strip()
-            reasoning = before.strip()
+        answer = parse_answer(content, GENERIC, "")
+        content = answer.content.strip()
+        reasoning = (answer.reasoning or "").strip()
+        has_calls = has_calls or bool(answer.tool_calls)
     tokens = read_usage(body)
     estimated = tokens is None
     if estimated:  # 4 bytes a token

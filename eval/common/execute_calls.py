@@ -18,7 +18,9 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass
 from decimal import localcontext
 from functools import partial
 
@@ -26,11 +28,15 @@ from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_checker, multi_tur
 
 MEGABYTES = 2048
 UNKNOWN = "unknown_function()"  # what the checker runs in place of a call that is none: an error in BFCL too
+SHOWN_ERROR = 200  # characters
 
 
 @contextmanager
-def new_objects():
-    """BFCL keeps the objects of a conversation in the globals of a module, and its MathAPI sets decimal's precision."""
+def new_objects() -> Iterator[None]:
+    """Leave nothing of a conversation behind.
+
+    BFCL keeps its objects in the globals of a module, and its MathAPI sets decimal's precision.
+    """
     try:
         with localcontext():
             yield
@@ -40,65 +46,99 @@ def new_objects():
             del kept[name]
 
 
-def text_of(call, methods):
-    """(Python text of a call, why it is none)."""
-    name, arguments = call["name"], call["arguments"]
+@dataclass
+class PythonText:
+    """A call as Python text; error: why it is none, "" where it is one."""
+
+    text: str
+    error: str = ""
+
+
+def to_python(call: dict, methods: set[str]) -> PythonText:
+    """Return the text of a call {name, arguments}. methods: those that may be called."""
+    name = call["name"]
+    arguments = call["arguments"]
     if name not in methods:
-        return UNKNOWN, f"name '{name}' is not defined"
-    if not all(key.isidentifier() for key in arguments):
-        return UNKNOWN, "invalid syntax"
-    return f"{name}({','.join(f'{key}={value!r}' for key, value in arguments.items())})", ""
+        return PythonText(UNKNOWN, f"name '{name}' is not defined")
+    if not all([key.isidentifier() for key in arguments]):
+        return PythonText(UNKNOWN, "invalid syntax")
+    written = ",".join([f"{key}={value!r}" for key, value in arguments.items()])
+    return PythonText(f"{name}({written})")
 
 
-def play(entry):
-    """What a line of input says, as the dict of a line of output."""
-    name, config, classes = entry["id"], entry["config"], entry["classes"]
+def list_methods(objects: dict[str, object]) -> set[str]:
+    """Return the public methods of objects by their names."""
+    methods = set()
+    for one in objects.values():
+        for name, _ in inspect.getmembers(one, inspect.ismethod):
+            if not name.startswith("_"):
+                methods.add(name)
+    return methods
+
+
+def play(entry: dict) -> dict:
+    """Return the line of output to a line of input."""
+    name = entry["id"]
     run = partial(
         multi_turn_utils.execute_multi_turn_func_call,
-        initial_config=config,
-        involved_classes=classes,
+        initial_config=entry["config"],
+        involved_classes=entry["classes"],
         model_name="model",
         test_entry_id=name,
         long_context="long_context" in name,
     )
     with new_objects():
         _, objects = run([])
-        members = [inspect.getmembers(one, inspect.ismethod) for one in objects.values()]
-        methods = {method for found in members for method, _ in found if not method.startswith("_")}
-        turns = [[[text_of(call, methods) for call in step] for step in turn if step] for turn in entry["turns"]]
+        methods = list_methods(objects)
+        turns = []
+        for turn in entry["turns"]:
+            steps = [step for step in turn if step]
+            turns.append([[to_python(call, methods) for call in step] for step in steps])
         if "truth" not in entry:
-            for step in [step for turn in turns for step in turn]:
-                replies, _ = run([text for text, _ in step])
-            said = [
-                f"Error during execution: {why}" if why else one for one, (_, why) in zip(replies, step, strict=True)
-            ]
-            return {"replies": said}
-        row = {"id": name, "initial_config": config, "involved_classes": classes}
-        texts = [[[text for text, _ in step] for step in turn] for turn in turns]
-        return verdict(multi_turn_checker.multi_turn_checker(texts, entry["truth"], row, name, "model"))
+            steps = [step for turn in turns for step in turn]
+            for step in steps:
+                replies, _ = run([call.text for call in step])
+            for number, call in enumerate(steps[-1]):
+                if call.error:
+                    replies[number] = f"Error during execution: {call.error}"
+            return {"replies": replies}
+        texts = [[[call.text for call in step] for step in turn] for turn in turns]
+        row = {"id": name, "initial_config": entry["config"], "involved_classes": entry["classes"]}
+        return to_verdict(multi_turn_checker.multi_turn_checker(texts, entry["truth"], row, name, "model"))
 
 
-def verdict(found):
-    """{"error", "turn"} of what the checker says, turns counted from 1; it names one in its words or by what it ran."""
+def to_verdict(found: dict) -> dict:
+    """Return {"error", "turn"} of what the checker says; turns count from 1.
+
+    It names a turn in its words, or by what it ran.
+    """
     if found["valid"]:
         return {"error": "", "turn": None}
-    said = re.search(r"for turn (\d+)", found["error_message"])
-    return {"error": found["error_type"], "turn": int(said[1]) + 1 if said else len(found["execution_result"])}
+    named = re.search(r"for turn (\d+)", found["error_message"])
+    if named:
+        turn = int(named[1]) + 1
+    else:
+        turn = len(found["execution_result"])
+    return {"error": found["error_type"], "turn": turn}
 
 
-def main():
+def limit_memory() -> None:
     with suppress(ImportError, OSError, ValueError):  # Windows has no limits, and one that stands may be lower
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEGABYTES << 20, MEGABYTES << 20))
+
+
+def main() -> None:
+    limit_memory()
     out = sys.stdout
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # what the classes print
         for line in sys.stdin:
             try:
-                found = play(json.loads(line))
+                output = play(json.loads(line))
             except Exception as error:
-                found = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
-            print(json.dumps(found), file=out, flush=True)
+                output = {"failed": f"{type(error).__name__}: {str(error)[:SHOWN_ERROR]}"}
+            print(json.dumps(output), file=out, flush=True)
 
 
 if __name__ == "__main__":

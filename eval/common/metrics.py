@@ -180,15 +180,6 @@ def runs_on(text: str) -> bool:
 
 
 # -- one answer -------------------------------------------------------------------------------------------------------
-def final_text(text: str) -> str:
-    """Return what follows the last `</think>`, stripped; nothing where a `<think>` block was never closed."""
-    if "</think>" in text:
-        return text.rpartition("</think>")[2].strip()
-    if "<think>" in text:
-        return ""
-    return text.strip()
-
-
 @dataclass
 class Question:
     """What the answer to a prompt is held against.

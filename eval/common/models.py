@@ -30,8 +30,6 @@ from transformers import (
 
 from data_prep.common.errors import UsageError
 from eval.common.arguments import TIMEOUT, first_line
-from eval.common.arguments import add_model_arguments as add_model_arguments  # as a name of this module too
-from eval.common.arguments import positive as positive
 from eval.common.quiet import hide_progress_bars, silence
 
 if TYPE_CHECKING:
