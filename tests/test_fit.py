@@ -369,13 +369,10 @@ def test_a_half_empty_card_is_told_what_to_spend_it_on():
 
 # -- cards and the command --------------------------------------------------------------------------------------------
 def test_cards_are_those_of_the_training_log():
-    from hooks.throughput import peak_flops
-
     names = {"NVIDIA GeForce RTX 4080": "rtx4080", "NVIDIA H100 80GB HBM3": "h100", "NVIDIA A100-SXM4-80GB": "a100"}
     names |= {"NVIDIA L40S": "l40s", "NVIDIA GeForce RTX 4090": "rtx4090", "NVIDIA H200": "h200"}
     for device, name in names.items():
         assert find_device_card(device) is CARDS[name]
-        assert peak_flops(device) == CARDS[name].teraflops * 1e12
     assert find_device_card("NVIDIA GeForce RTX 4080 Laptop GPU") is None
     assert find_card("RTX 4080") is find_card("rtx4080")
 

@@ -14,10 +14,12 @@ from hooks.log_file import LogFile
 from hooks.loss_name import name_loss
 from hooks.progress import Progress, duration, format_logs
 from hooks.start_block import amount, describe_targets, note_engine
-from hooks.throughput import PEAKS, DatasetSize, Throughput, TokenFlops, flops_per_token, measure, peak_flops
+from hooks.throughput import DatasetSize, Throughput, TokenFlops, flops_per_token, measure, peak_flops
 from hooks.trainer import SFTTrainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3MoeConfig
 from trl import SFTConfig
+
+from data_prep.common.gpu_cards import CARDS
 
 BATCHES = """
 import json
@@ -214,7 +216,9 @@ CHIPS = {
     "NVIDIA GeForce RTX 4080": (76, 256, 2.505),
     "NVIDIA GeForce RTX 4090": (128, 256, 2.520),
     "NVIDIA GeForce RTX 5090": (170, 256, 2.407),
+    "NVIDIA RTX A6000": (84, 512, 1.800),
     "NVIDIA A100-SXM4-80GB": (108, 1024, 1.410),
+    "NVIDIA A100-SXM4-40GB": (108, 1024, 1.410),
     "NVIDIA L40S": (142, 512, 2.490),
     "NVIDIA H100 80GB HBM3": (132, 2048, 1.830),
     "NVIDIA H100 PCIe": (114, 2048, 1.620),
@@ -225,7 +229,7 @@ CHIPS = {
 def test_peaks_are_what_the_chips_can_do():
     for name, (processors, fmas, clock) in CHIPS.items():
         assert peak_flops(name) == pytest.approx(processors * fmas * 2 * clock * 1e9, rel=2e-3), name
-    assert len(CHIPS) == len(PEAKS) - 1 and peak_flops("NVIDIA B200") == 2.25e15
+    assert len(CHIPS) == len(CARDS) - 1 and peak_flops("NVIDIA B200") == 2.25e15
     for name in ("NVIDIA GeForce RTX 3090 Ti", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4080 SUPER",
                  "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA H100 NVL", "Tesla T4"):  # fmt: skip
         assert peak_flops(name) is None

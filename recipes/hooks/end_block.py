@@ -9,6 +9,7 @@ from data_prep.common.run_folder import checkpoint_step, plot_log, read_log
 
 from .loss_name import describe_validation_loss, name_loss
 from .messages import relative_path
+from .throughput import describe_other_memory
 from .trainer import SFTTrainer
 
 REPO = Path(__file__).resolve().parents[2]
@@ -97,7 +98,9 @@ def describe_result(trainer: SFTTrainer) -> str:
     if "eval_loss" in last:
         parts.append(describe_validation_loss(last["eval_loss"], name_loss(trainer)))
     if "memory_gib" in last:
-        parts.append(f"{last['memory_gib']:.1f} GiB at most")
+        text = f"{last['memory_gib']:.1f} GiB at most"
+        others = describe_other_memory(trainer.optimizer)
+        parts.append(f"{text} ({others})" if others else text)
     return ", ".join(parts)
 
 

@@ -17,18 +17,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerState
 
-PEAKS = {  # dense bf16 TFLOP/s with fp32 accumulation, by the name that torch gives the GPU
-    r"GeForce RTX 3090": 71.2,  # NVIDIA, Ampere GA102 whitepaper, table of the RTX 3090
-    r"GeForce RTX 4080": 97.5,  # NVIDIA, Ada whitepaper, appendix A
-    r"GeForce RTX 4090": 165.2,  # the same
-    r"GeForce RTX 5090": 209.5,  # NVIDIA, RTX Blackwell whitepaper, appendix A
-    r"A100-(SXM4|PCIE)-[48]0GB|A100 80GB PCIe": 312.0,  # NVIDIA, A100 datasheet
-    r"L40S": 362.05,  # NVIDIA, L40S datasheet
-    r"H100 80GB HBM3": 989.4,  # SXM; NVIDIA, H100 whitepaper
-    r"H100 PCIe": 756.0,  # the same
-    r"H200": 989.4,  # NVIDIA, H200 datasheet, half of what it gives with sparsity
-    r"B200": 2250.0,  # NVIDIA, HGX B200 datasheet, an eighth of its 18 PFLOP/s
-}
+from data_prep.common.gpu_cards import find_device_card
+
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # one name a family
 
 
@@ -57,12 +47,9 @@ class TokenFlops:
 
 
 def peak_flops(gpu: str) -> float | None:
-    """Return the dense bf16 FLOP/s of a GPU by its name, None if it is not in PEAKS (a Ti, a laptop's or a slice)."""
-    gpu = gpu.removeprefix("NVIDIA ")
-    for pattern, teraflops in PEAKS.items():
-        if re.fullmatch(pattern, gpu):
-            return teraflops * 1e12
-    return None
+    """Return the dense bf16 FLOP/s of a GPU by its name; None for one that is not known (a Ti, a laptop's, a slice)."""
+    card = find_device_card(gpu)
+    return None if card is None else card.teraflops * 1e12
 
 
 def numel(weight: torch.Tensor) -> int:
@@ -172,6 +159,22 @@ def memory_gib() -> float:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     return resident_memory_gib()
+
+
+def describe_other_memory(optimizer: torch.optim.Optimizer | None) -> str:
+    """Return what memory_gib does not count, "" where there is none: what torch has reserved on the GPU, and pages of
+    optimizer states, which bitsandbytes keeps where there is room."""
+    parts = []
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        parts.append(f"{torch.cuda.max_memory_reserved() / 2**30:.1f} reserved")
+    pages = 0
+    for state in optimizer.state.values() if optimizer is not None else ():
+        for value in state.values():
+            if getattr(value, "is_paged", False):
+                pages += value.nbytes
+    if pages:
+        parts.append(f"{pages / 2**30:.2f} more of paged optimizer states")
+    return ", ".join(parts)
 
 
 class Throughput:

@@ -24,6 +24,7 @@ from .engine import (
     load_config,
     name_engine,
 )
+from .fit import check_fits
 from .packing import check_packing
 from .paths import check_model_and_dataset_names
 from .personas import check_personas
@@ -73,6 +74,7 @@ def check_before_load(script_args: ScriptArguments, training_args: SFTConfig, mo
         config = load_config(training_args, model_args)
         check_model_class(config, training_args, model_args)
         check_adapter_settings(config, training_args, model_args)
+        check_fits(config, script_args, training_args, model_args)
         tokenizer = load_tokenizer(training_args, model_args)
         if tokenizer is not None:
             check_stop_token(tokenizer, training_args, model_args.model_name_or_path)

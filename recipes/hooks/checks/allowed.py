@@ -26,6 +26,7 @@ ALLOWED = {
     "unquantized_weights": f"--load_in_4bit with less than {MIN_SHARE:.0%} of the frozen weights in 4 bits",
     "pad_is_stop": "padding with the stop token, which can give empty answers once the model is served",
     "untrained_stop": "answers that end with no stop token: the model is not taught to stop",
+    "too_large": "a run that needs more memory than its GPU has, by the prediction of python -m eval.fit",
     "unprobed_packing": "packing where no small copy of the model runs: documents in a pack may see each other",
 }
 
