@@ -35,8 +35,8 @@ from rich.text import Text
 from data_prep.common.errors import UsageError
 from data_prep.common.gpu_cards import CARDS, TABLE, Card, find_card
 from data_prep.common.gpu_engines import Engine, read_engine
+from data_prep.common.quiet import silence
 from eval.common.arguments import positive
-from eval.common.quiet import silence
 from eval.common.scores import PIPE_WIDTH, command, parser_of
 from eval.sweep import NO_FOLDER, without_config
 

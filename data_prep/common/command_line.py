@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from .. import INTERRUPT_MESSAGE, INTERRUPTED, end_at_interrupt
 from .errors import UsageError
+from .quiet import silence
 
 TERMINATED = 143
 
@@ -26,6 +27,7 @@ def add_num_proc(parser: argparse.ArgumentParser) -> None:
 def run_command(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> int:
     """Return the exit code of a command: run(arguments)'s, 2 with UsageError's sentence, or 130 after Ctrl-C."""
     args = parser.parse_args()
+    silence()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a row may hold what no terminal can show

@@ -29,8 +29,8 @@ from transformers import (
 )
 
 from data_prep.common.errors import UsageError
+from data_prep.common.quiet import hide_progress_bars, silence
 from eval.common.arguments import TIMEOUT, first_line
-from eval.common.quiet import hide_progress_bars, silence
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -21,8 +21,8 @@ from rich.table import Table
 
 from data_prep.common.command_line import INTERRUPTED, print_error
 from data_prep.common.errors import UsageError
+from data_prep.common.quiet import hide_progress_bars
 from eval.common.intervals import rate
-from eval.common.quiet import hide_progress_bars
 
 PIPE_WIDTH = 130  # columns of a table in a file or a pipe, which has no width: rich would cut it to 80
 

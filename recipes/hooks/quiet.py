@@ -1,46 +1,32 @@
 """Library messages that nobody who runs a recipe can act on are left out, each by its own words.
 
 What is not in WARNINGS or LOGGED still shows, so a new message is seen. Out of reach: messages of accelerate's launcher
-before it starts the recipe. This file imports the standard library alone, so that it stands before the libraries do.
+before it starts the recipe.
 """
 
-import logging
 import os
-import re
 import sys
-import warnings
 
-WARNINGS = {  # how the message of a Python warning begins: why there is nothing to do about it
-    "`is_gradient_checkpointing` is deprecated": "TRL and PEFT read the old name, which transformers still serves",
+from data_prep.common import quiet
+
+WARNINGS = quiet.WARNINGS | {  # how the message of a Python warning begins: why there is nothing to do about it
     "Paged optimizers are not supported on CPU": "a recipe's 8-bit AdamW; on a CPU it trains the same, unpaged",
     "`torch.distributed.all_gather_into_tensor` is deprecated": "DeepSpeed calls it in every step",
     "`torch.distributed.reduce_scatter_tensor` is deprecated": "DeepSpeed calls it in every step",
     "`use_liger_kernel=True` is deprecated": "what TRL advises instead downloads kernels; the recipes pin TRL",
     "`pad_token` is deprecated": "the recipes pin TRL; as a setting it can be read, and passed as a flag",
 }
-LOGGED = {  # logger: how its messages begin, but for accelerate's [RANK 0]
+LOGGED = quiet.LOGGED | {  # logger: how its messages begin
     "accelerate.accelerator": ["Gradient accumulation steps mismatch: GradientAccumulationPlugin has 1,"],  # never else
-    # a kernel for 4-bit layers on a CPU, which needs a version of `kernels` that does not exist yet
-    "bitsandbytes.backends.cpu.ops": ["Failed to load CPU gemm_4bit_forward"],
-    "DeepSpeed": ["Setting accelerator to CPU."],  # known: without a GPU a recipe stops unless --use_cpu true is given
     "transformers.trainer_utils": ["mtime may not be reliable on this filesystem"],  # then it counts, which is right
     # a compiled set comes in packs, one to a micro-batch: there is nothing to gain from more
     "trl.trainer.sft_trainer": ["You are using a per_device_train_batch_size of 1 with padding-free training."],
 }
 
 
-def is_wanted(record: logging.LogRecord) -> bool:
-    """Return whether a message of one of LOGGED's loggers is another than those that LOGGED names."""
-    message = re.sub(r"^\[RANK \d+\] ", "", record.getMessage())
-    return not any(message.startswith(beginning) for beginning in LOGGED[record.name])
-
-
 def silence() -> None:
     """Leave out what WARNINGS and LOGGED name."""
-    for beginning in WARNINGS:
-        warnings.filterwarnings("ignore", message=re.escape(beginning))
-    for name in LOGGED:
-        logging.getLogger(name).addFilter(is_wanted)
+    quiet.silence(WARNINGS, LOGGED)
 
 
 def hide_progress_bars() -> None:

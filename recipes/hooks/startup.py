@@ -4,8 +4,6 @@ import os
 import sys
 from pathlib import Path
 
-from .quiet import silence
-
 RECIPES = Path(__file__).resolve().parents[1]
 REPOSITORY = RECIPES.parent
 MAIN_SCRIPT = Path(sys.argv[0] or ".").resolve()
@@ -21,6 +19,8 @@ def begin() -> None:
         print(f"{MAIN_SCRIPT.name}: loading torch, transformers and TRL", flush=True)
     if str(REPOSITORY) not in sys.path:
         sys.path.insert(1, str(REPOSITORY))
+    from .quiet import silence  # of data_prep, which is found now
+
     silence()
 
 
