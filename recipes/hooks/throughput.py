@@ -141,13 +141,16 @@ def measure(dataset: Dataset) -> DatasetSize:
 
 
 def resident_memory_gib() -> float:
-    """Return the peak resident memory of this process."""
+    """Return the peak resident memory of this process; nan where the system does not say it (Windows)."""
     with suppress(OSError):  # getrusage counts the memory of the launcher that forked this process too
         status = Path("/proc/self/status").read_text()
         match = re.search(r"VmHWM:\s+(\d+) kB", status)
         if match:
             return int(match[1]) / 2**20
-    import resource  # not on Windows
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return math.nan
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     bytes_per_unit = 1 if sys.platform == "darwin" else 1024
