@@ -15,7 +15,7 @@ from conftest import MODULES, REPO, load_recipe, parse
 from datasets import load_dataset
 from transformers import AutoTokenizer
 
-RECIPES = sorted((REPO / "recipes").glob("*.py"))
+RECIPES = sorted(path for path in (REPO / "recipes").glob("*.py") if path.stem != "qwen3_apo")  # it loads pairs
 VALUES = [0.7, 0.3, 0.95, 3.141592653589793, 1e-12, 1.7976931348623157e308, 5e-324, 2**53 + 1, 2**63 - 1, -(2**63)]
 VALUES += [
     12345678901234567890123,

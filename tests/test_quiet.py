@@ -26,6 +26,7 @@ class Probe(TrainerCallback):
         logging.getLogger("transformers.trainer_utils").warning("a checkpoint is gone")
         logging.getLogger("DeepSpeed").warning("no accelerator")
 """
+RECIPES = sorted(path.stem for path in (REPO / "recipes").glob("*.py") if path.stem != "qwen3_apo")  # it trains pairs
 PACKS_OFF = ["--assistant_only_loss", "true", "--padding_free", "false"]  # step35_sft.py on rows of messages
 
 
@@ -54,7 +55,7 @@ def test_a_log_file_holds_no_library_messages_but_new_ones(demo, hook, tmp_path,
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("recipe", sorted(path.stem for path in (REPO / "recipes").glob("*.py")))
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("engine", ["one", "ddp", "zero3"])
 def test_every_recipe(demo, tmp_path, recipe, engine):
     flags = ["--model_name_or_path", demo / "init", "--dataset_name", demo / "rows" / "chat", "--output_dir", tmp_path]
