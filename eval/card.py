@@ -2,7 +2,7 @@
 
     python -m eval.card runs/qwen3_qlora
     python -m eval.card runs/qwen3_qlora --check
-    python -m eval.card --check_readme README.md
+    python -m eval.card --check_readme docs/measured.md
 
 Model card in the hub's format (base model, data, results as its metadata) and run card: recipe and arguments, data,
 versions, machine, loss curve, speed and memory, before and after, benchmarks, how to serve. It takes the place of the

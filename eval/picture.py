@@ -20,14 +20,14 @@ from data_prep.common.quiet import silence
 from data_prep.common.recipe_rows import load_rows
 from data_prep.common.recipe_settings import Settings, read_settings
 from data_prep.common.rendering import load_renderer
-from data_prep.common.run_folder import read_log
+from data_prep.common.run_folder import FEW_POINTS, read_log
 from data_prep.common.tokens import iter_documents
 from eval.common.scores import command, parser_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLUMNS = 46  # characters a line
+COLUMNS = 58  # characters a line
 LINES = 19
 TRAINED = "#bfe3c6"
 SPECIAL = "#7a7f87"  # of control tokens
@@ -120,7 +120,8 @@ def draw_curves(axis: "Axes", series: dict[str, dict[int, float]]) -> None:
     for name, label, colour in CURVES:
         values = series.get(name, {})
         if values:
-            axis.plot(list(values), list(values.values()), label=label, color=colour, linewidth=1.5)
+            marker = "o" if len(values) < FEW_POINTS else None
+            axis.plot(list(values), list(values.values()), label=label, color=colour, linewidth=1.5, marker=marker)
     axis.set_xlabel("optimizer step", fontsize=9)
     axis.set_ylabel("loss a trained token, nats", fontsize=9)
     axis.set_yscale("log")

@@ -5,7 +5,6 @@ import shlex
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 import yaml
@@ -16,7 +15,7 @@ README = (REPO / "README.md").read_text()
 CONFIGS = sorted((REPO / "accelerate_configs").glob("*.yaml"))
 DATA = (REPO / "data_prep" / "README.md").read_text()
 MIXES = "\n".join(path.read_text().replace("#   ", "    ") for path in sorted((REPO / "data_prep" / "mixes").glob("*")))
-PAGES = "".join((REPO / name).read_text() for name in ("recipes/README.md", "eval/SERVING.md"))
+PAGES = "".join((REPO / name).read_text() for name in ("recipes/README.md", "eval/README.md", "eval/SERVING.md"))
 TEXTS = re.sub(r" \\\n *", " ", "\n".join((README, DATA, MIXES, PAGES)))
 COMMANDS = sorted(set(re.findall(r"^    ((?:accelerate|python|make) .*?)(?:  #.*)?$", TEXTS, re.M)))
 
@@ -56,17 +55,20 @@ def test_it_found_the_commands():
     assert kinds == {"accelerate", "python", "make"} and len(COMMANDS) >= 5
 
 
-def test_tree_is_the_tree():
-    tree = README.split("## What is where")[1].split("##")[0]
-    folders, seen = {}, set()
-    for depth, name in re.findall(r"^    ( *)(\S+) ", tree, re.M):
-        path = folders.get(len(depth) - 2, Path()) / name
-        folders[len(depth)] = path
-        assert list(REPO.glob(str(path))), path
-        seen.add(str(path))
-    rooms = ("recipes", "data_prep", "eval")
-    ours = {str(path.relative_to(REPO)) for room in rooms for path in REPO.glob(f"{room}/[a-z]*.py")}
-    assert ours <= seen
+def test_it_is_short():
+    assert len(README.splitlines()) <= 130
+
+
+def test_its_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", README)
+    assert len(links) > 20 and [link for link in links if not (REPO / link).exists()] == []
+
+
+@pytest.mark.parametrize("folder", ["recipes", "recipes/hooks", "data_prep", "eval"])
+def test_every_file_of_a_folder_is_named_in_its_readme(folder):
+    text = (REPO / folder / "README.md").read_text()
+    names = [path.stem for path in (REPO / folder).glob("[a-z]*.py")]
+    assert names and [name for name in names if not re.search(rf"\b{name}\b", text)] == []
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
