@@ -17,6 +17,7 @@ DATA = (REPO / "data_prep" / "README.md").read_text()
 MIXES = "\n".join(path.read_text().replace("#   ", "    ") for path in sorted((REPO / "data_prep" / "mixes").glob("*")))
 PAGES = "".join((REPO / name).read_text() for name in ("recipes/README.md", "eval/README.md", "eval/SERVING.md"))
 TEXTS = re.sub(r" \\\n *", " ", "\n".join((README, DATA, MIXES, PAGES)))
+COPIES = {copy: recipe for recipe, copy in re.findall(r"^    cp (\S+\.py) (\S+)$", TEXTS, re.M)}
 COMMANDS = sorted(set(re.findall(r"^    ((?:accelerate|python|make) .*?)(?:  #.*)?$", TEXTS, re.M)))
 
 
@@ -31,7 +32,7 @@ def check(command, monkeypatch):
             assert (REPO / words[1]).is_file()
             words = words[2:]
         monkeypatch.chdir(REPO)
-        parse(REPO / words[0], *words[1:])
+        parse(REPO / COPIES.get(words[0], words[0]), *words[1:])
     elif not words[1].startswith("llama.cpp/"):  # a script of its own
         flags = [word for word in words[2:] if word.startswith("--")]
         assert len(words) > 2 and all(re.search(rf"{flag}\b", usage(*words[1:3])) for flag in flags)

@@ -28,7 +28,8 @@ from trl import get_peft_config, get_quantization_config
 
 from data_prep.common.row_keys import prompt_key
 
-RECIPES = sorted((REPO / "recipes").glob("*.py"))
+PREFERENCE = REPO / "recipes" / "qwen3_apo.py"  # pairs of TRL's DPOTrainer: tests/test_apo.py
+RECIPES = sorted(path for path in (REPO / "recipes").glob("*.py") if path != PREFERENCE)
 SHARED_NAMES = (
     "find_template",
     "RecipeArguments",
@@ -55,12 +56,25 @@ def definitions(path):
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 def test_the_shared_part_is_equal():
-    assert len(RECIPES) == 10
+    assert len(RECIPES) >= 21
     parts = {"\n".join(definitions(path)[name] for name in SHARED_NAMES) for path in RECIPES}
     assert len(parts) == 1
     blocks = {re.search(r"(?s)# -- the same in every recipe.*?(?=\n# -- this recipe)", path.read_text())[0]
               for path in RECIPES}  # fmt: skip
     assert len(blocks) == 1
+
+
+def test_the_preference_recipe_repeats_what_it_shares():
+    """With DPOTrainer's names, all but how pairs are loaded; its JSON has two more columns of turns."""
+    theirs = definitions(REPO / "recipes" / "qwen3_lora.py")
+    own = definitions(PREFERENCE)
+    for name in (*SHARED_NAMES, "make_parser"):
+        expected = theirs[name].replace("SFTConfig", "DPOConfig").replace("SFTTrainer", "DPOTrainer")
+        if name == "load_json":
+            expected = expected.replace('"completion", ', '"completion", "chosen", "rejected", ')
+        elif name == "make_parser":
+            expected = expected.replace("RecipeArguments", "PreferenceArguments")
+        assert (own[name] == expected) is (name != "load_splits"), name
 
 
 @pytest.mark.parametrize(("one", "other"), [("qwen3_qlora", "qwen3_full"), ("blossom_stage1", "blossom_stage2")])
@@ -102,8 +116,9 @@ def test_launch_lines_of_the_docstring_parse(path, monkeypatch):
         assert script_args.global_batch_size == load_recipe(path)["DEFAULTS"]["global_batch_size"] >= 8
         rows = training_args.gradient_accumulation_steps * training_args.per_device_train_batch_size
         assert rows == script_args.global_batch_size
-        assert training_args.model_init_kwargs["attn_implementation"] == "sdpa"
-        assert model_args.attn_implementation is None and training_args.use_liger_kernel is False
+        attention = load_recipe(path)["DEFAULTS"].get("attn_implementation")  # of a family that bars some
+        assert training_args.model_init_kwargs["attn_implementation"] == (attention or "sdpa")
+        assert model_args.attn_implementation == attention and training_args.use_liger_kernel is False
 
 
 def test_published_values():
@@ -145,7 +160,7 @@ def test_a_lone_copy_runs(path, demo, tmp_path, run_recipe, monkeypatch, capsys)
         place = flags.index("--max_length")
         del flags[place : place + 2]
     flags += ["--model_name_or_path", demo / "init", "--dataset_name", data]
-    flags += ["--eos_token", "<|im_end|>", "--pad_token", "<|endoftext|>"]
+    flags += ["--eos_token", "<|im_end|>", "--pad_token", "<|endoftext|>", "--router_aux_loss_coef", "0"]
     monkeypatch.chdir(tmp_path)
     if path.stem in OPTIMIZERS:  # a file that a copy cannot do without
         with pytest.raises(SystemExit):
@@ -280,6 +295,9 @@ def test_the_first_line_comes_before_the_imports(tmp_path):
     for name in ("startup", "quiet"):
         shutil.copy(REPO / "recipes" / "hooks" / f"{name}.py", tmp_path / "hooks")
     (tmp_path / "hooks" / "__init__.py").touch()
+    for name in ("__init__.py", "common/__init__.py", "common/quiet.py"):
+        (tmp_path / "data_prep" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPO / "data_prep" / name, tmp_path / "data_prep" / name)
     command = [sys.executable, "-c", code, tmp_path / "my.py"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     first, modules = done.stdout.splitlines()

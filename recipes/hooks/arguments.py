@@ -35,7 +35,11 @@ RENAMED = {  # names that other versions, trainers and tutorials use: what to do
 
 
 KL_WEIGHT = "weight of KL(base || model) a trained token, which holds the model near its base; 0: none"
-FIELDS = [("kl_weight", float, field(default=0.0, metadata={"help": KL_WEIGHT}))]
+ADAPTER = "folder of a run or a checkpoint whose adapter to train on from, on the same base; none: a new adapter"
+FIELDS = [
+    ("kl_weight", float, field(default=0.0, metadata={"help": KL_WEIGHT})),
+    ("adapter", str | None, field(default=None, metadata={"help": ADAPTER})),
+]
 
 
 def add_fields(script_arguments: type) -> type:

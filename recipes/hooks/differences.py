@@ -12,6 +12,7 @@ CONTENTS = {  # key of run.json's contents, also for --allow: what it is in a se
     "data": "other training tokens (rows, split or --eval_rows)",
     "base_config": "another config of the base model",
     "base_weights": "other weights of the base model",
+    "start_adapter": "another adapter to start from (--adapter)",
 }
 
 

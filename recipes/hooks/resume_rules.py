@@ -8,6 +8,7 @@ FREE = {  # changes nothing of what is trained
     *("dataset_num_proc", "eval_rows", "chat_template_path", "eos_token", "pad_token"),
     *("model_name_or_path", "model_revision", "num_train_epochs", "max_steps"),
     *("lora_target_modules", "lora_target_parameters", "ignore_bias_buffers", "trust_remote_code"),
+    "adapter",
     # derived from global_batch_size
     "gradient_accumulation_steps",
     # what hooks do

@@ -11,6 +11,7 @@ from .arguments import TrlParser
 from .checkpoints import choose_checkpoint, on_main_process
 from .checks import check_before_load, check_before_train, check_checkpoint, check_output_dir
 from .checks.devices import prepare_gpu
+from .checks.ranks import refuse_on_all_ranks
 from .checks.rows import check_rows as check_loaded_rows
 from .end_block import print_end_block
 from .heartbeat import Heartbeat
@@ -23,6 +24,7 @@ from .provenance import write_provenance
 from .quiet import hide_progress_bars
 from .refusals import Refusals
 from .run_lock import lock_folder, release_folder
+from .start_adapter import load_start_adapter, take_start_adapter
 from .step_rate import StepRate
 from .trainer import SFTTrainer
 from .user_hooks import import_hook_files, make_callbacks
@@ -41,6 +43,9 @@ def before_load(
     transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     training_args.model_init_kwargs.setdefault("use_safetensors", True)
     import_hook_files(script_args.hooks)
+    if script_args.adapter:
+        with refuse_on_all_ranks(training_args):
+            parser.settings |= take_start_adapter(script_args, training_args, model_args)
     check_before_load(script_args, training_args, model_args)
     on_main_process(lambda: lock_folder(training_args.output_dir))
     on_main_process(lambda: check_output_dir(training_args))
@@ -65,6 +70,9 @@ def before_train(trainer: SFTTrainer, parser: TrlParser, script_args: ScriptArgu
 
     Raises UsageError.
     """
+    if script_args.adapter:
+        with refuse_on_all_ranks(trainer.args):
+            load_start_adapter(trainer, Path(script_args.adapter))
     check_before_train(trainer, script_args, model_args)
     if script_args.kl_weight:
         trainer.kl = KLToBase(trainer, script_args.kl_weight)

@@ -24,7 +24,7 @@ from types import FrameType
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .messages import recipe_name
+from .messages import recipe_name, say
 from .run_lock import note_stopping
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -69,6 +69,7 @@ class SaveOnSignal(TrainerCallback):
     def listen(self) -> None:
         """Take over SIGINT and SIGTERM, unless they are ignored: a shell does that for what runs in the background."""
         if threading.current_thread() is not threading.main_thread():
+            say("runs in a thread, where Python takes no signals: no signal saves it, a restart takes a checkpoint")
             return
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) != signal.SIG_IGN:

@@ -20,6 +20,7 @@ from .kl_to_base import KLToBase
 from .parity import Parity, use_autocast
 from .resume_rules import CARRIED
 from .signals import SaveOnSignal
+from .start_adapter import StartAdapter
 from .step_watch import StepWatch
 from .throughput import Throughput
 
@@ -54,6 +55,7 @@ class SFTTrainer(trl.SFTTrainer):
         self.signals = SaveOnSignal(self)
         self.watch.signals = self.signals
         self.kl: KLToBase | None = None  # by --kl_weight
+        self.start_adapter: StartAdapter | None = None  # by --adapter
         self.add_callback(self.signals)
         self.add_callback(OwnIntervals)
         self.changed_settings: list[str] = []  # by a resume, as --allow has it
