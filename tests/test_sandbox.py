@@ -154,7 +154,8 @@ assert "/tmp" in written
 
 
 def test_what_it_writes_is_bounded(run):
-    several = f"for name in 'abc': open(f'/tmp/{{name}}', 'wb').write(bytes({sandbox.FILE_BYTES - 1}))"
+    write = f"open(f'/tmp/written-{{name}}', 'wb').write(bytes({sandbox.FILE_BYTES - 1}))"
+    several = f"for name in 'abc': {write}"
     assert run(several.replace("abc", "a")).ok
     assert run(several).reason == "failed: OSError"  # all files together
     assert run("open('/tmp/a', 'w').write('x' * (64 << 20))").reason == "failed: OSError"
