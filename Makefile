@@ -20,10 +20,10 @@ demo: .venv/installed
 	$(RUN) -m eval.compare --base runs/demo/base --tuned runs/demo/qlora --data runs/demo/rows/chat
 
 test: .venv/installed lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile
 
 test-long: .venv/installed lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "long and not hub and not serving"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile -m "long and not hub and not serving"
 
 lint: .venv/installed
 	$(RUN) -m ruff check .
