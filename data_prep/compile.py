@@ -158,9 +158,9 @@ def open_lost_personas(settings: str) -> LostPersonas:
     return LostPersonas(open_renderer(settings))
 
 
-def check_persona(row: dict, settings: Settings) -> None:
+def check_persona(row: dict, lost_personas: LostPersonas) -> None:
     """Raise InvalidRow for a row whose persona the template leaves out: in a compiled set no recipe can see it."""
-    persona = open_lost_personas(dump_settings(settings)).find(row)
+    persona = lost_personas.find(row)
     if persona is not None:
         raise InvalidRow(PERSONA_LOST, f"{persona.place}: {persona.text[:60]!r} is not in the rendered text")
 
@@ -172,6 +172,7 @@ def dump_settings(settings: Settings) -> str:
 def compile_block(block: Chunk, settings: Settings, chat: bool) -> ChunkResult:
     """Tokenize and pack a block of NumberedRow; payload: a CompiledBlock, counts: what max_length cuts off."""
     renderer = open_renderer(dump_settings(settings))
+    lost_personas = open_lost_personas(dump_settings(settings))
     failed: list[FailedRow] = []
     result = ChunkResult(rows_in=len(block.data), payload=CompiledBlock())
     documents = tokenize_rows(block.data, renderer, settings, chat, failed, encodings=False)
@@ -181,7 +182,7 @@ def compile_block(block: Chunk, settings: Settings, chat: bool) -> ChunkResult:
     for document in documents:
         try:
             if chat:
-                check_persona(document.row, settings)
+                check_persona(document.row, lost_personas)
             kept.append(compile_document(document, settings))
         except InvalidRow as refusal:
             result.rejected.append(

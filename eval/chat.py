@@ -45,6 +45,7 @@ from eval.common.models import (
     load_tokenizer,
     mode_kwargs,
     open_model,
+    remove_tokens,
     render,
 )
 from eval.common.scores import command, parser_of, write_files
@@ -117,12 +118,6 @@ def to_message(
     if answer.tool_calls:
         message["tool_calls"] = answer.tool_calls
     return message
-
-
-def remove_tokens(text: str, tokens: tuple[str, ...]) -> str:
-    for token in tokens:
-        text = text.replace(token, "")
-    return text.strip()
 
 
 # -- models -----------------------------------------------------------------------------------------------------------

@@ -140,7 +140,12 @@ def gib(size: float) -> str:
 
 
 def describe_speed(speed: "Speed") -> str:
-    return f"{round_figure(speed.slow):,.0f} to {round_figure(speed.fast):,.0f}"
+    return describe_range(speed.slow, speed.fast)
+
+
+def describe_range(slow: float, fast: float) -> str:
+    """Return tokens/s from and to, as "1,100 to 2,100"."""
+    return f"{round_figure(slow):,.0f} to {round_figure(fast):,.0f}"
 
 
 def round_figure(number: float) -> float:

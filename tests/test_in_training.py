@@ -471,6 +471,7 @@ def start(demo, tmp_path, engine, out, *flags, hooks=()):
     return tmp_path / out
 
 
+@pytest.mark.long
 def test_two_processes_measure_what_one_measures(demo, run_recipe, hook, tmp_path):
     """13 rows, so that the ranks have unequal parts and another number of passes."""
     flags = watching(hook, rows=13)

@@ -591,6 +591,7 @@ def look(folder):
     return sum(losses[1]) / len(losses[1]), sum(losses[0]) / len(losses[0]), sum(fine) / len(fine)
 
 
+@pytest.mark.long
 def test_two_stages_from_raw_rows(train, nano, tmp_path, capsys):
     """Held-out loss of the answers: at least 2 nats below its start after mid-training, at least 0.2 lower again after
     SFT, that of the user's text not; answers that end and stay the assistant's: at most 0.1 before, 0.9 after SFT."""

@@ -152,6 +152,7 @@ def test_set_agrees_with_an_epoch(run_recipe, hook, capsys, demo):
     assert float(full) == pytest.approx(100 * tokens / (int(packs) * 1024), abs=0.051)
 
 
+@pytest.mark.long
 def test_two_processes(demo, hook, tmp_path):
     """Counts are those of both processes, and the engine is the one that runs."""
     template, few = REPO / "chat_templates" / "qwen3.jinja", ["--packing", "false"]

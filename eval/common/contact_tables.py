@@ -3,6 +3,7 @@
 import math
 
 from eval.common.contact_plan import KILLED, PACKED, QLORA, Predicted, Result
+from eval.fit import describe_range
 
 
 def compare_peak(figures: dict, predicted: Predicted | None) -> str:
@@ -25,7 +26,7 @@ def compare_speed(figures: dict, predicted: Predicted | None) -> str:
         verdict = f"{1 - speed / slow:.0%} below"
     elif speed > fast:
         verdict = f"{speed / fast - 1:.0%} above"
-    return f"{text} ({float(f'{slow:.2g}'):,.0f} to {float(f'{fast:.2g}'):,.0f} predicted, {verdict})"
+    return f"{text} ({describe_range(slow, fast)} predicted, {verdict})"
 
 
 def describe_card(report: dict) -> str:

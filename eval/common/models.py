@@ -511,3 +511,10 @@ def decode(tokenizer: PreTrainedTokenizerBase, output: Output) -> Answer:
     """Return an Output as text."""
     text = tokenizer.decode(output.tokens, clean_up_tokenization_spaces=False)
     return Answer(text, len(output.tokens), output.stopped, output.failed)
+
+
+def remove_tokens(text: str, tokens: Iterable[str]) -> str:
+    """Return a text without these tokens, such as a stop token that an open thought keeps, and stripped."""
+    for token in tokens:
+        text = text.replace(token, "")
+    return text.strip()

@@ -9,7 +9,6 @@ logits wait on the disk (positions x vocabulary x 4 bytes; 50 answers of 32 toke
 import json
 import re
 import subprocess
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from data_prep.common.answers import find_family, parse_answer
 from data_prep.common.errors import UsageError
 from eval.common.intervals import rate
 from eval.common.measure import clean_row, read_rows
-from eval.common.models import Output, fill_of, generate, load_model, load_tokenizer, render
+from eval.common.models import Output, fill_of, generate, load_model, load_tokenizer, remove_tokens, render
 from eval.endpoint import NEUTRAL, ServerError, post, serving
 
 GGUF_TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -312,14 +311,14 @@ class Comparer:
         special = self.tokenizer.all_special_tokens
         answer_format = FORMATS[self.family]
         reasoning = remove_tokens(message.get("reasoning_content") or "", special)  # an open thought keeps the stop
-        said = (reasoning.strip(), (message.get("content") or "").strip())
+        said = (reasoning, (message.get("content") or "").strip())
         text = self.tokenizer.decode(output.tokens, clean_up_tokenization_spaces=False)
         answer = parse_answer(text, self.family, prompt)
-        thought = remove_tokens(answer.reasoning or "", special).strip()
-        expected = [(thought, remove_tokens(answer.content, special).strip())]
+        thought = remove_tokens(answer.reasoning or "", special)
+        expected = [(thought, remove_tokens(answer.content, special))]
         if answer.tool_calls:  # a server that leaves them in the text
             behind_thought = re.split(answer_format.thought_end, text)[-1]
-            expected.append((thought, remove_tokens(behind_thought, special).strip()))
+            expected.append((thought, remove_tokens(behind_thought, special)))
         # the others: a server without a reasoning parser, which may take what opens a thought in the prompt for the
         # answer's own; llama.cpp, asked to leave thoughts in the text, begins it with the empty one that ends a prompt
         shown = self.tokenizer.decode(output.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -428,12 +427,6 @@ def build_request(question: Question, model: str, engine: str, max_new_tokens: i
 def has_history(messages: list[dict]) -> bool:
     """Return whether messages hold what transformers serve drops: reasoning, and text beside calls."""
     return any(message.get("reasoning_content") or message.get("tool_calls") for message in messages)
-
-
-def remove_tokens(text: str, tokens: Iterable[str]) -> str:
-    for token in tokens:
-        text = text.replace(token, "")
-    return text
 
 
 # -- the verdict ------------------------------------------------------------------------------------------------------
