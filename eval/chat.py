@@ -17,6 +17,7 @@ shows every special token, in --out the prompt too. --out writes the answers: JS
 
 import argparse
 import copy
+import importlib
 import json
 import re
 import sys
@@ -406,7 +407,7 @@ def list_commands() -> str:
 def hold_chat(talker: Talker, args: argparse.Namespace) -> None:
     """Talk in the terminal, or with the lines of standard input, until they end."""
     with suppress(ImportError):
-        import readline  # noqa: F401 (input() then edits lines and remembers them)
+        importlib.import_module("readline")  # input() then edits lines and remembers them
     chat = Chat(talker, args.system, args.raw)
     is_terminal = sys.stdin.isatty()
     if is_terminal:

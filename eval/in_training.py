@@ -7,7 +7,7 @@ measured as compare.py measures them afterwards, under the serving template, and
 eval_stop_rate and so on to log.jsonl, trackio and W&B, with the share of wall time that this takes;
 --metric_for_best_model knows these names too. Losses come from TRL's fused head, which keeps no logits. Answers are
 greedy; rows whose own answer is longer than `max_new_tokens` get none, since no model could stop in time. The run
-trains the same weights with this hook as without, to the bit (tests/test_in_training.py).
+trains the same weights with this hook as without, to the bit (tests/eval/test_in_training.py).
 
 On several processes with whole weights (DDP, ZeRO-1, ZeRO-2) each measures its part of the rows. With sharded weights
 (ZeRO-3, FSDP) every token of an answer would gather the whole model once: there it is the perplexity only. Sequence,

@@ -80,7 +80,7 @@ def to_messages(row: dict) -> dict:
     return {"messages": [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]}
 
 
-# -- the same in every recipe (tests/test_recipes.py) --
+# -- the same in every recipe (tests/recipes/test_recipes.py) --
 # datasets reads and writes JSON by pandas' functions, which bend numbers: 0.7 becomes 0.7000000000000001
 pandas.io.json.ujson_loads = json.loads
 pandas.io.json.ujson_dumps = json.dumps

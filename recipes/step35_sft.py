@@ -87,7 +87,7 @@ def to_messages(row: dict) -> dict:
     raise ValueError("rows are no packs: the commands at the head of data_prep/mixes/step35.yaml make them")
 
 
-# -- the same in every recipe (tests/test_recipes.py) --
+# -- the same in every recipe (tests/recipes/test_recipes.py) --
 # datasets reads and writes JSON by pandas' functions, which bend numbers: 0.7 becomes 0.7000000000000001
 pandas.io.json.ujson_loads = json.loads
 pandas.io.json.ujson_dumps = json.dumps

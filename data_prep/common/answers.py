@@ -14,9 +14,10 @@ What a family's model must write for a message is read back as that message, but
   call, and one that is cut before its parameters is text;
 - Command's call ids are numbers in the conversation, not those of the message.
 
-transformers' parse_response with TRL's response templates reads whole answers alike; tests/test_answers.py compares
-the two. It is not used, because what models also write comes out wrong: a call cut between its tags is a call with
-fewer arguments, text behind a call replaces the text before it, a thought that never ends looks like one that does.
+transformers' parse_response with TRL's response templates reads whole answers alike;
+tests/templates/test_answers.py compares the two. It is not used, because what models also write comes out wrong: a call
+cut between its tags is a call with fewer arguments, text behind a call replaces the text before it, a thought that
+never ends looks like one that does.
 """
 
 import json

@@ -1,7 +1,7 @@
 """THE FAST PATH of tokens.py: the same ids and mask as apply_chat_template gives, at two to four times its speed.
 
 Everything here may be deleted: tokens.py then takes its plain path, and so it does by itself where `missing_name` finds
-that a name is gone. tests/test_tokens.py holds both paths equal. Three things take less time here:
+that a name is gone. tests/data_prep/test_tokens.py holds both paths equal. Three things take less time here:
   templates  jinja's sandbox asks Python for an attribute and then six questions about the answer. Keys of dicts, loop
              variables and namespaces need none of them: `speed_up` answers for these, in the template that transformers
              keeps compiled (jinja's and transformers' private names)

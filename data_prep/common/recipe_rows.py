@@ -110,7 +110,7 @@ def read_prompt(row: dict) -> str:
 
 def split_by_prompt(rows: "Dataset", eval_rows: int, seed: int) -> tuple[list[int], list[int]]:
     """Return (train, validation): the positions of the rows that the recipes' split_by_prompt draws, which
-    tests/test_tokens.py holds equal; no validation where it would stop."""
+    tests/data_prep/test_tokens.py holds equal; no validation where it would stop."""
     prompts = [hash(read_prompt(row)) for row in rows]
     order = shuffle(list(range(len(rows))), seed)
     held_out = set()

@@ -1,7 +1,7 @@
 """Render rows with a chat template, as TRL does, and what a template means: personas, markers, stop and pad tokens.
 
-recipes/hooks imports these rules. A recipe repeats the ones it needs, so that a copy stands alone: tests/test_tokens.py
-holds both equal.
+recipes/hooks imports these rules. A recipe repeats the ones it needs, so that a copy stands alone:
+tests/data_prep/test_tokens.py holds both equal.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """95% intervals of figures and of their changes: Wilson, Newcombe, and scipy's bootstrap (BCa).
 
 A figure is {"value", "low", "high", …}. One that no interval can be given to, because too few rows stand behind it,
-lacks low and high. tests/test_metrics.py has the published values and the coverage by simulation.
+lacks low and high. tests/eval/test_metrics.py has the published values and the coverage by simulation.
 """
 
 import math

@@ -17,7 +17,7 @@ LATIN = ("CZECH", "DUTCH", "ENGLISH", "FINNISH", "FRENCH", "GERMAN", "HUNGARIAN"
 LATIN += ("PORTUGUESE", "ROMANIAN", "SPANISH", "SWEDISH", "TURKISH", "VIETNAMESE")
 OTHER_SCRIPTS = ("ARABIC", "ARMENIAN", "BENGALI", "CHINESE", "GEORGIAN", "GREEK", "GUJARATI", "HEBREW", "HINDI")
 OTHER_SCRIPTS += ("JAPANESE", "KOREAN", "PERSIAN", "RUSSIAN", "TAMIL", "TELUGU", "THAI", "UKRAINIAN", "URDU")
-MARGIN = 0.1  # of the best guess's confidence over the next one's; see tests/test_metrics.py
+MARGIN = 0.1  # of the best guess's confidence over the next one's; see tests/eval/test_metrics.py
 FEWEST_WORDS = 3  # fewer ("OK", a name, a formula) are in no language
 
 

@@ -1,6 +1,6 @@
 """Every private name of transformers, TRL, accelerate, PyTorch or DeepSpeed that this package leans on, and why.
 
-tests/test_private_names.py says which of them an upgrade has taken away, and finds uses that do not stand here. A
+tests/docs/test_private_names.py says which of them an upgrade has taken away, and finds uses that do not stand here. A
 module-level name that is replaced for the run counts as private too.
 """
 

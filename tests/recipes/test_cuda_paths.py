@@ -1,0 +1,465 @@
+"""The paths that only CUDA takes, on a CPU.
+
+flash-attn, flex attention, Triton's kernels and PEFT's branch under CUDA's autocast run here through references in
+PyTorch, Triton's interpreter and patches (cuda_references.py, triton_kernels.py). The oracles are documents trained one
+at a time with sdpa, lengths that the tokenizer counts, and plain PyTorch.
+
+Breaks tried, each seen red: TRL's collator without a pack's first boundary, and with positions that run on over it (the
+probe refuses both; without the probe the gradients are 0.27 and 0.30 off); checkpointing that is not switched on; a
+probe whose limit is ten times a leak; a recompile limit that is not raised; flex attention compiled for each length;
+PEFT's CPU branch with its input 10% larger; no device map, and no check of visible GPUs; Liger's norm and TRL's logits
+0.1% larger; a model without Liger's layers; a block that is no power of two.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from importlib.util import find_spec
+from unittest import mock
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from hooks.checks import devices, packing
+from hooks.messages import UsageError
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, BitsAndBytesConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers.integrations import accelerate as device_maps
+from transformers.quantizers import AutoHfQuantizer
+from trl import SFTConfig
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import create_model_from_path
+
+from tests.helpers.cuda_references import (
+    FlashAttention,
+    count_compiled,
+    hit_the_limit,
+    pretend_gpus,
+    use_dense_flex_attention,
+    use_eager_compiler,
+    use_flash_attention,
+)
+from tests.helpers.runs import EXACT, REPO
+from tests.recipes.test_packing import FIXED, GRADIENTS, difference, read
+
+CPU = torch.device("cpu")
+TEMPLATE = REPO / "chat_templates" / "qwen3.jinja"
+ANSWER_WORDS = (3, 40, 1, 25, 60, 9, 14, 33, 2, 50)  # of ten documents
+ALONE = ["--packing", "false", "--per_device_train_batch_size", 1, "--global_batch_size", len(ANSWER_WORDS)]
+PACKED = ["--packing", "true", "--max_length", 256, "--global_batch_size", len(ANSWER_WORDS)]  # more than packs
+HEADS = 4  # of the demo's model, and its layers
+PRECISIONS = {"fp32": EXACT, "bf16": ["--lora_dropout", 0]}
+LIMITS = {"fp32": 1e-5, "bf16": 2e-2}  # of a loss, and of gradients relative to their norm
+
+
+def small_qwen3(attention, layers=2):
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    config._attn_implementation = attention
+    return Qwen3ForCausalLM(config)
+
+
+# -- packed equals alone ----------------------------------------------------------------------------------------------
+def test_boundaries_of_a_pack(monkeypatch):
+    """Of lengths that one can add up by hand, with a document of one token."""
+    flash = use_flash_attention(monkeypatch, only_half=False)
+    pack = {"input_ids": list(range(128)), "seq_lengths": [30, 1, 45, 52]}
+    inputs = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)([pack])
+    small_qwen3("flash_attention_2")(**inputs)
+    assert len(flash.varlen_calls) == 2 and flash.dense_calls == 0  # two layers
+    for call in flash.varlen_calls:
+        assert call.boundaries == [0, 30, 31, 76, 128] and call.longest == 52
+        assert call.shape == (128, 4, 16)
+
+
+def write_documents(path, answer_words):
+    lines = []
+    for number, words in enumerate(answer_words):
+        question = {"role": "user", "content": f"Count to {words}, {number}."}
+        answer = {"role": "assistant", "content": " ".join(str(word) for word in range(words))}
+        lines.append(json.dumps({"messages": [question, answer]}) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture
+def documents(tmp_path):
+    """A file of ten conversations, from a few tokens to a hundred."""
+    return write_documents(tmp_path / "ten.jsonl", ANSWER_WORDS)
+
+
+def count_tokens(path, tokenizer_folder):
+    """The tokens of each conversation of a file, by transformers."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    template = TEMPLATE.read_text()
+    lengths = []
+    for line in path.read_text().splitlines():
+        messages = json.loads(line)["messages"]
+        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        lengths.append(len(tokenizer(text)["input_ids"]))
+    return lengths
+
+
+@pytest.fixture
+def first_step(run_recipe, hook, documents):
+    """first_step(recipe, out, *flags): loss and gradients of one optimizer step over the ten documents."""
+
+    def step(recipe, out, *flags):
+        return read(run_recipe(recipe, *hook(GRADIENTS), "--dataset_name", documents, *FIXED, *flags, out=out))
+
+    return step
+
+
+STEPS_ALONE = {}  # by recipe and precision
+
+
+@pytest.fixture
+def alone(first_step):
+    """alone(recipe, precision): the step with each document in a row of its own, by sdpa, activations kept."""
+
+    def step(recipe, precision):
+        key = (recipe, precision)
+        if key not in STEPS_ALONE:
+            flags = [*ALONE, *PRECISIONS[precision], "--activation_checkpointing", "false"]
+            STEPS_ALONE[key] = first_step(recipe, "alone", *flags)
+        return STEPS_ALONE[key]
+
+    return step
+
+
+CASES = [("qwen3_full", "fp32"), ("qwen3_qlora", "bf16")]
+CASES += [
+    pytest.param("qwen3_full", "bf16", marks=pytest.mark.long),
+    pytest.param("qwen3_qlora", "fp32", marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+@pytest.mark.parametrize(("recipe", "precision"), CASES)
+def test_flash_attention_keeps_packs_apart(
+    first_step, alone, demo, documents, monkeypatch, recipe, precision, checkpointing
+):
+    """In a run of the recipe: the boundaries are the documents', loss and gradients those of each alone."""
+    oracle = alone(recipe, precision)
+    flash = use_flash_attention(monkeypatch, only_half=precision == "bf16")
+    flags = [*PACKED, *PRECISIONS[precision], "--attn_implementation", "flash_attention_2"]
+    packed = first_step(recipe, "packed", *flags, "--activation_checkpointing", checkpointing)
+    gaps = difference(oracle, packed)
+    assert packed[2] < len(ANSWER_WORDS), "nothing was packed"
+    assert oracle[1].norm() > 1 and max(gaps) < LIMITS[precision], gaps
+
+    calls = [call for call in flash.varlen_calls if call.shape[1] == HEADS]  # not the probe's, of fewer heads
+    times = 2 if checkpointing == "true" else 1  # a layer is run again for its gradients
+    assert len(calls) == packed[2] * HEADS * times and flash.dense_calls > 0  # the probe's documents alone
+    lengths = Counter()
+    for call in calls:
+        for start, end in zip(call.boundaries, call.boundaries[1:], strict=False):
+            lengths[end - start] += 1
+    expected = Counter(count_tokens(documents, demo / "init"))
+    assert {length: count / (HEADS * times) for length, count in lengths.items()} == expected
+    if precision == "bf16":
+        assert {call.dtype for call in calls} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("checkpointing", ["true", pytest.param("false", marks=pytest.mark.long)])
+@pytest.mark.parametrize(("recipe", "precision"), CASES)
+def test_flex_attention_keeps_packs_apart(first_step, alone, monkeypatch, recipe, precision, checkpointing):
+    """Its dense form, forward and backward."""
+    oracle = alone(recipe, precision)
+    use_dense_flex_attention(monkeypatch)
+    flags = [*PACKED, *PRECISIONS[precision], "--attn_implementation", "flex_attention"]
+    packed = first_step(recipe, "packed", *flags, "--activation_checkpointing", checkpointing)
+    gaps = difference(oracle, packed)
+    assert packed[2] < len(ANSWER_WORDS), "nothing was packed"
+    assert oracle[1].norm() > 1 and max(gaps) < LIMITS[precision], gaps
+
+
+# -- the probe, with each attention -----------------------------------------------------------------------------------
+def qwen3_config():
+    return Qwen3Config(architectures=["Qwen3ForCausalLM"])
+
+
+ATTENTIONS = ["eager", "sdpa", "flex_attention", "flash_attention_2"]
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_the_probe_sees_what_each_attention_does(attention, monkeypatch):
+    """flash-attn takes no float32, so that its probe runs in bfloat16."""
+    flash = use_flash_attention(monkeypatch)
+    use_dense_flex_attention(monkeypatch)
+    probe = packing.probe_packing(qwen3_config(), attention, CPU)
+    assert not probe.leaks and probe.gap < probe.limit / 2
+    if attention == "flash_attention_2":
+        assert {tuple(call.boundaries) for call in flash.varlen_calls} == {(0, 20, 40)}
+
+    run_documents = packing.run_documents
+
+    def run_without_boundaries(model, device, input_ids, **_):
+        return run_documents(model, device, input_ids=input_ids)
+
+    monkeypatch.setattr(packing, "run_documents", run_without_boundaries)
+    leak = packing.probe_packing(qwen3_config(), attention, CPU)
+    assert leak.leaks and leak.gap == leak.joined_gap
+
+
+def test_the_probe_sees_flash_attention_over_boundaries(monkeypatch):
+    """A kernel that takes a pack for one document."""
+
+    def attend_over(self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **kwargs):
+        return self.flash_attn_func(q[None], k[None], v[None], **kwargs)[0]
+
+    monkeypatch.setattr(FlashAttention, "flash_attn_varlen_func", attend_over)
+    use_flash_attention(monkeypatch)
+    assert packing.probe_packing(qwen3_config(), "flash_attention_2", CPU).leaks
+
+
+@pytest.mark.long
+def test_the_probe_with_compiled_flex_attention():
+    """By Inductor, which makes C++ of it here; head_dim 128, since torch 2.13's is wrong at 16 on a CPU."""
+    config = qwen3_config()
+    config.head_dim = 128
+    probe = packing.probe_packing(config, "flex_attention", CPU)
+    assert not probe.leaks and probe.gap < probe.limit / 2
+
+
+# -- how often flex attention is compiled -----------------------------------------------------------------------------
+DYNAMO_LIMIT = 8  # its own
+
+
+@pytest.fixture
+def dynamo(monkeypatch):
+    """Dynamo without a compiler behind it, with nothing compiled yet and its own limit."""
+    use_eager_compiler(monkeypatch)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch.compiler.config.patch(recompile_limit=DYNAMO_LIMIT):
+        yield
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def test_packs_of_changing_length_are_compiled_a_few_times(dynamo):
+    """For the first length, for any length, for one document, and for these again within one block of 128 tokens."""
+    model = small_qwen3("flex_attention", layers=1).base_model
+    counts = []
+    for lengths in ([200, 300], [150, 280], [300, 211, 20], [511], [60, 30], [77], [128, 128], [256]):
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        model(input_ids=torch.zeros_like(positions), position_ids=positions, use_cache=False)
+        counts.append(count_compiled())
+    assert counts[0] == 1 and counts[-1] <= 6 and not hit_the_limit(), counts
+
+
+GENERATE = """
+import torch
+from tests.helpers.cuda_references import count_compiled
+from pathlib import Path
+from transformers import TrainerCallback
+
+
+class Generate(TrainerCallback):
+    def __init__(self, trainer):
+        self.path = Path(trainer.args.output_dir, "compiled")
+
+    def note(self, name):
+        with self.path.open("a") as file:
+            file.write(f"{name} {count_compiled()}\\n")
+
+    def on_step_end(self, args, state, control, **_):
+        self.note("step")
+
+    def on_evaluate(self, args, state, control, model=None, **_):
+        self.note("evaluation")
+        if state.global_step == 2:
+            return
+        model.eval()
+        for length in (5, 40, 130):
+            for rows in (1, 2):
+                ids = torch.full((rows, length), 7)
+                mask = torch.ones_like(ids)
+                mask[0, : rows - 1] = 0
+                model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        model.train()
+        self.note("generation")
+"""
+
+
+@pytest.mark.long
+def test_a_run_with_flex_attention_stays_below_the_limit(dynamo, run_recipe, hook, tmp_path):
+    """Training and evaluation stay within Dynamo's own limit of 8; generation between them goes beyond it."""
+    rows = write_documents(tmp_path / "rows.jsonl", [number * number * 7 % 60 + 1 for number in range(30)])
+    flags = ["--dataset_name", rows, "--eval_rows", 8, "--max_length", 256, "--global_batch_size", 2]
+    flags += ["--max_steps", 6, "--eval_strategy", "steps", "--eval_steps", 2]
+    folder = run_recipe("qwen3_full", *hook(GENERATE), *flags, "--attn_implementation", "flex_attention")
+    counts = {}
+    for line in (folder / "compiled").read_text().splitlines():
+        name, count = line.split()
+        counts.setdefault(name, []).append(int(count))
+    print(counts)
+    assert len(counts["evaluation"]) == 3 and counts["evaluation"][1] <= DYNAMO_LIMIT
+    assert DYNAMO_LIMIT < counts["generation"][-1] <= devices.RECOMPILE_LIMIT / 2
+    assert torch.compiler.config.recompile_limit == devices.RECOMPILE_LIMIT and not hit_the_limit()
+
+
+def test_the_limit_is_raised_for_flex_attention_alone():
+    raised = devices.RECOMPILE_LIMIT
+    for before, attention, after in ((8, "sdpa", 8), (8, "flex_attention", raised), (99, "flex_attention", 99)):
+        training_args = SFTConfig(use_cpu=True, model_init_kwargs={"attn_implementation": attention})
+        with torch.compiler.config.patch(recompile_limit=before):
+            devices.prepare_gpu(training_args)
+            assert torch.compiler.config.recompile_limit == after
+        assert training_args.model_init_kwargs == {"attn_implementation": attention}
+
+
+# -- PEFT's 4-bit layer under CUDA's autocast -------------------------------------------------------------------------
+def test_adapters_on_4_bit_layers_under_autocast(run_recipe, documents, monkeypatch):
+    """PEFT asks torch.is_autocast_enabled(), CUDA's, and casts by itself where that is off, as on a CPU.
+
+    Asked for the CPU's, it takes the branch that it takes on a GPU: the same adapters, bit for bit.
+    """
+    flags = [*PACKED, "--lora_dropout", 0, "--dataset_name", documents, "--eval_rows", 0, "--max_steps", 3]
+    adapters = [load_file(run_recipe("qwen3_qlora", *flags, out="cast") / "adapter_model.safetensors")]
+    is_enabled = torch.is_autocast_enabled
+    answers = []
+
+    def ask_the_cpu(*device_type):
+        if device_type:
+            return is_enabled(*device_type)
+        answers.append(is_enabled("cpu"))
+        return answers[-1]
+
+    monkeypatch.setattr(torch, "is_autocast_enabled", ask_the_cpu)
+    adapters.append(load_file(run_recipe("qwen3_qlora", *flags, out="autocast") / "adapter_model.safetensors"))
+    assert len(answers) > 100 and all(answers)
+    for name, weight in adapters[0].items():
+        assert weight.abs().sum() > 0 and torch.equal(weight, adapters[1][name]), name
+
+
+# -- one process, one GPU ---------------------------------------------------------------------------------------------
+@pytest.fixture
+def gpus(monkeypatch):
+    """gpus(count, **settings): an SFTConfig in one process that sees so many GPUs."""
+    AcceleratorState._reset_state(True)
+
+    def make(count, **settings):
+        pretend_gpus(monkeypatch, count)
+        settings.setdefault("model_init_kwargs", {"attn_implementation": "sdpa"})
+        return SFTConfig(bf16=False, **settings)
+
+    yield make
+    AcceleratorState._reset_state(True)
+
+
+def loaded_with(model_init_kwargs):
+    """The device_map that TRL loads a model with."""
+    architecture = mock.Mock()
+    create_model_from_path("owner/model", architecture, **model_init_kwargs)
+    return architecture.from_pretrained.call_args.kwargs["device_map"]
+
+
+def test_one_process_loads_on_its_one_gpu(gpus):
+    training_args = gpus(1)
+    assert training_args.device == torch.device("cuda:0")
+    assert loaded_with(training_args.model_init_kwargs) == "auto"  # TRL's own choice
+    devices.check_visible_gpus(training_args)
+    devices.prepare_gpu(training_args)
+    assert loaded_with(training_args.model_init_kwargs) == {"": 0}
+
+
+def test_two_gpus_and_one_process_are_refused(gpus):
+    training_args = gpus(2)
+    with pytest.raises(UsageError) as error:
+        devices.check_visible_gpus(training_args)
+    sentence = str(error.value)
+    assert sentence.startswith("2 GPUs are visible to one process: ")
+    for remedy in ("accelerate_configs/ddp_8gpu.yaml --num_processes 2", "CUDA_VISIBLE_DEVICES=0 before"):
+        assert remedy in sentence
+    assert (REPO / "accelerate_configs" / "ddp_8gpu.yaml").is_file()
+
+
+def test_layers_are_spread_by_choice(gpus):
+    choice = {"attn_implementation": "sdpa", "device_map": "auto"}
+    training_args = gpus(2, model_init_kwargs=dict(choice))
+    devices.check_visible_gpus(training_args)
+    devices.prepare_gpu(training_args)
+    assert training_args.model_init_kwargs == choice
+
+
+def test_a_run_that_sees_two_gpus_ends_before_anything_is_loaded(gpus, run_recipe):
+    gpus(2)
+    with pytest.raises(UsageError, match="2 GPUs are visible to one process"):
+        run_recipe("qwen3_full", "--use_cpu", "false", "--bf16", "false", "--model_name_or_path", "no/such")
+
+
+def test_what_the_automatic_map_would_do(monkeypatch):
+    """The reason for both: transformers spreads over two GPUs, and from a GPU in use to main memory."""
+    model = small_qwen3("sdpa", layers=8).to("meta")
+    size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+
+    def place(free_memory, quantizer=None):
+        """The devices that get layers."""
+        monkeypatch.setattr(device_maps, "get_max_memory", lambda given=None: dict(given or free_memory))
+        placed = device_maps._get_device_map(model, "auto", None, quantizer)
+        return set(placed.values())
+
+    assert place({0: 10 * size, 1: 10 * size, "cpu": 10 * size}) == {0, 1}
+    assert place({0: 10 * size, "cpu": 10 * size}) == {0}
+    in_use = {0: size // 2, "cpu": 10 * size}
+    assert "cpu" in place(in_use)
+    quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True))
+    with pytest.raises(ValueError, match="Some modules are dispatched on the CPU"):
+        place(in_use, quantizer)
+
+
+# -- Triton -----------------------------------------------------------------------------------------------------------
+SHARED_MEMORY = {"89": 101_376, "90": 232_448, "120": 101_376}  # bytes a block may take (CUDA C++ programming guide)
+TRL_KERNELS = {"_forward_kernel", "_backward_kernel"}
+LIGER_KERNELS = {"_rms_norm_forward_kernel", "_rms_norm_backward_kernel", "_triton_rope", "_triton_rope backward"}
+LIGER_KERNELS |= {"_swiglu_forward_kernel", "_swiglu_backward_kernel"}
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None,
+    reason="Triton is absent: torch's CUDA wheel brings it, on a CPU pip install liger-kernel (1 GB with Triton)",
+)
+
+
+def run_kernels(mode, **environment):
+    command = [sys.executable, REPO / "tests" / "helpers" / "triton_kernels.py", mode]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@needs_triton
+def test_triton_kernels_compute_what_torch_does():
+    """TRL's head against full logits, and Qwen3 with Liger's layers against transformers' own, in fp32."""
+    result = run_kernels("interpret", TRITON_INTERPRET="1")
+    assert max(result["head"].values()) < 1e-5, result
+    if find_spec("liger_kernel") is None:
+        pytest.skip("liger-kernel is absent (requirements-gpu.txt): its layers were not run, TRL's head was")
+    liger = result["liger"]
+    assert liger["layers"]["Qwen3RMSNorm"] == "LigerRMSNorm.forward"
+    assert liger["layers"]["Qwen3MLP"] == "LigerSwiGLUMLP.forward"
+    assert max(liger["loss"], liger["gradient"]) < 1e-5
+
+
+@needs_triton
+def test_triton_kernels_compile_for_each_card(tmp_path):
+    """At Qwen3-4B's widths, for an RTX 40, an H100 and an RTX 50; a block's shared memory fits each."""
+    result = run_kernels("compile", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+    expected = set(TRL_KERNELS)
+    if find_spec("liger_kernel") is not None:
+        expected |= LIGER_KERNELS
+    assert result.keys() == expected
+    for name, shared in result.items():
+        assert shared.keys() == SHARED_MEMORY.keys()
+        for architecture, size in shared.items():
+            assert size <= SHARED_MEMORY[architecture], (name, architecture)
