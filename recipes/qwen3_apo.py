@@ -306,7 +306,9 @@ def load_policy(
         raise ValueError("--adapter: full fine-tuning trains no adapter: merge it and pass --model_name_or_path")
     init_kwargs = training_args.model_init_kwargs
     training_args.model_init_kwargs = None  # the trainer loads nothing
-    model = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization, **init_kwargs)
+    if quantization is not None:  # None would stand for "not quantized", whatever the model's config says
+        init_kwargs = init_kwargs | {"quantization_config": quantization}
+    model = AutoModelForCausalLM.from_pretrained(name, **init_kwargs)
     return {"model": PeftModel.from_pretrained(model, script_args.adapter, is_trainable=True)}
 
 

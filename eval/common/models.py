@@ -114,9 +114,9 @@ def load_model(
 
     Raises UsageError.
     """
-    quantization = None
+    kwargs = {}  # AutoModel takes quantization_config=None for "not quantized", whatever the folder's config says
     if load_in_4bit:
-        quantization = BitsAndBytesConfig(
+        kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
@@ -127,11 +127,11 @@ def load_model(
             name,
             dtype=dtype,
             device_map={"": device},
-            quantization_config=quantization,
             use_safetensors=True,
             output_loading_info=True,
+            **kwargs,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         if Path(name).is_dir():
             raise UsageError(f"{name} does not load as a causal language model: {first_line(error)}") from None
         raise UsageError(
