@@ -35,6 +35,7 @@ from data_prep.common.answer_formats import FORMATS
 from data_prep.common.answers import find_family, parse_answer
 from data_prep.common.errors import InvalidRow, UsageError
 from data_prep.common.parsing import parse_tools
+from data_prep.common.yaml_text import load_yaml
 from eval.common.arguments import add_model_arguments, first_line
 from eval.common.models import (
     Prompt,
@@ -427,7 +428,7 @@ def hold_chat(talker: Talker, args: argparse.Namespace) -> None:
 def read_prompts(path: Path) -> list[dict]:
     """Return the prompts of a YAML file. Raises UsageError."""
     try:
-        prompts = yaml.safe_load(path.read_text(encoding="utf-8"))
+        prompts = load_yaml(path)
     except (OSError, yaml.YAMLError) as error:
         raise UsageError(f"{path} is not a readable YAML file ({first_line(error)}): repair it") from None
     if not isinstance(prompts, list):

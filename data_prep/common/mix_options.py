@@ -15,6 +15,7 @@ import yaml
 from .errors import InvalidRow, UsageError
 from .readers import is_dataset_folder
 from .template_arguments import check_without_template
+from .yaml_text import load_yaml
 
 Options = TypeVar("Options")
 
@@ -124,10 +125,7 @@ def read_mix(path: str, pools: str | None, seed: int | None) -> Mix:
 def read_yaml(path: str) -> dict:
     """Return the options of a YAML file, without those left empty. Raises UsageError."""
     try:
-        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
-        node = loader.get_single_node()
-        check_keys(node, path)
-        options = loader.construct_document(node) if node is not None else None
+        options = load_yaml(path)
     except OSError as error:
         raise UsageError(
             f"{path}: cannot be read ({error.strerror}): pass a mix like those of data_prep/mixes"
@@ -139,22 +137,6 @@ def read_yaml(path: str) -> dict:
     if not isinstance(options, dict):
         raise UsageError(f"{path}: names no sources: pass a mix like those of data_prep/mixes")
     return {name: value for name, value in options.items() if value is not None or name == "validation"}
-
-
-def check_keys(node: yaml.Node | None, path: str) -> None:
-    """Raise UsageError where a key stands twice in one mapping: YAML would take the last one without a word."""
-    if isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            check_keys(item, path)
-    elif isinstance(node, yaml.MappingNode):
-        keys = set()
-        for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in keys:
-                    line = key.start_mark.line + 1
-                    raise UsageError(f"{path}:{line}: {key.value} stands twice: leave one of the two out")
-                keys.add(key.value)
-            check_keys(value, path)
 
 
 def check_json(value: object, location: str) -> None:

@@ -10,7 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import yaml
+
 from .errors import UsageError
+from .yaml_text import load_yaml
 
 
 @dataclass
@@ -139,10 +142,8 @@ def is_light(node: ast.stmt) -> bool:
 
 def read_yaml(path: str | Path) -> dict[str, object]:
     """Return the names and values of a YAML file, as --config takes it. Raises UsageError."""
-    import yaml
-
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = load_yaml(path)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}): pass a YAML file as --config") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

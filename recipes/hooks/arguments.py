@@ -3,10 +3,12 @@
 import difflib
 import sys
 from dataclasses import field, fields, make_dataclass
-from pathlib import Path
 
 import trl
 import yaml
+
+from data_prep.common.errors import UsageError
+from data_prep.common.yaml_text import load_yaml
 
 from .messages import refuse
 
@@ -104,11 +106,13 @@ class TrlParser(trl.TrlParser):
             self.error("--config: needs a YAML file")
         path = words[place]
         try:
-            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            settings = load_yaml(path)
         except OSError as error:
             self.error(f"--config {path}: cannot be read ({error.strerror})")
         except (UnicodeDecodeError, yaml.YAMLError) as error:
             self.error(f"--config {path}: is no YAML ({' '.join(str(error).split())})")
+        except UsageError as error:
+            self.error(f"--config {error}")
         if not isinstance(settings, dict):
             self.error(f"--config {path}: is no YAML mapping of names to values")
         for name in settings:

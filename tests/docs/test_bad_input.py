@@ -115,6 +115,7 @@ def test_flags(refuse, flags, words):
         ("gradient_accumulation_steps: 2\n", ["--global_batch_size"]),
         ("- a list\n", ["mapping"]),
         ("a: [\n", ["run.yaml"]),
+        ("lora_r: 8\nseed: 1\nlora_r: 64\n", ["run.yaml:3: lora_r stands twice"]),
     ],
 )
 def test_yaml(refuse, tmp_path, text, words):
