@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from data_prep.common.errors import UsageError
-from data_prep.common.quiet import hide_progress_bars, silence
+from data_prep.common.quiet import hide_progress_bars
 from eval.common.arguments import TIMEOUT, first_line
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 SHOWN_PROMPT = 40  # characters of a prompt in a message
 LOGIT_ROWS = 2048  # padded tokens a forward pass: 2,048 x 151,936 x 4 bytes = 1.2 GB of float32 logits for Qwen3
 
-silence()  # before PEFT is imported, which brings bitsandbytes
 hide_progress_bars()
 
 

@@ -54,3 +54,10 @@ def test_a_command_on_an_adapter_says_nothing_but_its_own(tmp_path):
     environment = {name: value for name, value in MODULES.items() if name != "PYTHONWARNINGS"}
     done = subprocess.run([*words, "--max_new_tokens", "4"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
+
+
+def test_messages_are_left_out_before_any_library_is_imported():
+    code = "import logging, sys, eval; names = {'transformers', 'bitsandbytes', 'peft', 'torch'} & set(sys.modules); "
+    code += "print(names, len(logging.getLogger('bitsandbytes.backends.cpu.ops').filters))"
+    done = subprocess.run([sys.executable, "-c", code], env=MODULES, capture_output=True, text=True, check=True)
+    assert done.stdout == "set() 1\n"

@@ -117,7 +117,10 @@ def explain_unknown(rows: list[dict]) -> str:
         return "they are empty, or no objects: pass JSON objects, one a line"
     if set(rows[0]) == {"text"}:
         return "plain text has no turns: a recipe trains it as it is, with --assistant_only_loss false"
-    columns = ", ".join(present_columns(rows[0]))[:300]
+    present = {}  # in the order of the file; a column may be empty in the first row
+    for row in rows:
+        present |= dict.fromkeys(present_columns(row))
+    columns = ", ".join(present)[:300]
     if {"message_id", "parent_id", "text", "role"} <= rows[0].keys():
         return FLAT
     if not {"role", "from"}.isdisjoint(rows[0]):
