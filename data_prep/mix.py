@@ -19,8 +19,9 @@ The steps: rows that are equal (same turns but for blanks, same tools and templa
 source wins (dedup: false keeps all); validation is chosen by prompt, so that a prompt stands on one side only, and the
 think and no_think twins of a prompt stay together; then the train side is mixed, so that oversampling survives:
   interleave   weights are shares of the result, evenly spread; it ends where the first source is used up (stop:
-               first_exhausted) or, repeating sources, where the last is (all_exhausted); `epochs` passes over a source
-               are allowed before it counts as used up, 1.5 is a pass and half of another
+               first_exhausted) or, repeating sources, where the last is (all_exhausted), or goes on with the rest
+               until each is, none repeated (each_exhausted: all rows, weights are shares as long as all last);
+               `epochs` passes over a source are allowed before it counts as used up, 1.5 is a pass and half of another
   resample     weights are shares; rows are drawn with replacement, 0.9 of all where no size is given
   subsample    a weight is the share of that source which is kept (SmolLM3's), the same prompts in every source,
                `epochs` times
@@ -70,6 +71,7 @@ from data_prep.common.splitting import choose_validation, order_by_prompt
 from data_prep.common.writer import ChunkResult, DatasetWriter, EncodedRows, LinesFile, encode_rows, explain_os_errors
 
 VALIDATION = "validation"
+MOST_VALUES = 40  # lines of a table of the card
 LEFT_OUT = "validation split left out"
 REFUSALS = ("", "not asked for", "template refuses the row", LEFT_OUT)
 
@@ -546,7 +548,8 @@ def print_reports(reports: list[SourceReport]) -> None:
 
 
 def make_card(name: str, mix: Mix, rows: Rows, plan: Plan) -> str:
-    """Return Markdown: the train split by source and mode (SmolLM3's table), by language and by turns."""
+    """Return Markdown: the train split by source of the mix and mode (SmolLM3's table), by language, and by the source
+    that each row names, as Blossom's WildChat to Ruozhiba."""
     facts = rows.facts[plan.train.rows]
     has_tokens = bool(rows.facts["tokens"].any())
     heads = ["source", "mode", "rows", "% rows"]
@@ -575,11 +578,24 @@ def make_card(name: str, mix: Mix, rows: Rows, plan: Plan) -> str:
         )
     else:
         lines.append("Tokens are not counted: `--recipe` counts them.")
-    lines += ["", "| language | rows | % rows |", "|---|---|---|"]
-    languages = Counter(rows.column("lang").take(pa.array(plan.train.rows)).to_pylist())
-    for language, count in sorted(languages.items(), key=lambda item: (-item[1], item[0])):
-        lines.append(f"| {language} | {count:,} | {count / len(facts):.1%} |")
+    lines += count_values("language", rows.column("lang"), plan)
+    lines += count_values("source of the rows", rows.column("source"), plan)
     return "\n".join(lines) + "\n"
+
+
+def count_values(title: str, column: pa.Array, plan: Plan) -> list[str]:
+    """Return the lines of a table of the train rows by the values of a column, the most frequent first."""
+    lines = ["", f"| {title} | rows | % rows |", "|---|---|---|"]
+    counts = Counter(column.take(pa.array(plan.train.rows)).to_pylist())
+    total = max(1, counts.total())
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    for value, count in ordered[:MOST_VALUES]:
+        lines.append(f"| {value} | {count:,} | {count / total:.1%} |")
+    rest = ordered[MOST_VALUES:]
+    if rest:
+        count = sum([count for _, count in rest])
+        lines.append(f"| {len(rest):,} others | {count:,} | {count / total:.1%} |")
+    return lines
 
 
 def card_line(title: str, mode: str, group: np.ndarray, facts: np.ndarray, has_tokens: bool) -> str:

@@ -49,6 +49,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from types import NoneType
 
 from data_prep.common.chunks import ROWS, Chunk
 from data_prep.common.command_line import add_num_proc, format_counts, make_parser, run_command
@@ -72,7 +73,7 @@ from data_prep.common.rows import Row, check_encodable, check_messages, find_con
 from data_prep.common.sources import MADE, SOURCES
 from data_prep.common.sources.chats import TURN_COLUMNS, holds_list
 from data_prep.common.sources.detect import FIRST_ROWS, MAP_ANYTHING, as_object, detect_source, suggest_source
-from data_prep.common.sources.exchange import SYSTEM_KEYS
+from data_prep.common.sources.exchange import LABEL_COLUMNS, SYSTEM_KEYS, scalar_text
 from data_prep.common.sources.fields import MAPPED, lacking_columns, mapped_columns, read_mapped, replaced_keys
 from data_prep.common.sources.spelling import is_validation_word, read_word_list
 from data_prep.common.writer import ChunkResult, DatasetWriter, encode_rows, row_location
@@ -124,13 +125,26 @@ def to_row(
         row["tools"] = tools
     row["chat_template_kwargs"] = kwargs
     row["source"] = str(found.get("source") or source)
-    row["tags"] = tags
+    row["tags"] = [*tags, *label_tags(found)]
     lang = found.get("lang") or SOURCES[source].language
     row["lang"] = str(lang or detect_language(conversation_text(turns)))
     check_encodable(row)
     if keys_not_kept is not None:
         count_keys(keys_not_kept, raw, source, unread, found.get("not_kept", ()), flags)
     return row
+
+
+def label_tags(found: dict) -> list[str]:
+    """Return the tags of a row's columns domain and difficulty: "domain: math". Raises InvalidRow."""
+    tags = []
+    for name in LABEL_COLUMNS:
+        value = found.get(name)
+        for label in value if isinstance(value, list) else [value]:
+            if isinstance(label, bool) or not isinstance(label, (str, int, float, NoneType)):
+                raise InvalidRow("field of another type", f"{name} must be text or a number")
+            if not is_empty(label):
+                tags.append(f"{name}: {scalar_text(label)}")
+    return tags
 
 
 def read_template_kwargs(found: dict) -> object:

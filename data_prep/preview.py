@@ -23,7 +23,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from tqdm import tqdm
 
 from data_prep.common.command_line import make_parser, run_command
@@ -52,6 +51,8 @@ from data_prep.common.recipe_rows import load_rows
 from data_prep.common.recipe_settings import FLAGS, Settings, add_recipe_flags, read_settings, require_named_mask
 from data_prep.common.rendering import Renderer, Span, load_renderer
 from data_prep.common.rows import get_turns
+from data_prep.common.step_counts import advise_steps
+from data_prep.common.terminal import make_console
 from data_prep.common.tokens import iter_documents
 from data_prep.common.writer import write_text
 
@@ -125,6 +126,9 @@ def describe_steps(plan: Plan, settings: Settings) -> str:
     else:
         noun = "epoch" if settings.num_train_epochs == 1 else "epochs"
         text = f"{plan.steps_per_epoch:,} an epoch, {settings.num_train_epochs:g} {noun}"
+        advice = advise_steps(plan.steps, settings.global_batch_size)
+        if advice:
+            text = f"{advice}; {text}"
     if plan.left_out:
         text += f", {plan.left_out:,} that fill no step left out"
     units = "rows" if plan.packs is None else "packs"
@@ -191,7 +195,7 @@ def run(args: argparse.Namespace) -> int:
         report = make_report(totals, plan, settings, measured.rows, verdict, loaded.note)
         write_text(args.report, json.dumps(report, ensure_ascii=False, default=str) + "\n")
     try:
-        print_preview(Console(highlight=False, markup=False, emoji=False), preview)
+        print_preview(make_console(), preview)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

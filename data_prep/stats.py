@@ -10,7 +10,8 @@ are. `context` are tokens that are not trained, `response` those that are. OUT b
 report.json (what the table says, and lengths by power of two), rejected.jsonl (rows that cannot be rendered).
 
 The recommended max_length is the smallest that leaves at least --keep of all answer tokens and cuts the answers of at
-most 1% of the rows (--max_cut), which is what recipes/hooks lets pass.
+most 1% of the rows (--max_cut), which is what recipes/hooks lets pass. Where it is longer than the recipe's own, the
+longest that the recipe's card holds by prediction (python -m eval.fit; the card of its first line, or --gpu) bounds it.
 
 Exit 0: done. 1: no row can be measured. 2: bad input, one sentence.
 """
@@ -28,6 +29,7 @@ import numpy as np
 from data_prep.common.chunks import Chunk
 from data_prep.common.command_line import add_num_proc, make_parser, run_command
 from data_prep.common.errors import UsageError
+from data_prep.common.gpu_cards import find_card
 from data_prep.common.json_text import dump_json_lenient
 from data_prep.common.packing import pack_lengths
 from data_prep.common.parallel import parallel_map
@@ -62,6 +64,7 @@ from data_prep.compile import (
 )
 
 LIMITS = [1 << power for power in range(9, 18)]  # 512 to 131,072
+MOST_TICKS = 8  # labels of the picture, which would overlap
 PARTS = ("length", "context", "response")  # of a row: whole, what is not trained, what is
 
 
@@ -184,6 +187,49 @@ def recommend(figures: dict, keep: float, max_cut: float) -> tuple[int, str]:
     )
 
 
+@dataclass
+class Bound:
+    """The longest max_length that a card holds, None where nothing says so, and what to print of it."""
+
+    length: int | None
+    sentence: str
+
+
+def find_bound(args: Namespace, settings: Settings, limit: int) -> Bound | None:
+    """Return the bound of a length that is longer than the recipe's own; None where it is not. Raises UsageError."""
+    own = read_settings(args.recipe, args.config).max_length
+    if args.gpu is None and own is not None and limit <= own:
+        return None
+    fit = f"python -m eval.fit {args.recipe} --gpu NAME"
+
+    from data_prep.common.gpu_lengths import find_longest_length, find_recipe_card  # torch, TRL: 5 s
+
+    card = find_card(args.gpu) if args.gpu else find_recipe_card(args.recipe)
+    if card is None:
+        return Bound(None, f"{Path(args.recipe).name} names no single card: {fit} says what length one holds")
+    try:
+        longest = find_longest_length(args.recipe, args.config, settings, limit, card)
+    except UsageError as error:
+        return Bound(None, f"whether a {card.name} holds {limit:,} tokens cannot be predicted: {error}")
+    if longest >= limit:
+        return Bound(longest, f"a {card.name} holds packs of {limit:,} tokens, by prediction")
+    return Bound(longest, f"a {card.name} holds at most {longest:,} tokens, by prediction ({fit} for others)")
+
+
+def recommend_within(figures: dict, wanted: int, bound: Bound) -> tuple[int | None, str]:
+    """Return (max_length, sentence): the longest of the table within a bound below the wanted one, None for none."""
+    fitting = [cut for cut in figures["max_lengths"] if cut["max_length"] <= bound.length]
+    if not fitting:
+        return None, f"max_length {wanted:,} would fit the rows, but {bound.sentence}"
+    cut = fitting[-1]
+    trained = max(1, figures["response_tokens"])
+    left = 1 - cut["response_tokens_cut"] / trained
+    return cut["max_length"], (
+        f"max_length {cut['max_length']:,}: {wanted:,} would fit the rows, but {bound.sentence}; it keeps "
+        f"{left:.2%} of the answer tokens and cuts the answers of {cut['answers_cut']:,} of {figures['rows']:,} rows"
+    )
+
+
 def format_table(figures: dict) -> Iterator[str]:
     """Yield the lines of the table for the terminal."""
     rows = figures["rows"]
@@ -209,12 +255,15 @@ def format_table(figures: dict) -> Iterator[str]:
 
 
 def draw(found: Lengths, limit: int, path: Path) -> None:
-    """Draw a histogram of row lengths and, below it, what share of rows and of tokens no longer row holds."""
+    """Draw a histogram of row lengths and, below it, what share of rows and of tokens no longer row holds.
+
+    4.5 inches wide: where 400 pixels show it, the labels are still twelve pixels high.
+    """
     from matplotlib.figure import Figure
 
     lengths, rows = found.values("length")
     answer_lengths, answers = found.values("response")
-    figure = Figure(figsize=(8, 7), layout="constrained")
+    figure = Figure(figsize=(4.5, 5), layout="constrained")
     top, below = figure.subplots(2, 1, sharex=True)
     shortest = max(1, answer_lengths[0])  # an answer is shorter than its row
     edges = np.geomspace(shortest, max(2, lengths[-1] + 1), 60)
@@ -225,15 +274,16 @@ def draw(found: Lengths, limit: int, path: Path) -> None:
     below.step(lengths, np.cumsum(rows) / rows.sum(), where="post", color="#4c78a8", label="rows")
     shares = np.cumsum(lengths * rows) / max(1, (lengths * rows).sum())
     below.step(lengths, shares, where="post", color="#54a24b", linestyle="--", label="tokens")
-    below.set(xlabel="tokens", ylabel="share of rows, and of tokens in them", xscale="log", ylim=(0, 1.02))
+    below.set(xlabel="tokens", ylabel="share no longer", xscale="log", ylim=(0, 1.02))
     ticks = [1 << power for power in range(18) if shortest / 2 <= 1 << power <= max(lengths[-1], limit) * 1.5]
+    ticks = ticks[:: -(-len(ticks) // MOST_TICKS)]
     below.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks], rotation=45)
     below.minorticks_off()
     for axes in (top, below):
         axes.axvline(limit, color="#e45756", linewidth=1, label=f"max_length {limit:,}")
         axes.legend(frameon=False)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    figure.savefig(path, dpi=200, metadata={"Software": None})
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -244,6 +294,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="file for the figures; written anew")
     parser.add_argument("--keep", type=float, default=0.95, help="share of the answer tokens that must be left (0.95)")
     parser.add_argument("--max_cut", type=float, default=0.01, help="share of rows whose answer may be cut (0.01)")
+    parser.add_argument("--gpu", help="the card that must hold the length, as for eval.fit (default: the recipe's)")
     add_recipe_flags(parser, FLAGS)
     add_num_proc(parser)
     return run_command(parser, stats)
@@ -272,6 +323,12 @@ def stats(args: Namespace) -> int:
         return 1
     figures = summarize(found)
     limit, reason = recommend(figures, args.keep, args.max_cut)
+    bound = find_bound(args, settings, limit)
+    wanted = limit
+    if bound is not None and bound.length is not None and bound.length < limit:
+        limit, reason = recommend_within(figures, limit, bound)
+    elif bound is not None:
+        reason += f"; {bound.sentence}"
     figures |= {"recommended_max_length": limit, "reason": reason}
     if note:
         figures["note"] = note
@@ -284,11 +341,11 @@ def stats(args: Namespace) -> int:
     if args.json:
         write_text(args.json, format_json(report))
     if args.out:
-        save(args.out, report, found, limit)
+        save(args.out, report, found, limit or wanted)
     print(*format_table(figures), reason, sep="\n")
     if note:
         print(note)
-    if settings.max_length and limit > settings.max_length:
+    if settings.max_length and wanted > settings.max_length:
         print(f"{args.recipe} trains at max_length {settings.max_length:,}: {LENGTH_REMEDY}")
     if found.rejected:
         count = len(found.rejected)

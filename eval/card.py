@@ -75,7 +75,7 @@ BENCHMARK_SETS = {  # the hub's data set of a benchmark, or of a metric of one t
 }
 DATA_METRICS = {"reference_tokens"}  # of a report: they say something of the data, not of a model
 DATA_LABELS = ("reference length",)  # the same in report.md
-COUNTS = ("total", "tokens", "fields", "rows")  # what a figure's n is called
+COUNTS = ("questions", "total", "tokens", "fields", "rows")  # what a figure's n is called
 
 
 # -- hashes -----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ of its messages. Without a schema only validity and fields are measured. The tag
 answer is no JSON. A row whose own answer contradicts its tag or does not parse is an error of the data, and counted.
 
 A figure is coloured where the 95% interval of its change, over the pairs of rows, leaves no change out. The reports
-write n, the rows behind a figure, and fold groups of fewer than ten.
+write n, the rows behind a figure (a question asked with and without thinking is one), and fold groups of fewer than
+ten.
 
 Writes report.json, report.md, report.html, answers.jsonl and loss.png to --out. What was measured is kept in OUT/.cache
 by the hash of weights, tokens, settings and versions: run again with one more --tuned, or after a stop, and only what
@@ -43,7 +44,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,6 +52,7 @@ from data_prep.common.answer_formats import GENERIC
 from data_prep.common.answers import find_family
 from data_prep.common.errors import UsageError
 from data_prep.common.run_folder import plot_log, read_log
+from data_prep.common.terminal import STYLES, make_console
 from eval.common import models
 from eval.common.arguments import add_model_arguments, positive
 from eval.common.before_after import (
@@ -74,7 +75,6 @@ from eval.common.scores import command, parser_of, write_files
 FLAGS = ("answer", "answer_tokens", *RATES.values(), "json_equal", "json_fields")  # of each row in answers.jsonl
 WEIGHTS = {"adapter_config.json": "adapter_model.safetensors", "config.json": "model*.safetensors"}
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-COLOURS = {"better": "green", "worse": "red", "": ""}
 PIPE_WIDTH = 90  # columns of a table in a file or a pipe, which has no width: rich would cut it to 80
 PIPE_WIDTH_OF_COLUMN = 20
 NOTES = (
@@ -82,7 +82,8 @@ NOTES = (
     "than six rows.",
     "Change: a ratio for perplexities, a difference for the rest, over the pairs of rows; coloured where its interval "
     "leaves no change out.",
-    "n: rows behind the figure, of the base and of each model where they differ.",
+    "n: rows behind the figure, of the base and of each model where they differ; rows that ask one question with and "
+    "without thinking count once. Intervals are over rows.",
     "Exact match: texts equal behind the thought and the same calls; where the reference ends in `#### x`, the number "
     "by GSM8K's rule. Cut answers: not stopped in budget, or within a thought or call.",
 )
@@ -192,15 +193,14 @@ def print_table(report: dict) -> None:
             title = "" if number else group.title
             cells = [colour_cell(cell) for cell in line.cells]
             table.add_row(title, line.label, *cells, line.n, end_section=number == len(group.lines) - 1)
-    width = None if sys.stdout.isatty() else PIPE_WIDTH + PIPE_WIDTH_OF_COLUMN * len(columns)
-    console = Console(width=width, markup=False, emoji=False, highlight=False)  # a group's name is text, not markup
+    console = make_console(PIPE_WIDTH + PIPE_WIDTH_OF_COLUMN * len(columns))
     console.print(table)
     if describe_few(groups):
         console.print(describe_few(groups), soft_wrap=True)
 
 
 def colour_cell(cell: Cell) -> Text:
-    return Text(str(cell), COLOURS[cell.verdict])
+    return Text(str(cell), STYLES[cell.verdict])
 
 
 def dump_json(value: object, indent: int | None = None) -> str:

@@ -32,10 +32,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
-from rich.console import Console
 from rich.table import Table
 
 from data_prep.common.errors import UsageError
+from data_prep.common.terminal import make_console
 from eval.common.arguments import first_line, positive
 from eval.common.scores import PIPE_WIDTH, command, parser_of, write_files
 
@@ -295,8 +295,7 @@ def show(report: dict) -> None:
         for key in ("time_to_first_token", "latency", "tokens_per_second_of_one"):
             cells.append(format_percentiles(line[key]))
         table.add_row(*cells)
-    width = None if sys.stdout.isatty() else PIPE_WIDTH
-    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
+    make_console(PIPE_WIDTH).print(table)
 
 
 def format_percentiles(percentiles: dict[str, float]) -> str:

@@ -40,13 +40,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from data_prep.common.answers import Answer, find_family, parse_answer
 from data_prep.common.errors import UsageError
+from data_prep.common.terminal import STYLES, make_console
 from eval.common.arguments import first_line, positive
 from eval.common.intervals import rate, rate_change
 from eval.common.metrics import exact_match
@@ -76,7 +76,6 @@ PARAMETERS = {  # of generation_config.json: their names in a Modelfile
     "min_p": "min_p",
     "repetition_penalty": "repeat_penalty",
 }
-STYLES = {"passed": "green", "failed": "bold red"}
 GGUF_MAGIC = b"GGUF"
 GGUF_KINDS = "BbHhIif?saQqd"  # of struct, in the order of the format's numbers
 GGUF_STRING = 8
@@ -412,8 +411,7 @@ def show(report: dict) -> None:
         has_failed = any(sentence.startswith(f"{kind}:") for sentence in report["findings"])
         label = Text(kind, style=STYLES["failed" if has_failed else "passed"])
         table.add_row(label, *format_figures(figures))
-    width = None if sys.stdout.isatty() else PIPE_WIDTH
-    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
+    make_console(PIPE_WIDTH).print(table)
 
 
 def format_figures(figures: dict) -> list[str]:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from data_prep.common.gpu_advice import Advice
+    from data_prep.common.gpu_costs import Schedule
     from data_prep.common.gpu_memory import Prediction
     from data_prep.common.gpu_settings import RunSettings
     from data_prep.common.gpu_speed import Speed
@@ -74,6 +75,7 @@ class Run:
     config_source: str
     engine: Engine
     epochs: float
+    schedule: "Schedule"
 
     @property
     def name(self) -> str:
@@ -118,6 +120,7 @@ def read_arguments(recipe: str, flags: list[str]) -> tuple:
 def read_run(recipe: str, flags: list[str], engine: Engine, args: argparse.Namespace) -> Run:
     """Return what is to be predicted for a recipe, its flags and an engine. Raises UsageError."""
     from data_prep.common.gpu_configs import load_config
+    from data_prep.common.gpu_costs import Schedule
     from data_prep.common.gpu_settings import read_run_settings
 
     script_args, training_args, model_args = read_arguments(recipe, flags)
@@ -131,7 +134,26 @@ def read_run(recipe: str, flags: list[str], engine: Engine, args: argparse.Names
         )
     settings = replace(settings, trained_share=args.trained_share, tokens_per_row=args.tokens_per_row)
     loaded = load_config(settings.model_name_or_path, model_args.model_revision)
-    return Run(recipe, flags, settings, loaded.config, loaded.source, engine, training_args.num_train_epochs)
+    schedule = Schedule(
+        eval_steps=count_steps(training_args.eval_strategy, training_args.eval_steps),
+        save_steps=count_steps(training_args.save_strategy, training_args.save_steps),
+        tokens=script_args.eval_rows * mean_tokens(settings, args),
+    )
+    return Run(recipe, flags, settings, loaded.config, loaded.source, engine, training_args.num_train_epochs, schedule)
+
+
+def count_steps(strategy: str, steps: float | None) -> int | None:
+    """Return every how many steps something happens, None where it is not by a number of steps."""
+    if getattr(strategy, "value", strategy) != "steps" or not steps or steps < 1:
+        return None
+    return int(steps)
+
+
+def mean_tokens(settings: "RunSettings", args: argparse.Namespace) -> int:
+    """Return the tokens of a row."""
+    if args.tokens_per_row:
+        return args.tokens_per_row
+    return int(settings.context) if settings.packing else settings.max_length
 
 
 # -- words ------------------------------------------------------------------------------------------------------------
@@ -254,7 +276,7 @@ def print_speed(console: Console, run: Run, speed: "Speed", card: Card, args: ar
     cards = f"{run.engine.processes} x {card.name}" if run.engine.processes > 1 else card.name
     print_line(console, f"speed      {describe_speed(speed)} tokens/s on {cards}, predicted by counting")
     rows = args.rows or ROWS
-    length = args.tokens_per_row or (settings.max_length if not settings.packing else int(settings.context))
+    length = mean_tokens(settings, args)
     shortest, longest = speed.seconds(rows * length * run.epochs)
     span = f"{describe_seconds(shortest)} to {describe_seconds(longest)}"
     epochs = count(run.epochs, "epoch")
@@ -262,6 +284,39 @@ def print_speed(console: Console, run: Run, speed: "Speed", card: Card, args: ar
     if not args.rows:
         text += " (--rows and --tokens_per_row say yours)"
     print_line(console, text)
+
+
+def describe_share(share: tuple[float, float]) -> str:
+    """Return a range of shares as "2% to 4%", or "2%" where both are one."""
+    low, high = (f"{round_figure(100 * bound):g}%" for bound in share)
+    return low if low == high else f"{low} to {high}"
+
+
+def print_costs(console: Console, run: Run, prediction: "Prediction", card: Card) -> None:
+    """Print what optimizers keep, and what evaluations and saves cost."""
+    from data_prep.common.gpu_costs import DISK, compare_optimizers, cost_of_evaluations, cost_of_saves
+
+    words = []
+    for cost in compare_optimizers(prediction):
+        place = " in pages" if cost.paged else ""
+        words.append(f"{cost.optim} {gib(cost.total)}{place}")
+    trained = prediction.counts.trained / 1e6
+    print_line(console, f"optimizer  states of {trained:,.0f}M trained weights: {', '.join(words)}")
+    evaluation = cost_of_evaluations(prediction, card, run.schedule)
+    if evaluation is not None:
+        fast, slow = evaluation.seconds
+        print_line(
+            console,
+            f"evaluation {fast:.2g} to {slow:.2g} s for {run.schedule.tokens:,} tokens: every {evaluation.steps} steps "
+            f"{describe_share(evaluation.share)} of their time",
+        )
+    save = cost_of_saves(prediction, card, run.schedule)
+    if save is not None:
+        print_line(
+            console,
+            f"save       {save.size / 1e9:.2g} GB, {save.seconds[0]:.2g} s at {DISK / 1e9:g} GB/s, written and read "
+            f"once: every {save.steps} steps {describe_share(save.share)} of their time",
+        )
 
 
 def print_run(run: Run, prediction: "Prediction", card: Card, args: argparse.Namespace) -> None:
@@ -277,6 +332,7 @@ def print_run(run: Run, prediction: "Prediction", card: Card, args: argparse.Nam
     console.print(describe_verdict(prediction, card), soft_wrap=True)
     speed = predict_speed(prediction, card)
     print_speed(console, run, speed, card, args)
+    print_costs(console, run, prediction, card)
     if args.no_advice:
         return
     length = longest_length(run.settings, run.config, run.engine, card)
@@ -306,8 +362,11 @@ def make_console() -> Console:
 # -- other forms ------------------------------------------------------------------------------------------------------
 def to_json(run: Run, prediction: "Prediction", card: Card) -> dict:
     """Return a prediction as plain values: bytes, tokens a second."""
+    from data_prep.common.gpu_costs import compare_optimizers, cost_of_evaluations, cost_of_saves
     from data_prep.common.gpu_speed import predict_speed
 
+    evaluation = cost_of_evaluations(prediction, card, run.schedule)
+    save = cost_of_saves(prediction, card, run.schedule)
     return {
         "kind": "predicted",
         "recipe": run.recipe,
@@ -325,6 +384,9 @@ def to_json(run: Run, prediction: "Prediction", card: Card) -> dict:
         "trained_parameters": prediction.counts.trained,
         "flops_per_token": prediction.work.flops / run.settings.tokens,
         "tokens_per_second": asdict(predict_speed(prediction, card)),
+        "optimizer_bytes": {cost.optim: round(cost.total) for cost in compare_optimizers(prediction)},
+        "evaluation": asdict(evaluation) if evaluation else None,
+        "save": asdict(save) if save else None,
     }
 
 

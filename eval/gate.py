@@ -33,10 +33,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
 from rich.text import Text
 
 from data_prep.common.errors import UsageError
+from data_prep.common.terminal import STYLES, colour, make_console
 from eval.common.gate_rules import Rule, read_rules
 from eval.common.intervals import Figure, Interval, rate_change, unpaired_difference
 from eval.common.metrics import RATES, is_ratio
@@ -46,7 +46,7 @@ BASE = "base"  # the name of the model before training, in report.json and answe
 WORST = 3
 SHOWN = 160  # characters of an answer
 SHOWN_PROMPT = 80
-MARKS = {"passed": ("ok  ", "green"), "failed": ("FAIL", "bold red"), "not measured": ("–   ", "dim")}
+MARKS = {"passed": "ok  ", "failed": "FAIL", "not measured": "–   "}
 
 Metrics = dict[str, dict]  # {metric: {value, low, high, …}}
 
@@ -471,11 +471,10 @@ def list_lines(finding: Finding) -> Iterator[str]:
 
 def print_findings(findings: Sequence[Finding]) -> None:
     """Print the findings, coloured as compare.py's tables are."""
-    console = Console(markup=False, emoji=False, highlight=False)
+    console = make_console()
     for finding in findings:
-        mark, style = MARKS[finding.status]
         first, *others = list_lines(finding)
-        console.print(Text.assemble((mark, style), f" {first}"), soft_wrap=True)
+        console.print(Text.assemble((MARKS[finding.status], STYLES[finding.status]), f" {first}"), soft_wrap=True)
         for line in others:
             console.print(Text(line), soft_wrap=True)
 
@@ -501,9 +500,9 @@ def gate(args: argparse.Namespace) -> int:
     print_findings(findings)
     tally = f"{counts['passed']} met, {counts['failed']} failed, {counts['not measured']} not measured"
     if has_passed:
-        print(f"{model}: passed: {tally}")
+        print(f"{model}: {colour('passed', 'passed')}: {tally}")
         return 0
-    print(f"{model}: failed: {tally}")
+    print(f"{model}: {colour('failed', 'failed')}: {tally}")
     return 1
 
 

@@ -50,13 +50,13 @@ from pathlib import Path
 
 import torch
 import yaml
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from data_prep.common.errors import UsageError
 from data_prep.common.rendering import serving_template
+from data_prep.common.terminal import STYLES, make_console
 from eval.common.arguments import first_line, positive
 from eval.common.lora_weights import (
     Adapter,
@@ -84,8 +84,6 @@ from eval.common.round_trip import (
 )
 from eval.common.scores import PIPE_WIDTH, command, parser_of
 from eval.endpoint import ENGINES, check_engine
-
-STYLES = {"passed": "green", "failed": "bold red"}
 
 
 # -- what is written beside the weights -------------------------------------------------------------------------------
@@ -427,8 +425,7 @@ def show(report: dict, checks: list[Check]) -> None:
             table.add_row(name, label.replace("_", " "), *cells, bound, verdict)
             name = ""
         table.add_section()
-    width = None if sys.stdout.isatty() else PIPE_WIDTH
-    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
+    make_console(PIPE_WIDTH).print(table)
 
 
 def format_figure(value: object) -> list[str]:

@@ -40,11 +40,11 @@ from types import FrameType
 from typing import TYPE_CHECKING
 from unittest import mock
 
-from rich.console import Console
 from rich.table import Table
 
 from data_prep.common.errors import UsageError
 from data_prep.common.run_folder import read_log
+from data_prep.common.terminal import make_console
 from eval.common.scores import PIPE_WIDTH, command, parser_of, write_files
 
 if TYPE_CHECKING:
@@ -519,8 +519,7 @@ def print_table(cells: Cells, title: str) -> None:
     table = Table(*cells.columns, title=title)
     for row in cells.rows:
         table.add_row(*row)
-    width = None if sys.stdout.isatty() else PIPE_WIDTH
-    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
+    make_console(PIPE_WIDTH).print(table)
 
 
 def main(argv: list[str] | None = None) -> int:

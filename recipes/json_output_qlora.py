@@ -6,6 +6,8 @@
 DEFAULTS < --config run.yaml < flags. Out of memory? First --max_length 1024. Rows hold `messages` whose system turn has
 the schema in a <schema> block, and tags: `json` where the answer is JSON and nothing else, `json_negative` where it
 must be none. Negative examples are null for a field that the text does not state, and words where no JSON is asked for.
+
+    (the commands at the head of data_prep/mixes/json_output.yaml)
     python -m data_prep.check data/json_output --recipe recipes/json_output_qlora.py
     python -m eval.compare --base Qwen/Qwen3-4B-Instruct-2507 --tuned runs/json_output_qlora --data data/json_output
 """

@@ -7,12 +7,14 @@ DEFAULTS < --config run.yaml < flags. recipes/README.md#smollm3: what is publish
 The data is made by the commands at the head of data_prep/mixes/smollm3_instruct.yaml.
 """
 
+import importlib.util
 import json
 import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 if (Path(__file__).resolve().parent / "hooks" / "__init__.py").is_file():
     sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -233,14 +235,39 @@ def prepare_weights(trainer: SFTTrainer, model_args: ModelConfig) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-# -- this recipe --
+# -- this recipe: an optimizer from a file, where one is named --
+@dataclass
+class FullArguments(RecipeArguments):
+    optimizer: str | None = field(
+        default=None, metadata={"help": "Python file with `check` and `Factory`, as optimizers/muon.py; else --optim"}
+    )
+
+
+def import_optimizer(path: str) -> ModuleType:
+    """Import a Python file that holds `check(training_args)` and `Factory`, which transformers makes and calls."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def make_parser() -> TrlParser:
-    return TrlParser((RecipeArguments, SFTConfig, ModelConfig), allow_abbrev=False)
+    return TrlParser((FullArguments, SFTConfig, ModelConfig), allow_abbrev=False)
 
 
 def main() -> None:
     parser = make_parser()
     script_args, training_args, model_args = parse_args(parser)
+    optimizer_cls_and_kwargs = None  # what --optim names
+    if script_args.optimizer:
+        if not Path(script_args.optimizer).is_file():
+            parser.error(f"--optimizer {script_args.optimizer}: no such file: pass the path of optimizers/muon.py")
+        optimizer = import_optimizer(script_args.optimizer)
+        try:
+            optimizer.check(training_args)
+        except (AttributeError, ValueError) as error:  # no such function in it, or what it refuses
+            parser.error(f"--optimizer {script_args.optimizer}: {error}")
+        optimizer_cls_and_kwargs = (optimizer.Factory, {"training_args": training_args})
     if hooks:
         hooks.before_load(parser, script_args, training_args, model_args)
     elif training_args.process_index == 0:
@@ -257,6 +284,7 @@ def main() -> None:
         eval_dataset=validation,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
     )
     prepare_weights(trainer, model_args)
     if trainer.processing_class.chat_template:

@@ -28,6 +28,7 @@ import pandas
 import torch
 from accelerate import ParallelismConfig
 from datasets import Dataset, DatasetDict, Json, List, load_dataset, load_from_disk
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
 from trl import ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_quantization_config
 
@@ -239,13 +240,16 @@ def prepare_weights(trainer: SFTTrainer, model_args: ModelConfig) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-# -- this recipe: an optimizer from a file, and the mean of the packs' means --
+# -- this recipe: an optimizer and a tokenizer from elsewhere, and the mean of the packs' means --
 @dataclass
 class Step35Arguments(RecipeArguments):
     optimizer: str = field(
         default="", metadata={"help": "Python file with `check` and `Factory`, as optimizers/muon.py"}
     )
     micro_batch_mean: bool = field(default=False, metadata={"help": "a step's loss is the mean of its packs' means"})
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "instead of the model's, as tokenizers/qwen3 of the released dataset"}
+    )
 
 
 def import_optimizer(path: str) -> ModuleType:
@@ -254,6 +258,35 @@ def import_optimizer(path: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def load_tokenizer(name: str, model_args: ModelConfig) -> PreTrainedTokenizerBase:
+    """Load another tokenizer than the model's. Raises ValueError where its ids are not those that the model learned."""
+    model_name = model_args.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        raise ValueError("no tokenizer there: pass the folder with its tokenizer.json") from None
+    vocabulary = tokenizer.get_vocab()
+    last = max(vocabulary, key=vocabulary.get)
+    config = AutoConfig.from_pretrained(model_name, revision=model_args.model_revision)
+    embeddings = config.get_text_config().vocab_size
+    if vocabulary[last] >= embeddings:
+        raise ValueError(
+            f"its {last} has the id {vocabulary[last]:,}, and {model_name} has {embeddings:,} embeddings: pass the "
+            "snapshot of the model's own family"
+        )
+    try:
+        own = AutoTokenizer.from_pretrained(model_name, revision=model_args.model_revision).get_vocab()
+    except (OSError, ValueError):  # weights alone
+        return tokenizer
+    moved = [token for token, number in vocabulary.items() if own.get(token, number) != number]
+    if moved:
+        raise ValueError(
+            f"{len(moved):,} of its {len(vocabulary):,} tokens have other ids than in {model_name}, as {moved[0]!r}: "
+            f"{vocabulary[moved[0]]:,}, there {own[moved[0]]:,}: pass the snapshot of the model's own family"
+        )
+    return tokenizer
 
 
 def make_parser() -> TrlParser:
@@ -275,6 +308,12 @@ def main() -> None:
     elif training_args.process_index == 0:
         print(f"{RECIPE.name}: recipes/hooks is not beside it: no checks, no verified checkpoints")
     training_args.resume_from_checkpoint = choose_checkpoint(training_args)
+    tokenizer = None  # the model's
+    if script_args.tokenizer_name_or_path:
+        try:
+            tokenizer = load_tokenizer(script_args.tokenizer_name_or_path, model_args)
+        except ValueError as error:
+            parser.error(f"--tokenizer_name_or_path {script_args.tokenizer_name_or_path}: {error}")
 
     train, validation = load_splits(script_args, training_args.seed)
     if hooks:
@@ -284,6 +323,7 @@ def main() -> None:
         training_args,
         train_dataset=train,
         eval_dataset=validation,
+        processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
         optimizer_cls_and_kwargs=(optimizer.Factory, {"training_args": training_args}),

@@ -5,7 +5,7 @@
 
 DEFAULTS < --config run.yaml < flags. Out of memory? First --max_length 2048. Rows hold `messages` and `tools`:
 
-    python -m data_prep.normalize auto raw/tools --out data/tool_calls
+    (the commands at the head of data_prep/mixes/tool_calls.yaml)
     python -m data_prep.check data/tool_calls --recipe recipes/tool_calling_qlora.py
 
 They should show all three: a call, its reply and the answer to that (a triple, never a call alone), several calls in

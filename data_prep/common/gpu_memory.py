@@ -13,7 +13,7 @@ and pages of paged optimizer states, which torch does not count (Prediction.page
 """
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedConfig
 
@@ -65,6 +65,13 @@ def optimizer_bytes(settings: RunSettings, counts: Counts, width: int = 4) -> Op
     return OptimizerBytes(size, temporary=temporary)
 
 
+def state_width(settings: RunSettings, engine: Engine) -> int:
+    """Return the bytes of a number of the trained weights: of the fp32 that engines keep, and of adapters, 4."""
+    if not engine.is_sharded and not settings.use_peft and settings.dtype != "float32":
+        return 2
+    return 4
+
+
 # -- the prediction ---------------------------------------------------------------------------------------------------
 @dataclass
 class Prediction:
@@ -81,6 +88,7 @@ class Prediction:
     paged: float
     counts: Counts
     work: Work
+    forward: Work = field(default_factory=Work)  # of its forward alone, as an evaluation does it
 
     @property
     def needed(self) -> tuple[float, float]:
@@ -108,9 +116,7 @@ def predict(settings: RunSettings, config: PreTrainedConfig, engine: Engine | No
     if engine.is_sharded:
         settings_traced = replace(settings_traced, dtype="bfloat16", bf16=True)
     traced = trace_model(config, settings_traced)
-    width = 4  # of the fp32 weights that engines keep, and of adapters
-    if not engine.is_sharded and not settings.use_peft and settings.dtype != "float32":
-        width = 2
+    width = state_width(settings, engine)
     states = optimizer_bytes(settings, traced.counts, width)
     if engine.is_sharded:
         return predict_sharded(settings, engine, traced, states, config.num_hidden_layers)
@@ -135,7 +141,9 @@ def predict(settings: RunSettings, config: PreTrainedConfig, engine: Engine | No
     candidates["optimizer step"] = step
     at = max(candidates, key=lambda name: sum(candidates[name].values()))
     parts = {part: candidates[at][part] for part in PARTS}
-    return Prediction(settings, engine, sum(parts.values()), parts, at, states.paged, traced.counts, traced.work)
+    return Prediction(
+        settings, engine, sum(parts.values()), parts, at, states.paged, traced.counts, traced.work, traced.forward
+    )
 
 
 def predict_sharded(
@@ -157,7 +165,7 @@ def predict_sharded(
     parts = {part: getattr(resident, part, 0.0) for part in PARTS}
     parts["activations"] = segment.parts["activations"]
     parts["head"] = segment.parts["head"]
-    return Prediction(settings, engine, sum(parts.values()), parts, best, 0.0, counts, traced.work)
+    return Prediction(settings, engine, sum(parts.values()), parts, best, 0.0, counts, traced.work, traced.forward)
 
 
 def working_bytes(segment: Segment) -> float:

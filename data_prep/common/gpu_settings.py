@@ -25,6 +25,7 @@ class RunSettings:
     lora_alpha: float = 32
     lora_dropout: float = 0.0
     lora_target_modules: str | tuple[str, ...] | None = "all-linear"
+    lora_target_parameters: tuple[str, ...] = ()  # of experts, which are no linear layers
     use_dora: bool = False
     max_length: int = 1024
     per_device_train_batch_size: int = 1
@@ -86,6 +87,7 @@ def read_run_settings(
         lora_alpha=model_args.lora_alpha,
         lora_dropout=model_args.lora_dropout,
         lora_target_modules=targets,
+        lora_target_parameters=tuple(model_args.lora_target_parameters or ()),
         use_dora=model_args.use_dora,
         max_length=training_args.max_length,
         per_device_train_batch_size=rows,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from .gpu_cards import Card
 from .gpu_memory import Prediction
+from .gpu_meter import Work
 
 OPTIMIZER_TRAFFIC = 7 * 4  # bytes a trained weight: weight, gradient and two states read, all but the gradient written
 
@@ -42,19 +43,34 @@ class Speed:
 def predict_speed(prediction: Prediction, card: Card) -> Speed:
     """Return the predicted tokens a second of a run on cards of a kind, padding counted as tokens."""
     settings = prediction.settings
-    bounds = COMPILED if settings.torch_compile else EAGER
-    slow, fast = (pass_seconds(prediction, card, efficiency) for efficiency in bounds)
+    slow, fast = (pass_seconds(prediction, card, efficiency) for efficiency in bounds_of(prediction))
     tokens = settings.tokens * prediction.engine.data_parallel_size
     return Speed(slow=tokens / slow, fast=tokens / fast)
 
 
+def bounds_of(prediction: Prediction) -> tuple[Efficiency, Efficiency]:
+    """Return the slow and the fast bound."""
+    return COMPILED if prediction.settings.torch_compile else EAGER
+
+
 def pass_seconds(prediction: Prediction, card: Card, efficiency: Efficiency) -> float:
     """Return the seconds of a pass of one GPU, with its share of an optimizer step."""
-    work = prediction.work
     accumulation = prediction.settings.gradient_accumulation_steps
     step = prediction.counts.trained * OPTIMIZER_TRAFFIC / accumulation / prediction.engine.shards
+    return work_seconds(prediction.work, card, efficiency, step)
+
+
+def forward_seconds(prediction: Prediction, card: Card, tokens: float) -> tuple[float, float]:
+    """Return how long an evaluation of so many tokens takes on all GPUs: the shortest and the longest."""
+    passes = tokens / prediction.settings.tokens / prediction.engine.data_parallel_size
+    slow, fast = (work_seconds(prediction.forward, card, efficiency) for efficiency in bounds_of(prediction))
+    return passes * fast, passes * slow
+
+
+def work_seconds(work: Work, card: Card, efficiency: Efficiency, moved: float = 0) -> float:
+    """Return the seconds of counted work on one GPU. moved: bytes more that go to memory."""
     bandwidth = card.gigabytes * 1e9
     products = work.flops / (efficiency.products * card.teraflops * 1e12)
-    traffic = (work.dequantised + step + efficiency.moved * work.moved) / bandwidth
+    traffic = (work.dequantised + moved + efficiency.moved * work.moved) / bandwidth
     launches = work.kernels * efficiency.launch
     return max(products + traffic, launches)

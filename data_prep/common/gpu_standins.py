@@ -5,6 +5,7 @@ of the kernels that a CPU does not take. Each tells the meter its work, because 
 """
 
 import contextlib
+import inspect
 import math
 import sys
 import types
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 ATTENTION = "traced_attention"
 LIGER_PROGRAMS = 128  # of its norm's backward, each with a gradient of its own: the multiprocessors of a large card
 SDPA = "sdpa"
-FLASH_2 = "flash_attention_2"
+FLASH = ("flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2", "kernels-community/flash-attn3")
 BACKWARD_WORK = 2.5  # five matrix products in the backward of flash attention, two in its forward
 
 
@@ -141,7 +142,7 @@ class AttentionShape:
 class Attention(torch.autograd.Function):
     """FlashAttention, flex or sdpa's efficient kernel: q, k, v, output and log-sum-exp are kept.
 
-    FlashAttention-2 accumulates dq in fp32 and expands dk and dv over the query heads (flash_api.cpp, mha_varlen_bwd);
+    FlashAttention accumulates dq in fp32 and expands dk and dv over the query heads (flash_api.cpp, mha_varlen_bwd);
     sdpa with a dense mask expands k and v before, and makes its mask a bias of the input's dtype.
     """
 
@@ -164,7 +165,7 @@ class Attention(torch.autograd.Function):
         query, key, value, _, log_sum_exp, *_ = ctx.saved_tensors
         delta = torch.empty_like(log_sum_exp)
         grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
-        if ctx.shape.kind == FLASH_2:
+        if ctx.shape.kind in FLASH:
             accumulated = torch.empty(query.shape, dtype=torch.float32)
             expanded = [torch.empty_like(query), torch.empty_like(query)]
             del accumulated, expanded
@@ -279,6 +280,14 @@ def counted_product(meter: "Meter") -> Callable[[torch.Tensor, torch.Tensor, tor
     return add_product
 
 
+def turns_queries_and_keys(modeling: types.ModuleType) -> bool:
+    """Return whether a family's rotary function is the one that Liger replaces: Gemma 4's turns one tensor."""
+    function = getattr(modeling, "apply_rotary_pos_emb", None)
+    if function is None:
+        return False
+    return list(inspect.signature(function).parameters)[:2] == ["q", "k"]
+
+
 @contextlib.contextmanager
 def cuda_functions(model_class: type, uses_liger: bool, meter: "Meter") -> Iterator[None]:
     """Put in place what is another function on CUDA than on a CPU, for the time of a trace."""
@@ -297,7 +306,7 @@ def cuda_functions(model_class: type, uses_liger: bool, meter: "Meter") -> Itera
         (torch, "is_autocast_enabled", asks_the_cpu),
     ]
     modeling = sys.modules[model_class.__module__]
-    if uses_liger and hasattr(modeling, "apply_rotary_pos_emb"):
+    if uses_liger and turns_queries_and_keys(modeling):
         replaced.append((modeling, "apply_rotary_pos_emb", rope))
     kept = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     for owner, name, replacement in replaced:

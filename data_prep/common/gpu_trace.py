@@ -56,10 +56,14 @@ class Counts:
 
 @dataclass
 class Trace:
-    """What one traced step allocated and did: bytes by segment and part, the work of a pass, parameters."""
+    """What one traced step allocated and did: bytes by segment and part, the work of a pass, parameters.
+
+    forward: the work of its forward alone.
+    """
 
     segments: dict[str, Segment]
     work: Work
+    forward: Work
     counts: Counts
     resident: Counter = field(default_factory=Counter)  # bytes by part between passes
 
@@ -102,6 +106,7 @@ def make_peft_config(settings: RunSettings) -> PeftConfig:
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         lora_target_modules=targets,
+        lora_target_parameters=list(settings.lora_target_parameters) or None,
         use_dora=settings.use_dora,
     )
     return get_peft_config(model_args)
@@ -267,6 +272,7 @@ def trace(
                     loss = loss_on_cuda(model, ids, trained, meter, phase[0])
                 else:
                     loss = loss_on_cpu(model, ids)
+            forward = replace(meter.work)
             phase[0] = f"{name} backward"
             meter.part = "head"
             meter.start(f"{phase[0]} head")
@@ -276,7 +282,7 @@ def trace(
                 adamw.step()
                 adamw.zero_grad()
         counts = count_weights(model, layers)
-    return Trace(meter.segments, meter.work, counts, resident)
+    return Trace(meter.segments, meter.work, forward, counts, resident)
 
 
 def model_class(config: PreTrainedConfig) -> type:
@@ -293,6 +299,10 @@ def extend(few: float, many: float, steps: float) -> float:
     return few + (many - few) * steps
 
 
+def extend_work(few: Work, many: Work, steps: float) -> Work:
+    return Work(*(extend(getattr(few, f.name), getattr(many, f.name), steps) for f in fields(Work)))
+
+
 def extrapolate(few: Trace, many: Trace, steps: float, offloads: bool) -> Trace:
     """Return the trace of a model with `steps` more periods than `few` has.
 
@@ -307,12 +317,13 @@ def extrapolate(few: Trace, many: Trace, steps: float, offloads: bool) -> Trace:
             part_steps = 0 if offloads and part == "activations" else steps
             parts[part] = extend(segment.parts[part], many.segments[name].parts[part], part_steps)
         segments[name] = Segment(sum(parts.values()), parts)
-    work = Work(*(extend(getattr(few.work, f.name), getattr(many.work, f.name), steps) for f in fields(Work)))
+    work = extend_work(few.work, many.work, steps)
+    forward = extend_work(few.forward, many.forward, steps)
     counts = Counts(
         *(round(extend(getattr(few.counts, f.name), getattr(many.counts, f.name), steps)) for f in fields(Counts))
     )
     resident = Counter({part: extend(few.resident[part], many.resident[part], steps) for part in PARTS})
-    return Trace(segments, work, counts, resident)
+    return Trace(segments, work, forward, counts, resident)
 
 
 def trace_model(config: PreTrainedConfig, settings: RunSettings) -> Trace:

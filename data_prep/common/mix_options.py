@@ -54,7 +54,7 @@ class Mix:
     by: Literal["rows", "tokens"] = "rows"
     seed: int = 42
     size: int | None = None
-    stop: Literal["first_exhausted", "all_exhausted"] | None = None
+    stop: Literal["first_exhausted", "all_exhausted", "each_exhausted"] | None = None
     shuffle: Literal["numpy", "python", "none"] | None = None
     literal: bool = False
     dedup: bool = True
@@ -272,6 +272,10 @@ UNREAD = {  # {strategy: {option: why, and what does instead}}
 def unread_options(mix: Mix) -> dict[str, str]:
     """Return {option: reason} of what this mix would not read."""
     unread = dict(UNREAD[mix.strategy])
+    if mix.strategy == "interleave" and mix.stop == "each_exhausted":
+        unread["size"] = "stop: each_exhausted takes every source to its end, write rows of a source instead"
+        if mix.literal:
+            unread["stop"] = "the tutorial's script stops by datasets' own rules, first_exhausted or all_exhausted"
     if mix.literal:
         unread["size"] = "the tutorial's script takes all, write rows of a source instead"
         unread["shuffle"] = "the tutorial's script shuffles by numpy"

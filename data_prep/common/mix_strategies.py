@@ -60,6 +60,8 @@ def draw_rows(sources: list[Candidates], mix: Mix) -> Draw:
 def interleave(sources: list[Candidates], mix: Mix) -> Draw:
     """Draw each source's share, evenly spread, until the first or the last of them is used up."""
     shares = drawable_shares(sources)
+    if mix.stop == "each_exhausted":
+        return interleave_to_the_end(sources, shares, mix)
     used = np.flatnonzero(shares)
     repeats = mix.stop == "all_exhausted"
     ends = np.array([sources[number].available() / float(shares[number]) for number in used])
@@ -79,6 +81,27 @@ def interleave(sources: list[Candidates], mix: Mix) -> Draw:
         passes.append(np.arange(count) // max(1, len(candidates.rows)))
         positions.append(middles / max(1, np.resize(candidates.sizes, count).sum()))
     order = np.argsort(np.concatenate(positions), kind="stable")
+    return Draw(np.concatenate(rows)[order], np.concatenate(passes)[order])
+
+
+def interleave_to_the_end(sources: list[Candidates], shares: np.ndarray, mix: Mix) -> Draw:
+    """Draw by shares until a source is used up, then by those of the rest, until all are, each after its epochs.
+
+    Were each source drawn at a speed that is its share, its rows would come at these times; that some have ended
+    changes no order among the others.
+    """
+    rows = [np.zeros(0, int)]
+    passes = [np.zeros(0, int)]
+    times = [np.zeros(0)]
+    for candidates, share in zip(sources, shares, strict=True):
+        candidates.cause = explain_quota(candidates, candidates.available(), mix, candidates.source)
+        if not share:
+            continue
+        drawn = repeat(candidates.rows, candidates.source)
+        rows.append(drawn)
+        passes.append(np.arange(len(drawn)) // len(candidates.rows))
+        times.append(middles_of(repeat(candidates.sizes, candidates.source)) / share)
+    order = np.argsort(np.concatenate(times), kind="stable")
     return Draw(np.concatenate(rows)[order], np.concatenate(passes)[order])
 
 

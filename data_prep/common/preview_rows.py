@@ -2,11 +2,12 @@
 
 import json
 import re
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from .packing import Piece, count_steps, pack_lengths
 from .personas import find_lost_personas
@@ -210,13 +211,18 @@ def add_up(rows: list[RowFigures], max_length: int | None) -> Totals:
 
 
 def make_histogram(lengths: list[int], max_length: int | None) -> list[Bin]:
-    """Return even bins of a round width."""
-    longest = max(lengths) or 1
-    widths = [digit * 10**exponent for exponent in range(12) for digit in (1, 2, 5)]
-    width = next(width for width in widths if width * BINS > longest)
-    rows = Counter([length // width for length in lengths])
-    longer = Counter([length // width for length in lengths if max_length is not None and length > max_length])
-    return [Bin(n * width, (n + 1) * width, rows[n], longer[n]) for n in range(longest // width + 1)]
+    """Return bins that are even on a log axis, so that one long row leaves the short ones apart."""
+    longest = max(1, *lengths)
+    shortest = max(1, min(lengths))
+    edges = sorted({round(edge) for edge in np.geomspace(shortest, longest + 1, BINS + 1)})
+    edges[0] = min(lengths)  # a row may be empty
+    rows, _ = np.histogram(lengths, edges)
+    too_long = [length for length in lengths if max_length is not None and length > max_length]
+    longer, _ = np.histogram(too_long, edges)
+    bins = []
+    for index, start in enumerate(edges[:-1]):
+        bins.append(Bin(start, edges[index + 1], int(rows[index]), int(longer[index])))
+    return bins
 
 
 def plan_run(

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .preview_rows import OTHER_FAMILY, Bin, Finding, RowFigures, Verdict
+from .terminal import STYLES
 from .tokens import Document, row_name
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def print_preview(console: Console, preview: Preview) -> None:
     signs = UNICODE_SIGNS if is_unicode else PLAIN_SIGNS
     for finding in preview.verdict.findings:
         if finding.name == OTHER_FAMILY:  # whatever stands below is no run's
-            print_finding(console, "FAILED", "bold red", finding)
+            print_finding(console, "FAILED", STYLES["failed"], finding)
     if preview.rows:
         console.print(make_legend(signs), soft_wrap=True)
     for row in preview.rows:
@@ -189,11 +190,11 @@ def print_preview(console: Console, preview: Preview) -> None:
     if preview.note:
         console.print(Text(preview.note), soft_wrap=True)
     for warning in preview.verdict.warnings:
-        print_finding(console, "note", "yellow", warning)
+        print_finding(console, "note", STYLES["note"], warning)
     for finding in preview.verdict.findings:
-        print_finding(console, "FAILED", "bold red", finding)
+        print_finding(console, "FAILED", STYLES["failed"], finding)
     if not preview.verdict.findings:
-        console.print(Text("passed", "bold green"))
+        console.print(Text("passed", STYLES["passed"]))
 
 
 def print_finding(console: Console, kind: str, style: str, finding: Finding) -> None:
@@ -215,25 +216,42 @@ def make_legend(signs: Signs) -> Text:
     )
 
 
+class Stretch(NamedTuple):
+    """What neighbouring tokens have in common: whether they are left out, trained, cut off."""
+
+    left_out: bool
+    trained: bool
+    cut: bool
+
+
 def make_row_text(tokens: list[ShownToken], signs: Signs) -> Text:
-    """Return a row with signs around what is trained and where it is cut; the middle of a long one is left out."""
-    left_out = range(SHOWN_TOKENS // 2, len(tokens) - SHOWN_TOKENS // 2)
+    """Return a row with signs around what is trained and where it is cut; the middle of a long one is left out.
+
+    The signs stand around tokens that are shown: what is trained on both sides of the middle has them on both.
+    """
+    middle = range(SHOWN_TOKENS // 2, len(tokens) - SHOWN_TOKENS // 2)
     text = Text()
     was_cut = False
-    for (trained, cut), stretch in groupby(enumerate(tokens), lambda item: (item[1].trained, item[1].cut)):
-        if cut and not was_cut:
+
+    def find_stretch(item: tuple[int, ShownToken]) -> Stretch:
+        index, token = item
+        if index in middle:
+            return Stretch(True, False, False)
+        return Stretch(False, token.trained, token.cut)
+
+    for stretch, items in groupby(enumerate(tokens), find_stretch):
+        if stretch.left_out:
+            text.append(f" … {len(middle):,} tokens, all in the --html page … ", "bold yellow")
+            continue
+        if stretch.cut and not was_cut:
             text.append(signs.cut, "bold red")
-        was_cut = cut
-        if trained:
+        was_cut = stretch.cut
+        if stretch.trained:
             text.append(signs.left, "green")
-        for index, token in stretch:
-            if index in left_out:
-                if index == left_out.start:
-                    text.append(f" … {len(left_out):,} tokens, all in the --html page … ", "bold yellow")
-                continue
+        for _, token in items:
             shown = token.text.translate(HIDDEN).replace("\n", signs.newline + "\n")
             text.append(shown, choose_style(token))
-        if trained:
+        if stretch.trained:
             text.append(signs.right, "green")
     return text
 

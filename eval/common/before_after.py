@@ -4,11 +4,13 @@ A model's figure has a `change` against the base's, with its interval over the p
 wholly on one side of no change is better or worse; gate.py reads the same interval.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+import json
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from eval.common.metrics import Metrics, Record, change, is_ratio, summarize
+from eval.common.metrics import Metrics, Record, change, is_measured, is_ratio, summarize
 
 if TYPE_CHECKING:
     from eval.common.measure import PreparedRow
@@ -88,15 +90,54 @@ def group_rows(rows: "Sequence[PreparedRow]") -> dict[str, dict[str, list[int]]]
     return {"overall": {"all": list(range(len(rows)))}, **sorted_kinds}
 
 
+def number_questions(rows: "Sequence[PreparedRow]") -> list[Hashable]:
+    """Return what tells the question of each row from those of the others.
+
+    Rows that differ in the thinking mode alone share it: a question asked in two modes is one. Rows that are the same
+    in the mode too stay apart, each with that of its own in the other mode. A thought before the last answer is left
+    out, for a row without thinking has none.
+    """
+    questions = []
+    seen: Counter[Hashable] = Counter()
+    for prepared in rows:
+        row = prepared.row
+        turns = []
+        for message in row["messages"][:-1]:
+            turns.append({key: value for key, value in message.items() if key != "reasoning_content"})
+        kwargs = {key: value for key, value in row["kwargs"].items() if key != "enable_thinking"}
+        question = json.dumps([row["source"], turns, row["tools"], kwargs], sort_keys=True, default=str)
+        questions.append((question, seen[question, row["mode"]]))
+        seen[question, row["mode"]] += 1
+    return questions
+
+
 def compute_results(rows: "Sequence[PreparedRow]", records: dict[str, list[Record]], seed: int) -> Results:
-    """Return the metrics of every model by kind and group of rows. records: by model, the base first."""
+    """Return the metrics of every model by kind and group of rows. records: by model, the base first.
+
+    A figure over rows of which some ask one question in two modes has `questions` too, how many there are.
+    """
+    questions = number_questions(rows)
     results: Results = {}
     for kind, groups in group_rows(rows).items():
         results[kind] = {}
         for group, numbers in groups.items():
             chosen = {name: [own[number] for number in numbers] for name, own in records.items()}
             results[kind][group] = summarize_models(chosen, seed)
+            asked = [questions[number] for number in numbers]
+            for name, own in chosen.items():
+                add_questions(results[kind][group][name], own, asked)
     return results
+
+
+def add_questions(metrics: Metrics, records: Sequence[Record], questions: Sequence[Hashable]) -> None:
+    """Add to each figure how many questions it is over, where they are fewer than its rows."""
+    for metric, figure in metrics.items():
+        own = []
+        for record, question in zip(records, questions, strict=True):
+            if is_measured(metric, record):
+                own.append(question)
+        if len(set(own)) < len(own):
+            figure["questions"] = len(set(own))
 
 
 def summarize_models(records: dict[str, list[Record]], seed: int) -> dict[str, Metrics]:
@@ -203,8 +244,9 @@ def make_line(metric: str, column: Column, models: Sequence[Metrics]) -> Line | 
 
 
 def count_rows(figure: dict) -> int:
-    """Return how many rows a figure is over."""
-    return figure.get("total", figure.get("rows", 0))
+    """Return how many rows a figure is over, those that ask one question in two modes as one."""
+    rows = figure.get("total", figure.get("rows", 0))
+    return figure.get("questions", rows)
 
 
 def show_rows(counts: Sequence[int]) -> str:

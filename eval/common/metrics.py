@@ -425,6 +425,15 @@ def most_common_answer(records: Sequence[Record]) -> dict[str, float] | None:
     return difference
 
 
+def is_measured(metric: str, record: Record) -> bool:
+    """Return whether a metric of summarize() is taken over a record."""
+    if metric in RATES:
+        return record[RATES[metric]] is not None
+    if metric in RATIOS:
+        return bool(rows_of(metric, [record]))
+    return record["failed"] == ""
+
+
 def summarize(records: Sequence[Record], seed: int) -> Metrics:
     """Return every metric over records, as {metric: {value, low, high, counts…}}; one without data is left out.
 

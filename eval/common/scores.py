@@ -16,12 +16,13 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
-from data_prep.common.command_line import INTERRUPTED, print_error
+from data_prep.common.command_line import INTERRUPTED, CommandParser, print_error
 from data_prep.common.errors import UsageError
+from data_prep.common.next_step import print_end
 from data_prep.common.quiet import hide_progress_bars
+from data_prep.common.terminal import make_console
 from eval.common.intervals import rate
 
 PIPE_WIDTH = 130  # columns of a table in a file or a pipe, which has no width: rich would cut it to 80
@@ -107,9 +108,7 @@ def show(report: dict) -> None:
     for kind, groups in report["groups"].items():
         for group, metrics in groups.items():
             add_rows(table, f"{kind}: {group}", metrics)
-    width = None if sys.stdout.isatty() else PIPE_WIDTH
-    # a group's name is text, not markup
-    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
+    make_console(PIPE_WIDTH).print(table)
 
 
 def add_rows(table: Table, group: str, metrics: Metrics) -> None:
@@ -123,18 +122,18 @@ def add_rows(table: Table, group: str, metrics: Metrics) -> None:
         table.add_row("" if number else group, metric, value, total, end_section=is_last)
 
 
-def parser_of(doc: str) -> argparse.ArgumentParser:
+def parser_of(doc: str) -> CommandParser:
     """Return an argument parser as every command has it: its docstring as help, no abbreviations."""
-    return argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    return CommandParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
 def command(name: str, run: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
     """Return the exit code of a command: run(args)'s, 2 with UsageError's sentence on stderr, 130 after Ctrl-C."""
     hide_progress_bars()
     try:
-        return run(args) or 0
+        code = run(args) or 0
+        print_end(name, args, code)
+        return code
     except UsageError as error:
         return print_error(f"{name}: {' '.join(str(error).split())}")
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerState
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
+from .checks.attention import describe_alternative
 from .messages import relative_path
 from .throughput import DatasetSize, count_parameters, numel
 from .trainer import SFTTrainer
@@ -138,7 +139,9 @@ def describe_weights(trainer: SFTTrainer) -> str:
 def describe_attention(model: PreTrainedModel, training_args: SFTConfig) -> str:
     liger = "on" if training_args.use_liger_kernel else "off"
     activations = "checkpointed" if training_args.activation_checkpointing else "kept"
-    return f"{model.config._attn_implementation}, Liger kernels {liger}, activations {activations}"
+    attention = model.config._attn_implementation
+    alternative = describe_alternative(attention, training_args.device)
+    return f"{attention}{alternative}, Liger kernels {liger}, activations {activations}"
 
 
 def describe_targets(trainer: SFTTrainer) -> str:

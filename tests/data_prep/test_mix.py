@@ -456,19 +456,33 @@ def test_what_yaml_repeats_by_itself_is_no_slip(tmp_path):
     assert [(one["name"], one["weight"]) for one in report["sources"]] == [("a", 1), ("b", 1)]
 
 
-SMOLLM3 = {"smollm3_instruct": 66_227, "smollm3_thinking": 30_328, "smollm3_hybrid": 96_555}
+SMOLLM3 = {
+    "smollm3_instruct": 66_227,
+    "smollm3_thinking": 30_328,
+    "smollm3_hybrid": 96_555,
+    "smollm3_hybrid_ifthink": 124_772,
+    "smollm3_mid": 4_779_894,
+    "smollm3_mid_nvidia": 3_644_790,
+    "smollm3_mid_openthoughts": 1_135_104,
+}
 SHIPPED = {
     "day2_4080",
     "smollm3_instruct",
     "smollm3_thinking",
     "smollm3_hybrid",
+    "smollm3_hybrid_ifthink",
     "smollm3_mid",
+    "smollm3_mid_nvidia",
+    "smollm3_mid_openthoughts",
     "smollm3_final",
     "nanochat_mid",
     "nanochat_sft",
+    "nanochat_current",
     "blossom_stage1",
     "blossom_stage2",
     "step35",
+    "tool_calls",
+    "json_output",
     "demo",
 }
 
@@ -505,9 +519,57 @@ def test_shipped_mix(tmp_path, name):
         assert sum(told) == SMOLLM3[name] and len(told) == len(given["sources"])
     if name == "nanochat_mid":
         assert found["identity"]["train"] == 400
+    if name == "nanochat_current":
+        assert [found[path]["train"] for path in ("smol_smoltalk", "mmlu_aux", "gsm8k")] == [200, 600, 800]
+    if name == "tool_calls":
+        assert sum(source["train"] for source in found.values()) == 3 * 200 - 100
+    if name == "json_output":
+        shares = [round(found[path]["share"], 1) for path in ("hermes_json", "nulls", "words")]
+        assert shares == [0.7, 0.1, 0.2]
     if name == "step35":
         rows = [one["id"] for one in map(json.loads, (tmp_path / "out" / "train.jsonl").read_text().splitlines())]
         assert rows == [one["id"] for one in pools["step35"]]
+
+
+def test_the_card_counts_the_sources_that_rows_name(tmp_path):
+    """Blossom's balance: rows of one pool by their own source, worked by hand, those of validation left out."""
+    made = rows_of("w", 60) + rows_of("r", 20)
+    named = [row | {"source": "WildChat" if number < 60 else "Ruozhiba"} for number, row in enumerate(made)]
+    writer.write_rows(tmp_path / "blossom", "own", {"train": named})
+    (tmp_path / "mix.yaml").write_text("strategy: concatenate\nvalidation: 0\nsources: [{path: blossom}]\n")
+    code, _, err = run(tmp_path / "mix.yaml", "--pools", tmp_path, "--out", tmp_path / "out", "--num_proc", 1)
+    assert code == 0, err
+    card = (tmp_path / "out" / "card.md").read_text()
+    table = card.split("| source of the rows | rows | % rows |\n|---|---|---|\n")[1]
+    assert table == "| WildChat | 60 | 75.0% |\n| Ruozhiba | 20 | 25.0% |\n"
+    # many sources: the most frequent, and the rest in one line
+    many = [row | {"source": f"s{min(number, 45):02}"} for number, row in enumerate(rows_of("m", 50))]
+    writer.write_rows(tmp_path / "many", "own", {"train": many})
+    (tmp_path / "mix.yaml").write_text("strategy: concatenate\nvalidation: 0\nsources: [{path: many}]\n")
+    code, _, err = run(tmp_path / "mix.yaml", "--pools", tmp_path, "--out", tmp_path / "more", "--num_proc", 1)
+    assert code == 0, err
+    lines = (tmp_path / "more" / "card.md").read_text().split("% rows |\n|---|---|---|\n")[-1].splitlines()
+    assert lines[0] == "| s45 | 5 | 10.0% |" and len(lines) == 41 and lines[-1] == "| 6 others | 6 | 12.0% |"
+
+
+def test_interleave_goes_on_with_the_rest(tmp_path):
+    """Worked by hand: 1 of a to 1 of b to 2 of c until c is used up, then one to one, then what a has left."""
+    for name, count in (("a", 8), ("b", 5), ("c", 4)):
+        writer.write_rows(tmp_path / name, "own", {"train": rows_of(name, count)})
+    sources = [{"path": "a", "weight": 1}, {"path": "b", "weight": 1}, {"path": "c", "weight": 2}]
+    options = {"strategy": "interleave", "stop": "each_exhausted", "validation": 0, "sources": sources}
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump(options))
+    code, _, err = run(tmp_path / "mix.yaml", "--pools", tmp_path, "--out", tmp_path / "out", "--num_proc", 1)
+    assert code == 0, err
+    train = load_from_disk(tmp_path / "out")["train"]
+    order = "".join(row_id[0] for row_id in train["id"])
+    # a row's time is its middle over its share: c at 1, 3, 5, 7, a and b at 2, 6, 10, …; of equal ones a is first
+    assert order == "cabccabc" + "ab" * 3 + "aaa"
+    assert len(set(train["id"])) == 8 + 5 + 4
+    for more, words in (({"size": 9}, "size is not read by interleave"), ({"literal": True}, "stop is not read by")):
+        (tmp_path / "mix.yaml").write_text(yaml.safe_dump(options | more))
+        code, _, err = run(tmp_path / "mix.yaml", "--pools", tmp_path, "--out", tmp_path / "no", "--num_proc", 1)
+        assert code == 2 and words in err
 
 
 # -- every option of every strategy works or is refused ---------------------------------------------------------------

@@ -254,6 +254,7 @@ def plain_text(answer):
 REPLY = turn("assistant", "c")
 ORDER = "roles that do not alternate"
 MISFIT = "equation disagrees with answer"
+OPTIONS = {"dialogue": ["A: a"], "question": "c", "(a)": "e", "(b)": "f"}
 BAD = [  # (source, raw line, reason it is counted under)
     ("gsm8k", '{"question": "a"', "not JSON"),
     ("gsm8k", '{"question": "a", "answer": NaN}', "number that is not JSON"),
@@ -265,6 +266,18 @@ BAD = [  # (source, raw line, reason it is counted under)
     ("gsm8k", {"question": 3, "answer": "b"}, "text that is not a string"),
     ("gsm8k", {"question": "a", "answer": "b \ud83d"}, "text that is not Unicode"),
     ("cmath", {"input": "a"}, "missing field"),
+    ("kdconv", {"messages": [{"message": "a"}]}, "no assistant turn"),
+    ("kdconv", {"messages": [{"attrs": []}, {"message": "b"}]}, "missing field"),
+    ("kdconv", {"messages": {"message": ["a", "b"]}}, "field of another type"),
+    ("lccc", {"dialog": ["a"]}, "no assistant turn"),
+    ("lccc", {"dialog": ["a", 3]}, "text that is not a string"),
+    ("corecode", {"dialogue": "A: a", "question": "c", "answer": "d"}, "field of another type"),
+    ("corecode", {**OPTIONS, "answer": ["(a)", "f"]}, "answer that is no choice"),
+    ("corecode", {**OPTIONS, "answer": ["(c)", "f"]}, "answer that is no choice"),
+    ("corecode", {**OPTIONS, "answer": "e"}, "answer that is no choice"),
+    ("mutual", {"article": "m : a", "options": list("cdef")}, "missing field"),
+    ("mutual", {"article": "m : a", "options": list("cde"), "answers": "A"}, "field of another type"),
+    ("mutual", {"article": "m : a", "options": list("cdef"), "answers": "E"}, "answer that is no choice"),
     ("mawps", {"Question": "N_00 and N_02", "Numbers": "1.0 2.0", "Answer": 3.0}, "number index without a number"),
     ("mawps", {"Question": "N_00", "Numbers": "one", "Answer": 3.0}, "number that is not a number"),
     ("mawps", {"Question": "N_00", "Numbers": "1.0"}, "missing field"),
@@ -547,6 +560,10 @@ WHOLE = {
             "xml_tools": ["{}"],
         },
     },
+    "kdconv": {"messages": [{"message": "a"}, {"message": "b", "attrs": []}], "name": "c"},
+    "lccc": {"dialog": ["好 吗 ？", "很 好"]},
+    "corecode": {"dialogue": ["A: a", "B: b"], "question": "c", "answer": "d"},
+    "mutual": {"article": "m : a f : b", "options": list("cdef"), "answers": "B"},
     "nemotron": {
         "input": [SAID[0]],
         "output": "<think>\nc\n</think>\n\nb",
@@ -785,7 +802,11 @@ def test_as_a_command(tmp_path):
     given = [*command, "gsm8k", raw.name, "--out", "o"]
     done = subprocess.run(given, capture_output=True, text=True, cwd=tmp_path, env=MODULES)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "o: 1 rows kept, 1 refused (1 missing field)\n"
+    assert done.stdout.splitlines() == [
+        "o: 1 rows kept, 1 refused (1 missing field)",
+        "refused rows: o/rejected.jsonl",
+        "next: python -m data_prep.check o",
+    ]
 
 
 @pytest.mark.parametrize("out", ["o", "o.jsonl"])
@@ -1121,6 +1142,20 @@ SHAPES = [  # (source, raw row, what the row must hold)
         },
     ),
     ("dolly", WHOLE["dolly"], {"messages": plain("a\nb", "c")}),
+    ("kdconv", WHOLE["kdconv"], {"messages": SAID, "lang": "zh"}),
+    ("lccc", WHOLE["lccc"], {"messages": plain("好吗？", "很好"), "lang": "zh"}),
+    ("corecode", WHOLE["corecode"], {"messages": plain("A: a\nB: b\n\nc", "d"), "lang": "zh"}),
+    (
+        "mutual",
+        WHOLE["mutual"],
+        {
+            "messages": plain(
+                "Multiple Choice question: m : a\nf : b\n- c=A\n- d=B\n- e=C\n- f=D\n\n"
+                "Respond only with the letter of the correct answer.",
+                "B",
+            )
+        },
+    ),
     ("query_response", WHOLE["query_response"], {"messages": [SYSTEM, *plain("d", "e"), *SAID]}),
     ("preference", WHOLE["preference"], {"messages": SAID}),
     ("svamp", WHOLE["svamp"], {"messages": plain("a. b?", "7"), "id": "q-1"}),

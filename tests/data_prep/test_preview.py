@@ -17,7 +17,16 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from data_prep import preview
-from data_prep.common import packing, recipe_rows, recipe_settings, rendering, tokens, writer
+from data_prep.common import (
+    packing,
+    preview_rows,
+    preview_text,
+    recipe_rows,
+    recipe_settings,
+    rendering,
+    tokens,
+    writer,
+)
 from data_prep.common import rows as row_shape
 from tests.helpers.runs import EXACT, MODULES, REPO, SHARED, TINY
 
@@ -313,6 +322,48 @@ def test_long_rows_are_shortened_in_the_terminal_only(look, tmp_path):
     assert "tokens, all in the --html page" in out and out.count("a") < 1000 and out.count("b") < 500
     assert out.count("⟦") == out.count("⟧") == 2  # legend and answer
     assert len(re.findall(r'<b class="c"', page.read_text())) > 3000
+
+
+@pytest.mark.parametrize(
+    ("trained", "shown"),
+    [
+        ("cccc tttttt cccc", "cccc … 6 tokens … cccc"),  # all of it is left out
+        ("cccc tctctt cccc", "cccc … 6 tokens … cccc"),  # three answers are
+        ("cctt tttttc cccc", "cc⟦tt⟧ … 6 tokens … cccc"),
+        ("cctt tttttt ttcc", "cc⟦tt⟧ … 6 tokens … ⟦tt⟧cc"),
+        ("cccc ctttxx xxxx", "cccc … 6 tokens … ✂xxxx"),
+    ],
+)
+def test_what_is_left_out_leaves_no_empty_signs(trained, shown, monkeypatch):
+    """Fourteen tokens of which four at each end are shown: t trained, c context, x cut off; blanks are no tokens."""
+    monkeypatch.setattr(preview_text, "SHOWN_TOKENS", 8)
+    row = []
+    for number, letter in enumerate(trained.replace(" ", "")):
+        row.append(preview_text.ShownToken(letter, [number], letter == "t", False, letter == "x"))
+    text = preview_text.make_row_text(row, preview_text.UNICODE_SIGNS).plain
+    assert text == shown.replace("6 tokens", "6 tokens, all in the --html page")
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_length", "bins"),
+    [
+        ([1, 2, 4, 8], 4, [(1, 2, 1, 0), (2, 3, 1, 0), (4, 5, 1, 0), (8, 9, 1, 1)]),
+        ([7, 7, 7], None, [(7, 8, 3, 0)]),
+        ([0, 0], None, [(0, 2, 2, 0)]),
+        (
+            [*range(10, 20)] * 10 + [30000],
+            512,
+            [(10, 14, 40, 0), (14, 19, 50, 0), (19, 27, 10, 0), (21491, 30001, 1, 1)],
+        ),
+    ],
+)
+def test_one_long_row_leaves_the_short_ones_apart(lengths, max_length, bins):
+    """Worked by hand: 24 steps from 10 to 30,001 are a factor of 1.396 each: 10, 13.96, 19.49, 27.2, … 21,491.
+
+    Tried, and red: even steps; a first edge that leaves empty rows out; a row of max_length counted as longer.
+    """
+    found = preview_rows.make_histogram(sorted(lengths), max_length)
+    assert [bin for bin in found if bin.rows] == bins
 
 
 # -- exit 1 -----------------------------------------------------------------------------------------------------------

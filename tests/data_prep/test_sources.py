@@ -13,7 +13,9 @@ a column that no row has, bad templates, paths into lists, calls in a mapped ans
 first chunk; --rows and --eval_rows ignored; of two names that differ the first taken, two that are equal refused, an
 empty one taken; what a pair, a reply or a row says of its answer left out, each by itself; a token of media in code or
 in talk of HTML refused, one that stands alone kept; a result within a call, a key of a part, an id that is a number;
-turns of MOSS in the order of their names, its None kept, types of Gemini's schemas, a loss flag of ChatGLM3 left out.
+turns of MOSS in the order of their names, its None kept, types of Gemini's schemas, a loss flag of ChatGLM3 left out;
+a last utterance without a reply kept, blanks between Chinese words kept, options of CORECODE left out, utterances of
+MuTual in one line, domain left out of the tags.
 """
 
 import io
@@ -1297,3 +1299,102 @@ def test_other_spellings_of_gemini():
     ]
     assert [one["function"] for one in row["tools"]] == [F, G] and lost == counts
     refused("gemini", {**snake, "tools": [{"googleSearch": {}}]}, "tool without a name")
+
+
+# -- dialogs, each row worked by hand from the shape that its repository publishes ------------------------------------
+KDCONV = {
+    "name": "旅行的歌",
+    "messages": [
+        {"message": "听过这首歌吗？"},
+        {"message": "听过，是2014年的。", "attrs": [{"name": "旅行的歌", "attrname": "时间", "attrvalue": "2014年"}]},
+        {"message": "谁唱的？"},
+        {"message": "一位台湾歌手。"},
+        {"message": "好，再见！"},
+    ],
+}
+CORECODE = {
+    "id": 0,
+    "dialogue": ["A: 我很少看[MASK]。", "B: 我也是很少看太空的电影。"],
+    "question": "请从a、b选项中选择[MASK]处应填入的选项。",
+    "(a)": "科幻片",
+    "(b)": "恐怖片",
+    "answer": ["(a)", "科幻片"],
+}
+MUTUAL = {
+    "answers": "C",
+    "options": ["f : two .", "f : i do n't .", "f : at six .", "f : no ."],
+    "article": "f : hello . m : when do you leave ? i have to go .",
+    "id": "train_7",
+}
+LINES_OF_CHOICES = "- f : two .=A\n- f : i do n't .=B\n- f : at six .=C\n- f : no .=D\n"
+DIALOGS = [  # (source, raw row, messages, keys not kept)
+    (
+        "kdconv",
+        KDCONV,
+        [*plain("听过这首歌吗？", "听过，是2014年的。"), *plain("谁唱的？", "一位台湾歌手。")],
+        {"name": 1, "messages.attrs": 1, "a last question without an answer": 1},
+    ),
+    (
+        "lccc",
+        [["火锅 我 吃 了 七八 顿", "哈哈 ！ 看 NBA 2021 吗 ？", "不 看"]],  # the file is an array of dialogs
+        plain("火锅我吃了七八顿", "哈哈！看NBA 2021吗？"),
+        {"a last question without an answer": 1},
+    ),
+    ("lccc", {"dialog": ["你 好", "你 好 。"]}, plain("你好", "你好。"), {}),
+    (
+        "corecode",
+        CORECODE,
+        plain(
+            "A: 我很少看[MASK]。\nB: 我也是很少看太空的电影。\n\n请从a、b选项中选择[MASK]处应填入的选项。\n(a) 科幻片\n"
+            "(b) 恐怖片",
+            "(a) 科幻片",
+        ),
+        {},
+    ),
+    (
+        "corecode",
+        {"id": 9, "dialogue": ["A: 你好！", "B: 嗨！"], "question": "后续事件是什么？", "answer": "找地块"},
+        plain("A: 你好！\nB: 嗨！\n\n后续事件是什么？", "找地块"),
+        {},
+    ),
+    (
+        "mutual",
+        MUTUAL,
+        plain(
+            "Multiple Choice question: f : hello .\nm : when do you leave ? i have to go .\n"
+            f"{LINES_OF_CHOICES}\nRespond only with the letter of the correct answer.",
+            "C",
+        ),
+        {},
+    ),
+]
+
+
+@pytest.mark.parametrize(("source", "raw", "messages", "not_kept"), DIALOGS, ids=[case[0] for case in DIALOGS])
+def test_dialogs_by_hand(tmp_path, source, raw, messages, not_kept):
+    row = only_row(tmp_path, source, raw)
+    assert row["messages"] == messages
+    assert row["lang"] == ("en" if source == "mutual" else "zh")
+    assert row["id"] == str(raw.get("id", "raw-1") if isinstance(raw, dict) else "raw-1")
+    report = json.loads((tmp_path / "out.report.json").read_text())
+    assert report.get("keys_not_kept", {}) == not_kept
+
+
+@pytest.mark.parametrize("source", [name for name, source in SOURCES.items() if "domain" in source.columns])
+def test_domain_and_difficulty_become_tags(source):
+    """Of every source that keeps a row's own tags, whatever their type; null and blank are none."""
+    raw = {"messages": WHOLE[source]} if isinstance(WHOLE[source], list) else WHOLE[source]
+    flags = {"fill": {"name": "Ada"}} if source == "identity" else {}
+    before = normalize.to_row(raw, source, "1", **flags)["tags"]
+    labelled = {**raw, "domain": ["math", "physics"], "difficulty": 3}
+    row = normalize.to_row(labelled, source, "1", **flags)
+    assert row["tags"] == [*before, "domain: math", "domain: physics", "difficulty: 3"]
+    assert normalize.to_row({**raw, "domain": " ", "difficulty": None}, source, "1", **flags)["tags"] == before
+    with pytest.raises(InvalidRow, match="difficulty must be text or a number"):
+        normalize.to_row({**raw, "difficulty": {"of": 3}}, source, "1", **flags)
+
+
+def test_domain_and_difficulty_of_mapped_columns(tmp_path):
+    raw = {"q": "a", "r": "b", "field": "law", "level": "hard"}
+    mapped = ["--map", "prompt=q", "answer=r", "domain=field", "difficulty=level"]
+    assert only_row(tmp_path, "fields", raw, *mapped)["tags"] == ["domain: law", "difficulty: hard"]

@@ -4,13 +4,19 @@ A tokenizer in which every byte is one token makes lengths that can be counted. 
 many counted as cut, the share of answer tokens left out of the recommendation.
 """
 
+import argparse
 import json
 import struct
 import sys
+from dataclasses import replace
 
 import pytest
+from transformers import Qwen3Config
 
 from data_prep import compile, stats
+from data_prep.common import gpu_cards, gpu_configs, gpu_engines, gpu_lengths, gpu_memory, recipe_settings
+from data_prep.common.errors import UsageError
+from eval import fit
 from tests.helpers.runs import REPO
 
 RECIPE, TEMPLATE = REPO / "recipes" / "qwen3_full.py", REPO / "chat_templates" / "chatml.jinja"
@@ -147,6 +153,64 @@ def test_what_helps_where_the_recipe_is_too_short(look):
     assert "data_prep.filter" not in look([300] * 200 + [700], "--max_length", 1024)[1]
 
 
+@pytest.mark.parametrize(
+    ("card", "longest", "recommended", "sentence"),
+    [
+        (True, 3000, 2048, "a toy holds at most 3,000 tokens"),
+        (True, 256, None, "a toy holds at most 256 tokens"),
+        (True, 32768, 32768, "a toy holds packs of 32,768 tokens"),
+        (True, "no config", 32768, "cannot be predicted: no config"),
+        (False, 0, 32768, "names no single card: python -m eval.fit"),
+    ],
+)
+def test_a_length_that_the_card_does_not_hold_is_not_recommended(
+    look, monkeypatch, card, longest, recommended, sentence
+):
+    def predicted(*_):
+        if isinstance(longest, str):
+            raise UsageError(longest)
+        return longest
+
+    toy = gpu_cards.Card("toy", "toy", 1.0, 1.0, 1.0, "")
+    monkeypatch.setattr(gpu_lengths, "find_recipe_card", lambda recipe: toy if card else None)
+    monkeypatch.setattr(gpu_lengths, "find_longest_length", predicted)
+    _, out, _, report = look([300] * 200 + [31000], "--keep", 1, "--max_cut", 0)
+    assert report["recommended_max_length"] == recommended
+    assert sentence in out
+
+
+def test_the_card_of_a_recipe_and_what_it_runs_are_evals():
+    """The oracle is eval.fit, which runs the recipe and reads TRL's dataclasses."""
+    cards = {"qwen3_qlora": "RTX 4080", "qwen3_lora": "RTX 4090", "gpt_oss_lora": "H100 SXM", "qwen3_full": None}
+    for name, card in cards.items():
+        found = gpu_lengths.find_recipe_card(REPO / "recipes" / f"{name}.py")
+        assert (found and found.name) == card
+    args = argparse.Namespace(trained_share=1.0, tokens_per_row=None)
+    for name in ("qwen3_qlora", "qwen3_full", "qwen3_lora"):
+        recipe = str(REPO / "recipes" / f"{name}.py")
+        wanted = fit.read_run(recipe, [], gpu_engines.Engine(), args).settings
+        settings = recipe_settings.read_settings(recipe)
+        assert gpu_lengths.make_run_settings(recipe_settings.read_defaults(recipe), settings) == wanted
+
+
+@pytest.mark.long
+def test_the_longest_length_fits_its_card_and_no_longer_one_does(tmp_path):
+    """A model of four layers at a width of 64 on a card of 1 GiB, of which 0.8 stay for what torch does not count."""
+    sizes = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 512, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1 << 20}
+    Qwen3Config(**sizes, **heads).save_pretrained(tmp_path)
+    recipe = str(REPO / "recipes" / "qwen3_full.py")
+    settings = recipe_settings.read_settings(recipe, flags={"model_name_or_path": str(tmp_path)})
+    card = gpu_cards.Card("toy", "toy", 1.0, 1.0, 1.0, "")
+    longest = gpu_lengths.find_longest_length(recipe, None, settings, 1 << 20, card)
+    run = gpu_lengths.make_run_settings(recipe_settings.read_defaults(recipe), settings)
+    shapes = gpu_configs.load_config(str(tmp_path)).config
+    for length, fits in ((longest, True), (longest * 2, False)):
+        prediction = gpu_memory.predict(replace(run, max_length=length), shapes, gpu_engines.Engine())
+        assert prediction.fits(card.gib) is fits
+    assert gpu_lengths.find_longest_length(recipe, None, settings, longest, card) == longest
+
+
 def test_a_template_of_another_family_is_named(look):
     code, _, err, report = look([5], "--chat_template_path", TEMPLATE.with_name("gemma3.jinja"))
     assert code == 0 and report["rows"] == 1
@@ -162,7 +226,7 @@ def test_the_same_figures_on_any_number_of_processes(look, tmp_path):
     for name in ("report.json", "rejected.jsonl", "lengths.png"):
         assert (tmp_path / "of1" / name).read_bytes() == (tmp_path / "of2" / name).read_bytes(), name
     head = (tmp_path / "of1" / "lengths.png").read_bytes()[:24]
-    assert head[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", head[16:]) == (960, 840)
+    assert head[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", head[16:]) == (900, 1000)
 
 
 def test_rows_that_cannot_be_rendered_are_counted(look, tmp_path):

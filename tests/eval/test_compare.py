@@ -28,6 +28,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from data_prep.common import terminal
 from data_prep.common.answers import parse_answer
 from eval import compare
 from eval.common import before_after, measure, metrics, page
@@ -941,19 +942,25 @@ SETTINGS = ("base", "tuned", "data", "max_new_tokens", "dtype", "device", "famil
 
 def scripted_results(sources):
     """Results over rows of these sources: the tuned model is right, the base is not."""
-    rows, records = [], {"base": [], "tuned": []}
+    rows = []
     for number, source in enumerate(sources):
         row = measure.clean_row(chat("Give it.", "7", id=str(number), source=source), number + 1)
         rows.append(measure.PreparedRow(row))
-        for name, answer in (("base", f"{number}"), ("tuned", "7")):
-            answer = parse_answer(answer, "generic", "")
-            question = metrics.Question(parse_answer("7", "generic", ""), "7", "Give it.")
-            found = metrics.judge(
-                question, answer, answer.content, True, "timeout" if name == "base" and not number else ""
-            )
-            sizes = {"answer_tokens": 1, "reference_tokens": 1, "tokens": 10, "turns": 1, "texts": 1, "all_tokens": 10}
-            records[name].append(found | sizes | {"nll": 1.0 + number % 3, "all_nll": 2.0})
+    records = {name: scripted_records(name, len(rows)) for name in ("base", "tuned")}
     return before_after.compute_results(rows, records, 0)
+
+
+def scripted_records(name, count):
+    """Records of so many answers to "Give it." (7): the tuned model says 7, the base its number, and fails at first."""
+    records = []
+    for number in range(count):
+        answer = parse_answer("7" if name == "tuned" else f"{number}", "generic", "")
+        question = metrics.Question(parse_answer("7", "generic", ""), "7", "Give it.")
+        failed = "timeout" if name == "base" and not number else ""
+        found = metrics.judge(question, answer, answer.content, True, failed)
+        sizes = {"answer_tokens": 1, "reference_tokens": 1, "tokens": 10, "turns": 1, "texts": 1, "all_tokens": 10}
+        records.append(found | sizes | {"nll": 1.0 + number % 3, "all_nll": 2.0})
+    return records
 
 
 def test_groups_of_few_rows_are_folded_and_n_is_rows(capsys):
@@ -979,13 +986,42 @@ def test_groups_of_few_rows_are_folded_and_n_is_rows(capsys):
     assert "1 groups of fewer than 10 rows" in "".join(found.text) and "details" in found.tags
 
 
+def test_a_question_asked_in_both_modes_is_one_in_n():
+    """Worked by hand: questions 0 to 9 in both modes, 10 to 12 in one, and 0 a second time with thinking.
+
+    That is 10 + 10 + 3 + 1 = 24 rows. Questions: 10 + 3, and the second 0, which has no row without thinking, is a row
+    of its own: 14. The first answer of the base failed (question 0 with thinking): its lengths are over 23 rows, of
+    which question 0 still has its row without thinking: 14.
+    """
+    asked = [(number, True) for number in range(10)] + [(number, False) for number in range(10)]
+    asked += [(10, True), (11, False), (12, False), (0, True)]
+    rows = []
+    for place, (question, thinks) in enumerate(asked):
+        messages = [{"role": "user", "content": f"Number {question}?"}, {"role": "assistant", "content": "7"}]
+        kwargs = {"enable_thinking": thinks}
+        row = {"id": str(place), "messages": messages, "source": "both", "chat_template_kwargs": kwargs}
+        rows.append(measure.PreparedRow(measure.clean_row(row, place + 1)))
+    records = {name: scripted_records(name, len(rows)) for name in ("base", "tuned")}
+    results = before_after.compute_results(rows, records, 0)
+    groups = {group.title: group for group in before_after.list_groups(results)}
+    n = {line.label: line.n for line in groups["all"].lines}
+    assert groups["all"].size == 14
+    assert n["exact match"] == n["assistant perplexity"] == n["answer length (tokens)"] == "14"
+    assert (groups["mode: think"].size, groups["mode: no_think"].size) == (
+        12,
+        12,
+    )  # no question twice: 10 + 1 + 1, 10 + 2
+    figure = results["overall"]["all"]["tuned"]["exact_match"]
+    assert (figure["questions"], figure["total"], figure["change"]["pairs"]) == (14, 24, 24)
+
+
 def render(report):
     return compare.make_page(report, [], {}, make_tokenizer("chatml"))
 
 
 def test_the_terminal_is_coloured_as_the_page(capsys, monkeypatch):
-    coloured = partial(compare.Console, force_terminal=True, color_system="standard", no_color=False)
-    monkeypatch.setattr(compare, "Console", coloured)
+    coloured = partial(terminal.Console, force_terminal=True, color_system="standard", no_color=False)
+    monkeypatch.setattr(terminal, "Console", coloured)
     results = scripted_results(["many"] * 30)
     report = {
         "results": results,

@@ -19,6 +19,7 @@ from functools import partial
 
 import pytest
 
+from data_prep.common import terminal
 from data_prep.common.answers import parse_answer
 from eval import compare, gate
 from eval.common import before_after, intervals, measure, metrics, scores
@@ -37,8 +38,9 @@ def make_row(source, number, question, reference):
         "source": source,
         "mode": ("think", "no_think")[number % 2],
         "tags": ["json"] if source == "json" else [],
-        "messages": [{"role": "user", "content": question}],
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": reference}],
         "tools": None,
+        "kwargs": {"number": number},
     }
     task = metrics.Question(parse_answer(reference, "generic", ""), reference, question)
     task.json = True if source == "json" else None
@@ -402,8 +404,8 @@ def test_the_verdict_is_the_colour_of_the_table(tmp_path, capsys):
 
 
 def test_failures_are_red_and_what_is_met_green(tmp_path, capsys, monkeypatch):
-    coloured = partial(gate.Console, force_terminal=True, color_system="standard", no_color=False)
-    monkeypatch.setattr(gate, "Console", coloured)
+    coloured = partial(terminal.Console, force_terminal=True, color_system="standard", no_color=False)
+    monkeypatch.setattr(terminal, "Console", coloured)
     write_run(tmp_path, only("sums", LOOP))
     text = "- metric: loop_rate\n  max: 0.02\n- metric: empty\n  max: 1"
     _, out, _ = run(capsys, tmp_path, "--rules", rules(tmp_path, text))

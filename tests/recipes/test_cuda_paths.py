@@ -8,30 +8,37 @@ Breaks tried, each seen red: TRL's collator without a pack's first boundary, and
 probe refuses both; without the probe the gradients are 0.27 and 0.30 off); checkpointing that is not switched on; a
 probe whose limit is ten times a leak; a recompile limit that is not raised; flex attention compiled for each length;
 PEFT's CPU branch with its input 10% larger; no device map, and no check of visible GPUs; Liger's norm and TRL's logits
-0.1% larger; a model without Liger's layers; a block that is no power of two.
+0.1% larger; a model without Liger's layers; a block that is no power of two; FlashAttention 3 on every card; a
+`kernels` of any version; an attention that was named replaced; heads of any width.
 """
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from collections import Counter
 from importlib.util import find_spec
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from hooks.checks import attention as choices
 from hooks.checks import devices, packing
 from hooks.messages import UsageError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, BitsAndBytesConfig, Qwen3Config, Qwen3ForCausalLM
 from transformers.integrations import accelerate as device_maps
+from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_VERSIONS
 from transformers.quantizers import AutoHfQuantizer
-from trl import SFTConfig
+from transformers.utils import import_utils
+from trl import ModelConfig, SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import create_model_from_path
 
+from data_prep.common.gpu_standins import FLASH
 from tests.helpers.cuda_references import (
     FlashAttention,
     count_compiled,
@@ -418,6 +425,111 @@ def test_what_the_automatic_map_would_do(monkeypatch):
     quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True))
     with pytest.raises(ValueError, match="Some modules are dispatched on the CPU"):
         place(in_use, quantizer)
+
+
+# -- the choice of attention ------------------------------------------------------------------------------------------
+ADA = (8, 9)
+TURING = (7, 5)
+HOPPER = (9, 0)
+QWEN3_FLAGS = {"dtype": "bfloat16"}
+
+
+def clear_answers():
+    """Make transformers look for packages anew."""
+    for name in ("is_flash_attn_2_available", "is_flash_attn_3_available", "is_kernels_available"):
+        getattr(choices, name).cache_clear()
+
+
+@pytest.fixture
+def installed(monkeypatch, tmp_path):
+    """installed(name=version): packages that can be imported, as transformers finds them; their kernels are empty."""
+    versions = {"flash_attn": "flash-attn", "flash_attn_interface": "flash-attn-3", "kernels": "kernels"}
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(import_utils, "is_torch_cuda_available", lambda: True)
+    asked = []
+
+    def install(**packages):
+        for module, version in packages.items():
+            (tmp_path / module).mkdir()
+            (tmp_path / module / "__init__.py").write_text("")
+            name = versions[module]
+            folder = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+            folder.mkdir()
+            (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+            (folder / "top_level.txt").write_text(module)
+            (folder / "RECORD").write_text(f"{module}/__init__.py,,\n")
+        importlib.invalidate_caches()
+        import_utils._package_distribution_mapping.cache_clear()
+        clear_answers()
+        if "kernels" in packages:
+            monkeypatch.setattr(importlib.import_module("kernels"), "get_kernel", get_kernel, raising=False)
+
+    def get_kernel(name, version):
+        asked.append((name, version))
+        if name not in install.hub:
+            raise FileNotFoundError(name)
+
+    install.hub = {choices.FLASH_2_KERNEL, choices.FLASH_3_KERNEL}
+    install.asked = asked
+    yield install
+    for module in versions:
+        sys.modules.pop(module, None)
+    monkeypatch.undo()
+    import_utils._package_distribution_mapping.cache_clear()
+    clear_answers()
+
+
+def choose(monkeypatch, capability, recipes_choice="flex_attention", config=None, **model_settings):
+    """The attention of a run on such a GPU, and what the start block says of it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    training_args = SimpleNamespace(
+        device=torch.device("cuda:0"), bf16=True, fp16=False, model_init_kwargs={"attn_implementation": recipes_choice}
+    )
+    model_args = ModelConfig(**QWEN3_FLAGS | model_settings)
+    choices.choose_attention(config or qwen3_config(), training_args, model_args)
+    chosen = training_args.model_init_kwargs["attn_implementation"]
+    return chosen, choices.describe_alternative(chosen, training_args.device).strip(" ()")
+
+
+def test_flash_attention_where_it_is_installed_and_3_on_hopper(installed, monkeypatch):
+    installed(flash_attn="2.8.3")
+    assert choose(monkeypatch, ADA) == ("flash_attention_2", "alternative: flex_attention")
+    missing = "faster: flash_attention_3, whose package flash-attn-3 is not installed"
+    assert choose(monkeypatch, HOPPER) == ("flash_attention_2", missing)
+    installed(flash_attn_interface="3.0.0")
+    assert choose(monkeypatch, HOPPER) == ("flash_attention_3", "alternative: flash_attention_2")
+    assert choose(monkeypatch, ADA)[0] == "flash_attention_2"
+
+
+@pytest.mark.parametrize(("version", "is_taken"), [("0.17.2", False), ("0.18.2", True), ("0.19.0", False)])
+def test_the_hubs_kernel_in_the_versions_that_transformers_takes(installed, monkeypatch, version, is_taken):
+    installed(kernels=version)
+    missing = "faster: flash_attention_2, whose package flash-attn is not installed"
+    expected = "kernels-community/flash-attn2" if is_taken else "flex_attention"
+    assert choose(monkeypatch, ADA) == (expected, missing)
+    assert choose(monkeypatch, TURING) == ("flex_attention", "")
+    if is_taken:
+        assert choose(monkeypatch, HOPPER)[0] == "kernels-community/flash-attn3"
+        assert ("kernels-community/flash-attn2", 4) in installed.asked  # the version for torch 2.10 and newer
+        installed.hub.clear()  # no hub, and nothing in its cache
+        assert choose(monkeypatch, ADA)[0] == "flex_attention"
+
+
+def test_a_choice_that_was_made_stays(installed, monkeypatch):
+    installed(flash_attn="2.8.3")
+    named = choose(monkeypatch, ADA, attn_implementation="flex_attention")
+    assert named[0] == "flex_attention"
+    assert choose(monkeypatch, ADA, recipes_choice="sdpa") == ("sdpa", "")
+    wide = qwen3_config()
+    wide.head_dim = 512
+    assert choose(monkeypatch, ADA, config=wide)[0] == "flex_attention"
+    assert choices.describe_alternative("sdpa", CPU) == ""
+
+
+def test_every_candidate_is_one_that_the_prediction_knows():
+    for name in choices.list_candidates(HOPPER):
+        assert name in FLASH or name == "flex_attention"
+        assert ("/" in name) == (name in FLASH_ATTN_KERNEL_VERSIONS)  # by transformers' own names
 
 
 # -- Triton -----------------------------------------------------------------------------------------------------------

@@ -170,7 +170,8 @@ class Probe(TrainerCallback):
 
     def watch_step(self, model, inputs, *rest, **kwargs):
         rows = []
-        for ids, mask in zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist()):
+        mask = inputs.get("attention_mask", inputs["input_ids"] >= 0)  # packs of whole rows come without
+        for ids, mask in zip(inputs["input_ids"].tolist(), mask.tolist()):
             rows.append([token for token, real in zip(ids, mask) if real])
         self.seen.append(rows)
         return self.training_step(model, inputs, *rest, **kwargs)
@@ -399,6 +400,48 @@ def test_stream_and_schedules_of_mid_training(train, nano, tmp_path):
     found, _ = train("mid", *flags, "--one_stream", "false", data=tmp_path / "rows", out="plain")
     assert {len(ids) for ids, _ in found["rows"]} > {64} and len(found["rows"]) > steps * 16
     previewed(nano, tmp_path, "midtrain", found, *flags, one_stream=False)
+
+
+def test_the_current_version_packs_whole_answers_and_decays_from_the_half(train, nano, tmp_path):
+    """nanochat of July 2026 by its config: ids and mask of render_conversation, best-fit rows, its schedule."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(nano / "base")
+    rows = chats(300)
+    DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(tmp_path / "rows")
+    config = REPO / "recipes" / "configs" / "nanochat_current.yaml"
+    flags = ["--global_batch_size", 4, "--per_device_train_batch_size", 2, "--max_length", 96]
+    found, _ = train("mid", "--config", config, *flags, "--allow", "packing", data=tmp_path / "rows")
+    documents = []
+    for row in rows:
+        ids, mask = rendered(tokenizer, row["messages"])
+        labels = [token if is_trained else -100 for token, is_trained in zip(ids, mask, strict=True)]
+        documents.append((tuple(ids), tuple(labels[1:])))
+    begin = tokenizer.convert_tokens_to_ids("<|bos|>")
+    seen = []
+    for ids, labels in found["rows"]:
+        assert len(ids) <= 96 and ids[0] == begin  # every row begins a conversation, and none is cut
+        starts = [place for place, token in enumerate(ids) if token == begin] + [len(ids)]
+        for first, end in zip(starts, starts[1:], strict=False):
+            seen.append((tuple(ids[first:end]), tuple(labels[first + 1 : end])))
+    assert sorted(seen) == sorted(documents)
+    steps = len(found["steps"])
+    assert steps == math.ceil(len(found["rows"]) / 4) > 8
+    for step, told in enumerate(found["steps"]):
+        progress = step / steps
+        share = 1 if progress <= 0.5 else 1 - (progress - 0.5) / 0.5
+        assert told["rates"][0] == pytest.approx(0.02 * 0.8 * share, rel=0.02)
+        assert told["momentum"] == pytest.approx(0.85 + 0.1 * step / 300, rel=1e-12)
+
+
+def test_the_configs_launch_line_parses(monkeypatch):
+    path = REPO / "recipes" / "configs" / "nanochat_current.yaml"
+    line = re.search(r"^#   accelerate launch --config_file (\S+) (\S+) (.*)$", path.read_text(), re.M)
+    assert (REPO / line[1]).is_file()
+    monkeypatch.chdir(REPO)
+    script, args, _ = parse(REPO / line[2], *line[3].split())
+    assert script.global_batch_size * args.max_length == 524_288 and not script.one_stream
+    assert (args.learning_rate, args.packing_strategy, args.assistant_only_loss) == (0.8, "bfd", True)
 
 
 def test_only_wrapped_packs_are_one_stream(nano, run_recipe, hook, tmp_path):

@@ -79,7 +79,10 @@ def test_the_preference_recipe_repeats_what_it_shares():
         assert (own[name] == expected) is (name != "load_splits"), name
 
 
-@pytest.mark.parametrize(("one", "other"), [("qwen3_qlora", "qwen3_full"), ("blossom_stage1", "blossom_stage2")])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("qwen3_qlora", "qwen3_moe_lora"), ("qwen3_full", "smollm3_sft"), ("blossom_stage1", "blossom_stage2")],
+)
 def test_a_diff_shows_settings_and_little_else(one, other):
     """Outside the docstring, what differs are lines of DEFAULTS."""
     trees = [ast.parse((REPO / "recipes" / f"{name}.py").read_text()) for name in (one, other)]

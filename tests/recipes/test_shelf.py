@@ -32,6 +32,7 @@ from transformers.utils.import_utils import is_causal_conv1d_available
 
 from data_prep import check
 from eval import tool_calls
+from eval.common.bfcl import list_tools
 from tests.helpers.runs import REPO, load_recipe, parse, run_script
 from tests.helpers.template_oracle import ALL_FAMILIES
 from tests.recipes.test_coverage import VISION, matrices, small_config
@@ -385,6 +386,31 @@ def test_calls_can_be_scored_before_and_after(train, tmp_path):
     scored = {"simple_python": 1, "parallel": 1, "irrelevance": 1}
     assert score_calls(model, files, tmp_path / "before") == scored
     assert score_calls(folder, files, tmp_path / "after") == scored
+
+
+@pytest.mark.long
+def test_training_raises_the_score_of_calls(train, tmp_path):
+    """The recipe's adapters on a base of random weights learn its rows, which show the function as eval does."""
+    files = write_bfcl(tmp_path)
+    function = json.loads(files[0].read_text())["function"]
+    rows = [row | {"tools": list_tools(function)} for row in tool_rows()] * 8
+    (tmp_path / "shown.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--dataset_name", tmp_path / "shown.jsonl", "--max_steps", 90, "--lora_r", 32, "--lora_alpha", 64]
+    flags += ["--packing", "false", "--per_device_train_batch_size", 4, "--max_length", 640]
+    folder, model, _ = train("tool_calling_qlora", *flags)
+    shutil.copy(folder / "chat_template.jinja", model)
+    before = rate_calls(model, files, tmp_path / "before")
+    after = rate_calls(folder, files, tmp_path / "after")
+    assert before["ast"] == 0 and before["stop_rate"] < 1
+    assert after == {"ast": 1, "irrelevance": 1, "malformed": 0, "stop_rate": 1}
+
+
+def rate_calls(run, files, folder):
+    """Return {metric: value} of eval.tool_calls over all files."""
+    done = run_script(tool_calls, run, "--data", *files, "--out", folder, "--max_new_tokens", 120)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((folder / "tool_calls.json").read_text())["metrics"]
+    return {name: metrics[name]["value"] for name in ("ast", "irrelevance", "malformed", "stop_rate")}
 
 
 # -- packing ----------------------------------------------------------------------------------------------------------

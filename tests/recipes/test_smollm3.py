@@ -343,14 +343,15 @@ def test_midtraining_trains_every_token(demo, run_recipe, hook, tmp_path):
 # -- values -----------------------------------------------------------------------------------------------------------
 def settings(name):
     """All options of a config as the recipe resolves them: DEFAULTS < YAML."""
-    recipe = "smollm3_midtrain" if name == "midtrain" else "smollm3_sft"
+    recipe = "smollm3_midtrain" if name.startswith("mid") else "smollm3_sft"
     defaults = load_recipe(recipe)["DEFAULTS"]
     path = RECIPES / "configs" / f"smollm3_{name}.yaml"
     return defaults | (yaml.safe_load(path.read_text()) if path.is_file() else {})
 
 
+BASE = "HuggingFaceTB/SmolLM3-3B-Base"
 BASELINE = {
-    "model_name_or_path": "HuggingFaceTB/SmolLM3-3B-Base",
+    "model_name_or_path": BASE,
     "learning_rate": 1e-5,
     "global_batch_size": 128,
     "num_train_epochs": 1,
@@ -410,6 +411,14 @@ ABLATIONS = {  # config: (its baseline, the one option)
     "hybrid_user_turns": ("hybrid", {"assistant_only_loss": (True, False)}),
     "hybrid_packing": ("hybrid", {"packing": (False, True)}),
     "hybrid_5_epochs": ("hybrid", {"num_train_epochs": (1, 5)}),
+    "hybrid_ifthink": ("hybrid", {"dataset_name": ("data/smollm3_hybrid", "data/smollm3_hybrid_ifthink")}),
+    "hybrid_mid": ("hybrid", {"model_name_or_path": (BASE, "runs/smollm3_midtrain")}),
+    "hybrid_mid_nvidia": ("hybrid", {"model_name_or_path": (BASE, "runs/smollm3_mid_nvidia")}),
+    "hybrid_mid_openthoughts": ("hybrid", {"model_name_or_path": (BASE, "runs/smollm3_mid_openthoughts")}),
+    "hybrid_muon": ("hybrid", {"optimizer": (None, "recipes/optimizers/muon.py")}),
+    "hybrid_packing_batch_32": ("hybrid_packing", {"global_batch_size": (128, 32)}),
+    "mid_nvidia": ("midtrain", {"dataset_name": ("data/smollm3_mid", "data/smollm3_mid_nvidia")}),
+    "mid_openthoughts": ("midtrain", {"dataset_name": ("data/smollm3_mid", "data/smollm3_mid_openthoughts")}),
     "hybrid_packing_lr_1e-6": ("hybrid_packing", {"learning_rate": (1e-5, 1e-6)}),
     "hybrid_packing_lr_3e-6": ("hybrid_packing", {"learning_rate": (1e-5, 3e-6)}),
     "hybrid_packing_lr_3e-5": ("hybrid_packing", {"learning_rate": (1e-5, 3e-5)}),
@@ -436,11 +445,23 @@ def test_configs_parse_by_their_launch_line(path, monkeypatch):
     assert line[1] is None or (REPO / line[1]).is_file()
     monkeypatch.chdir(REPO)
     script, args, model = parse(REPO / line[2], *line[3].split())
-    assert args.gradient_accumulation_steps == script.global_batch_size == 128
+    expected = settings(path.stem.removeprefix("smollm3_"))
+    assert args.gradient_accumulation_steps == script.global_batch_size == expected["global_batch_size"]
     assert f"recipes/configs/{path.name}" in line[3]
     assert args.lr_scheduler_kwargs == {"min_lr_rate": 0.1} and model.dtype == "float32"
-    told = yaml.safe_load(path.read_text())
-    assert args.learning_rate == told.get("learning_rate", 1e-5) and args.max_length == told["max_length"]
+    assert args.learning_rate == expected["learning_rate"] and args.max_length == expected["max_length"]
+    assert model.model_name_or_path == expected["model_name_or_path"]
+    assert getattr(script, "optimizer", None) == expected.get("optimizer")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_set_has_a_mix_and_every_model_a_run(path):
+    """What a config names is published, or is made by a mix or by another config of this folder."""
+    found = yaml.safe_load(path.read_text())
+    assert (MIXES / f"{Path(found['dataset_name']).name}.yaml").is_file()
+    model = found.get("model_name_or_path", BASE)
+    runs = {"runs/smollm3_midtrain", *[yaml.safe_load(other.read_text())["output_dir"] for other in CONFIGS]}
+    assert model.startswith("HuggingFaceTB/") or model in runs - {found["output_dir"]}
 
 
 # -- the playbook's data table ----------------------------------------------------------------------------------------
@@ -586,6 +607,51 @@ def test_lost_personas_stop_the_run(persona_run):
     echoed += [raw("1", turns, False, "You are a helpful AI assistant")]
     assert persona_run(echoed, broken).startswith("2 of 2 rows lose their persona")
     assert persona_run(rows, broken, "--allow", "lost_personas") == ""
+
+
+# -- an optimizer from a file ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("recipe", ["smollm3_sft", "qwen3_full"])
+def test_an_optimizer_from_a_file(demo, run_recipe, tmp_path, capsys, recipe):
+    """Muon's first step moves a matrix as far as its rate says; without the flag --optim's AdamW trains."""
+    model = demo / "init"
+    if recipe == "smollm3_sft":
+        model = save_model(AutoTokenizer.from_pretrained(model), tmp_path / "tiny")
+    turns = [{"role": "user", "content": "1 + 2?"}, {"role": "assistant", "content": "3, as said."}]
+    (tmp_path / "rows.jsonl").write_text("".join([json.dumps({"messages": turns}) + "\n"] * 4))
+    flags = [*of(model), "--dataset_name", tmp_path / "rows.jsonl", "--max_steps", 1, "--global_batch_size", 4]
+    flags += ["--max_length", 256, "--save_strategy", "no", "--eval_strategy", "no", "--eval_rows", 0]
+    flags += ["--warmup_steps", 0, "--lr_scheduler_type", "constant", "--lr_scheduler_kwargs", "{}"]
+    flags += [
+        "--weight_decay",
+        0,
+        "--learning_rate",
+        1e-2,
+        "--chat_template_path",
+        REPO / "chat_templates/chatml.jinja",
+    ]
+    muon = ["--optimizer", REPO / "recipes" / "optimizers" / "muon.py", "--optim_args", "dtype=float32"]
+    moved = {}
+    for name, more in (("muon", muon), ("adamw", [])):
+        run_recipe(recipe, *flags, *more, "--output_dir", tmp_path / name, defaults=False)
+        assert ("parameters by Muon (float32)" in capsys.readouterr().out) is (name == "muon")
+        before = AutoModelForCausalLM.from_pretrained(model).state_dict()
+        after = AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
+        key = "model.layers.0.mlp.down_proj.weight"
+        moved[name] = (after[key].float() - before[key].float()) / 1e-2
+    # the singular values of Muon's update are all about 1, times 0.2 sqrt(longer side); the gradient's rank is small
+    values = torch.linalg.svdvals(moved["muon"])[:4] / (0.2 * max(moved["muon"].shape) ** 0.5)
+    assert values == pytest.approx(torch.ones(4), abs=0.1)
+    assert moved["adamw"].abs().median() == pytest.approx(1, abs=0.05)  # AdamW's first step is the gradient's sign
+
+
+@pytest.mark.parametrize("recipe", ["smollm3_sft", "qwen3_full"])
+def test_a_file_that_is_no_optimizer_is_refused(tmp_path, run_recipe, capsys, recipe):
+    (tmp_path / "empty.py").write_text("")
+    for path, words in (("no_such.py", "no such file: pass the path of optimizers/muon.py"), ("empty.py", "check")):
+        with pytest.raises(SystemExit) as stop:
+            run_recipe(recipe, "--use_cpu", "true", "--optimizer", tmp_path / path, defaults=False)
+        assert stop.value.code == 2
+        assert re.search(rf"--optimizer \S*{path}: .*{words}", capsys.readouterr().err)
 
 
 # -- a run ------------------------------------------------------------------------------------------------------------

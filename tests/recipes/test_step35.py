@@ -533,6 +533,63 @@ def test_packs_of_another_tokenizer_or_template_are_refused(demo, tmp_path, run_
         run_recipe("step35_sft", *flags, "--model_name_or_path", tmp_path / "other", defaults=False)
 
 
+def change_tokenizer(demo, folder, change):
+    """Return a folder with the demo's tokenizer alone, whose file `change` edits, and no model."""
+    shutil.copytree(demo / "init", folder)
+    for path in [*folder.glob("*.safetensors"), folder / "config.json"]:
+        path.unlink()
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    change(saved)
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    return folder
+
+
+def test_a_tokenizer_snapshot_compiles_trains_and_is_saved(demo, tmp_path, run_recipe):
+    """As the released tokenizers/qwen3: the model's ids, another definition; the packs hold that of the snapshot."""
+    snapshot = change_tokenizer(demo, tmp_path / "snapshot", lambda saved: saved["model"]["merges"].pop())
+    folder = prepare(tmp_path, list(demo_turns(demo))[:40], snapshot, 500)
+    flags = flags_for(demo, folder, tmp_path / "run", "--use_cpu", "true", "--max_steps", 1, "--global_batch_size", 1)
+    with pytest.raises(ValueError, match="compiled with another tokenizer than this recipe's"):
+        run_recipe("step35_sft", *flags, defaults=False)
+    run_recipe("step35_sft", *flags, "--tokenizer_name_or_path", snapshot, defaults=False)
+    merges = [
+        json.loads((place / "tokenizer.json").read_text())["model"]["merges"] for place in (snapshot, demo / "init")
+    ]
+    saved = json.loads((tmp_path / "run" / "tokenizer.json").read_text())["model"]["merges"]
+    assert saved == merges[0] == merges[1][:-1]
+
+
+def swap_ids(saved):
+    vocabulary = saved["model"]["vocab"]
+    first, second = list(vocabulary)[30:32]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+
+
+def add_token(saved):
+    number = max(token["id"] for token in saved["added_tokens"]) + 100_000
+    saved["added_tokens"].append(saved["added_tokens"][-1] | {"id": number, "content": "<|far|>"})
+    saved["model"]["vocab"]["<|far|>"] = number
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(demo, tmp_path, run_recipe, capsys):
+    """Ids beyond the model's embeddings, ids that mean other tokens, and a folder without a tokenizer."""
+    folder, _, _ = numbered(demo, tmp_path)
+    (tmp_path / "none").mkdir()
+    cases = {
+        change_tokenizer(
+            demo, tmp_path / "large", add_token
+        ): r"its <\|far\|> has the id 10\d,\d+, and .* 640 embeddings",
+        change_tokenizer(demo, tmp_path / "other", swap_ids): r"2 of its [\d,]+ tokens have other ids than in",
+        tmp_path / "none": "no tokenizer there: pass the folder with its tokenizer.json",
+    }
+    for path, words in cases.items():
+        flags = flags_for(demo, folder, tmp_path / "run", "--use_cpu", "true", "--tokenizer_name_or_path", path)
+        with pytest.raises(SystemExit) as stop:
+            run_recipe("step35_sft", *flags, "--allow", "other_tokenizer", defaults=False)
+        assert stop.value.code == 2
+        assert re.search(rf"--tokenizer_name_or_path {path}: {words}", capsys.readouterr().err)
+
+
 def test_raw_shards_are_no_training_set(demo, tmp_path, run_recipe):
     shard = write_shards(tmp_path / "json", [raw(*next(demo_turns(demo)))], 1) / "chunk_0.json"
     with pytest.raises(ValueError, match="rows are no packs: the commands at the head of data_prep/mixes/step35.yaml"):

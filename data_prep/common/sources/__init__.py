@@ -35,6 +35,7 @@ from .chats import (
     step35,
     turn_lists,
 )
+from .dialogs import OPTIONS, corecode, holds_segments, holds_utterances, kdconv, lccc, mutual
 from .exchange import KEPT, SYSTEM, THOUGHTS
 from .exercises import (
     arc,
@@ -171,6 +172,12 @@ SOURCES = {
     "svamp": Source(svamp, "Body|body Question|question Answer|answer", "ID idx", language="en", fits=holds_body),
     "arc": Source(arc, "question choices answerKey", language="en", fits=holds_choices),
     "mmlu": Source(mmlu, "choices|train", "question subject answer", language="en", fits=holds_index),
+    "kdconv": Source(kdconv, "messages", fits=holds_utterances, language="zh", turn_keys="message"),
+    "lccc": Source(
+        lccc, TURNS, language="zh", fits=holds_segments, sign="blanks between Chinese words", extends="list_of_strings"
+    ),
+    "corecode": Source(corecode, "dialogue question answer", " ".join(OPTIONS), language="zh"),
+    "mutual": Source(mutual, "article options", "answers", language="en"),
     "simple_spelling": Source(
         simple_spelling, reads="number split seed", language="en", is_guessed=False, is_made=True
     ),

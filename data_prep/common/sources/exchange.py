@@ -21,7 +21,8 @@ from ..parsing import (
 )
 
 # columns of ours, by their own and other names, read where a source keeps the row's
-KEPT = f"{' '.join(TOOL_COLUMNS)} enable_thinking only_last chat_template_kwargs source lang tags"
+LABEL_COLUMNS = ("domain", "difficulty")  # that become tags
+KEPT = " ".join([*TOOL_COLUMNS, "enable_thinking only_last chat_template_kwargs source lang tags", *LABEL_COLUMNS])
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")
 SYSTEM = " ".join(SYSTEM_KEYS)
 THOUGHT_KEYS = (*REASONING_KEYS, *REASONING_BLOCKS)  # reasoning of the one answer of a row

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from ..errors import InvalidRow, UsageError
 from ..parsing import CONTENT_KEYS, ROLE_KEYS, ROLES, clean_text, parse_calls, parse_turns, require_objects
-from .exchange import THOUGHT_KEYS, exchange, scalar_text, with_system
+from .exchange import LABEL_COLUMNS, THOUGHT_KEYS, exchange, scalar_text, with_system
 
-KEPT_COLUMNS = ("tools", "chat_template_kwargs", "id", "source", "lang", "tags")
+KEPT_COLUMNS = ("tools", "chat_template_kwargs", "id", "source", "lang", "tags", *LABEL_COLUMNS)
 MAPPED = ("prompt", "answer", "system", "reasoning", "messages", "role", "content", *KEPT_COLUMNS)
 OPTIONAL = ("system", "reasoning", *KEPT_COLUMNS)  # a row may lack them
 
@@ -22,9 +22,9 @@ class Part:
 
 def fields(row: dict, *, map: dict[str, str] | None = None, roles: dict[str, str] | None = None) -> dict:
     """Any other rows, by --map OURS=THEIRS …: prompt and answer, or messages with the keys role and content of a turn;
-    system, reasoning, tools, chat_template_kwargs, id, source, lang and tags as well, which a row may lack. THEIRS is a
-    column, a path like data.0.question, or columns joined by a text, "{subject}: {customer}". An answer beside tools
-    that is the JSON of calls becomes them. --roles THEIRS=OURS … names the speakers."""
+    system, reasoning, tools, chat_template_kwargs, id, source, lang, tags, domain and difficulty as well, which a row
+    may lack. THEIRS is a column, a path like data.0.question, or columns joined by a text, "{subject}: {customer}". An
+    answer beside tools that is the JSON of calls becomes them. --roles THEIRS=OURS … names the speakers."""
     mapped = map or {}
     found = {}
     for name in OPTIONAL:

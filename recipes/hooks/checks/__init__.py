@@ -11,6 +11,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig
 from ..checkpoints import read_run
 from .adapter_coverage import check_adapter_coverage, check_adapter_settings
 from .allowed import ALLOWED, check_allowed_names
+from .attention import choose_attention
 from .checkpoint import check_engine_of_checkpoint, check_optimizer_state, check_output_dir, say_unknown_run
 from .compiled import check_compiled_for
 from .counts import check_counts
@@ -31,7 +32,8 @@ from .personas import check_personas
 from .ranks import refuse_on_all_ranks
 from .rows import check_local_rows, check_own_template_arguments, check_rows
 from .settings import check_choices, check_packages, say_save_only_model
-from .stop_token import check_pad_token, check_stop_token, load_tokenizer, silence_stop_warning
+from .steps import say_few_steps
+from .stop_token import check_pad_token, check_stop_token, load_tokenizer, name_tokenizer, silence_stop_warning
 from .template import check_template
 from .tied_embeddings import check_tied_embeddings
 from .trained_ends import check_trained_ends
@@ -73,12 +75,14 @@ def check_before_load(script_args: ScriptArguments, training_args: SFTConfig, mo
         say_downloads(script_args, model_args)
         config = load_config(training_args, model_args)
         check_model_class(config, training_args, model_args)
+        choose_attention(config, training_args, model_args)
         check_adapter_settings(config, training_args, model_args)
         check_fits(config, script_args, training_args, model_args)
-        tokenizer = load_tokenizer(training_args, model_args)
+        tokenizer_name = name_tokenizer(script_args, model_args)
+        tokenizer = load_tokenizer(tokenizer_name, training_args, model_args)
         if tokenizer is not None:
-            check_stop_token(tokenizer, training_args, model_args.model_name_or_path)
-            check_pad_token(tokenizer, training_args, model_args.model_name_or_path, allow)
+            check_stop_token(tokenizer, training_args, tokenizer_name)
+            check_pad_token(tokenizer, training_args, tokenizer_name, allow)
             check_compiled_for(script_args, training_args, tokenizer, allow)
         check_packing(config, training_args, allow)
 
@@ -103,3 +107,4 @@ def check_before_train(trainer: "SFTTrainer", script_args: ScriptArguments, mode
         check_personas(trainer, allow)
         check_trained_ends(trainer, allow)
         check_counts(trainer, allow)
+        say_few_steps(trainer, script_args)

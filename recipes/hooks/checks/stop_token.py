@@ -4,7 +4,7 @@ import logging
 from difflib import get_close_matches
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from trl import ModelConfig, SFTConfig
+from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from data_prep.common.rendering import choose_pad_token
 
@@ -17,12 +17,17 @@ TRL_LOGGER = "trl.trainer.sft_trainer"
 SHOWN_TOKENS = 9
 
 
-def load_tokenizer(training_args: SFTConfig, model_args: ModelConfig) -> PreTrainedTokenizerBase | None:
-    """Return the model's tokenizer as it lies in its folder, or None: the run itself says why it cannot be loaded."""
+def name_tokenizer(script_args: ScriptArguments, model_args: ModelConfig) -> str:
+    """Return the folder or hub id of the tokenizer: the model's, or what a recipe's own flag names instead."""
+    return getattr(script_args, "tokenizer_name_or_path", None) or model_args.model_name_or_path
+
+
+def load_tokenizer(name: str, training_args: SFTConfig, model_args: ModelConfig) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer as it lies in its folder, or None: the run itself says why it cannot be loaded."""
     try:
         return AutoTokenizer.from_pretrained(
-            model_args.model_name_or_path,
-            revision=model_args.model_revision,
+            name,
+            revision=model_args.model_revision if name == model_args.model_name_or_path else None,
             trust_remote_code=training_args.trust_remote_code,
         )
     except Exception:  # a tokenizer's own code may raise anything
