@@ -9,7 +9,10 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from .recipe_settings import FLAGS
+
 RECIPE = "recipes/qwen3_qlora.py"  # where no recipe has been named yet: the one to begin with
+COMPILED = "recipes/configs/compiled.yaml"  # which a set of tokens is trained with
 
 NextCommand = Callable[[Namespace], str | None]
 
@@ -49,30 +52,32 @@ def after_set(args: Namespace) -> str:
 
 
 def after_stats(args: Namespace) -> str:
-    return join_command("data_prep.preview", args.data, *list_recipe_words(args))
+    return join_command("data_prep.preview", args.data, "--recipe", args.recipe, *list_recipe_words(args))
 
 
 def list_recipe_words(args: Namespace) -> list[str]:
-    words = ["--recipe", args.recipe]
+    """Return the words that settle what a recipe trains, after its name: those given to this command."""
+    words = []
     if args.config:
         words += ["--config", args.config]
+    for name in FLAGS:
+        value = getattr(args, name, None)
+        if value is not None:
+            words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
     return words
 
 
-def launch_recipe(args: Namespace, data: object) -> str:
-    """Return the command that trains a recipe on a set."""
-    words = [args.recipe]
-    if args.config:
-        words += ["--config", args.config]
-    return f"accelerate launch {shlex.join([str(word) for word in (*words, '--dataset_name', data)])}"
+def launch_recipe(*words: object) -> str:
+    """Return the command that trains a recipe."""
+    return f"accelerate launch {shlex.join([str(word) for word in words])}"
 
 
 def after_preview(args: Namespace) -> str:
-    return launch_recipe(args, args.data)
+    return launch_recipe(args.recipe, *list_recipe_words(args), "--dataset_name", args.data)
 
 
 def after_compile(args: Namespace) -> str:
-    return launch_recipe(args, args.out)
+    return launch_recipe(args.recipe, "--config", COMPILED, "--dataset_name", args.out)
 
 
 def after_compare(args: Namespace) -> str:
