@@ -176,13 +176,16 @@ def table_line(title: str, figures: Sequence[Figure | None], widths: Sequence[in
 
 
 def describe_missing(metrics: Metrics) -> str:
-    """Return that ChatCORE is not over all six tasks, "" where it is."""
+    """Return that ChatCORE is not over the six tasks of November 2025, "" where it is."""
     missing = [task.title for name, task in TASKS.items() if name not in metrics]
     if not missing:
         return ""
-    return (
+    text = (
         f"ChatCORE is not over all six tasks: it lacks {', '.join(missing)}, and is not comparable with one over all."
     )
+    if missing == [TASKS["spelling_bee"].title]:
+        text += " nanochat's own is over these five since 2026."
+    return text
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

@@ -51,16 +51,46 @@ if TYPE_CHECKING:
 
 ATTENTION = "flash_attention_2"  # what a recipe takes on a GPU with requirements-gpu.txt
 ROWS = 1000  # whose time is told where nobody says how many there are
-TABLE_RUNS = (  # recipe, flags, accelerate config
+EIGHT = "accelerate_configs/fsdp2_8gpu.yaml"
+TABLE_RUNS = (  # recipe, flags, accelerate config: every recipe's defaults, and variations of the first three
     ("recipes/qwen3_qlora.py", [], None),
     ("recipes/qwen3_qlora.py", ["--max_length", "8192"], None),
     ("recipes/qwen3_qlora.py", ["--model_name_or_path", "Qwen/Qwen3-8B"], None),
     ("recipes/qwen3_lora.py", [], None),
     ("recipes/qwen3_lora.py", ["--max_length", "8192"], None),
     ("recipes/qwen3_full.py", [], None),
-    ("recipes/qwen3_full.py", [], "accelerate_configs/fsdp2_8gpu.yaml"),
-    ("recipes/qwen3_full.py", ["--max_length", "16384"], "accelerate_configs/fsdp2_8gpu.yaml"),
+    ("recipes/qwen3_full.py", [], EIGHT),
+    ("recipes/qwen3_full.py", ["--config", "recipes/configs/qwen3_full_16k.yaml"], EIGHT),
     ("recipes/qwen3_full.py", ["--model_name_or_path", "Qwen/Qwen3-14B"], "accelerate_configs/zero3.yaml"),
+    ("recipes/qwen3_lora.py", ["--config", "recipes/configs/qwen3_14b_qlora.yaml"], None),
+    ("recipes/qwen3_apo.py", [], None),
+    ("recipes/qwen3_5_lora.py", [], None),
+    ("recipes/qwen2_5_qlora.py", [], None),
+    ("recipes/llama3_1_qlora.py", [], None),
+    ("recipes/gemma4_lora.py", [], None),
+    ("recipes/gemma3_qlora.py", [], None),
+    ("recipes/gpt_oss_lora.py", [], None),
+    ("recipes/qwen3_moe_lora.py", [], None),
+    ("recipes/gemma4_lora.py", ["--config", "recipes/configs/ministral3_lora.yaml"], None),
+    ("recipes/qwen3_lora.py", ["--config", "recipes/configs/phi4_lora.yaml"], None),
+    ("recipes/qwen3_lora.py", ["--config", "recipes/configs/phi4_mini_lora.yaml"], None),
+    ("recipes/qwen3_lora.py", ["--config", "recipes/configs/smollm3-3b_qlora.yaml"], None),
+    ("recipes/qwen3_lora.py", ["--config", "recipes/configs/lfm2_5_lora.yaml"], None),
+    ("recipes/tool_calling_qlora.py", [], None),
+    ("recipes/json_output_qlora.py", [], None),
+    ("recipes/qwen3_thinking_qlora.py", [], None),
+    ("recipes/reasoning_distill.py", [], None),
+    ("recipes/smollm3_sft.py", [], EIGHT),
+    ("recipes/smollm3_midtrain.py", [], "accelerate_configs/fsdp2_8nodes.yaml"),
+    ("recipes/step35_sft.py", ["--max_length", "131072"], EIGHT),  # of its packs
+    ("recipes/blossom_stage1.py", [], EIGHT),
+    ("recipes/blossom_stage2.py", ["--model_name_or_path", "Qwen/Qwen3-8B-Base"], EIGHT),  # stage 1's folder
+    ("recipes/nanochat_midtrain.py", [], "accelerate_configs/ddp_8gpu.yaml"),
+    (
+        "recipes/nanochat_sft.py",
+        ["--model_name_or_path", "nanochat-students/base-d20"],
+        "accelerate_configs/ddp_8gpu.yaml",
+    ),
 )
 
 
@@ -79,7 +109,11 @@ class Run:
 
     @property
     def name(self) -> str:
-        words = [Path(self.recipe).stem, *self.flags]
+        words = [Path(self.recipe).stem]
+        for flag in self.flags:
+            if flag.startswith("recipes/configs/"):
+                flag = Path(flag).name
+            words.append(flag)
         if self.engine.processes > 1:
             words.append(f"({self.engine.describe()})")
         return " ".join(words)
@@ -203,7 +237,12 @@ def describe_verdict(prediction: "Prediction", card: Card) -> Text:
 
 def describe_settings(run: Run) -> str:
     settings = run.settings
-    rows = count(settings.per_device_train_batch_size, "pack" if settings.packing else "row")
+    unit = "row"
+    if settings.packing:
+        unit = "pack"
+    elif settings.pairs:
+        unit = "pair"
+    rows = count(settings.per_device_train_batch_size, unit)
     steps = count(settings.gradient_accumulation_steps, "pass", "passes")
     weights = settings.dtype
     if settings.load_in_4bit:
@@ -216,6 +255,8 @@ def describe_settings(run: Run) -> str:
         if isinstance(targets, tuple):
             targets = ", ".join(targets)
         training = f"LoRA r {settings.lora_r} on {targets or 'what PEFT chooses'}"
+        if settings.lora_target_parameters:
+            training += f" and {', '.join(settings.lora_target_parameters)}"
     activations = "kept"
     if settings.activation_checkpointing:
         activations = (

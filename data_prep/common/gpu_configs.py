@@ -21,7 +21,10 @@ from .errors import UsageError
 
 HUB_TIMEOUT = 3  # seconds
 KNOWN_CONFIGS = Path(__file__).with_name("known_configs")
-MADE_OF = ("-Instruct-2507", "-Thinking-2507", "-Instruct", "-Base")  # what a name ends in beside the shapes' own
+MADE_OF = (  # what a name ends in beside the shapes' own
+    *("-Instruct-2507", "-Thinking-2507", "-Instruct-2512-BF16", "-Instruct", "-instruct", "-it", "-Base"),
+    "-checkpoints",
+)
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from trl import ModelConfig, ScriptArguments, SFTConfig
+from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from .errors import UsageError
 from .gpu_engines import Engine
@@ -31,6 +31,7 @@ class RunSettings:
     per_device_train_batch_size: int = 1
     gradient_accumulation_steps: int = 1
     packing: bool = True
+    pairs: bool = False  # DPO: an example is two rows, and the reference model's forward comes on top
     attn_implementation: str = "flash_attention_2"
     use_liger_kernel: bool = True
     activation_checkpointing: bool = True
@@ -43,9 +44,14 @@ class RunSettings:
     tokens_per_row: int | None = None  # documents of a pack; None: PACKED_CONTEXT
 
     @property
+    def rows(self) -> int:
+        """Return the rows or packs of a pass of one GPU."""
+        return self.per_device_train_batch_size * (2 if self.pairs else 1)
+
+    @property
     def tokens(self) -> int:
         """Return the tokens of a pass of one GPU."""
-        return self.per_device_train_batch_size * self.max_length
+        return self.rows * self.max_length
 
     @property
     def context(self) -> float:
@@ -57,7 +63,7 @@ class RunSettings:
 
 def read_run_settings(
     script_args: ScriptArguments,
-    training_args: SFTConfig,
+    training_args: SFTConfig | DPOConfig,
     model_args: ModelConfig,
     attn_implementation: str,
     engine: Engine | None = None,
@@ -92,7 +98,8 @@ def read_run_settings(
         max_length=training_args.max_length,
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=max(1, getattr(script_args, "global_batch_size", at_a_time) // at_a_time),
-        packing=bool(training_args.packing or training_args.padding_free),
+        packing=bool(getattr(training_args, "packing", False) or training_args.padding_free),
+        pairs=isinstance(training_args, DPOConfig),
         attn_implementation=attn_implementation,
         use_liger_kernel=bool(training_args.use_liger_kernel),
         activation_checkpointing=bool(training_args.activation_checkpointing),

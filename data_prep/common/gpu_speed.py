@@ -57,7 +57,10 @@ def pass_seconds(prediction: Prediction, card: Card, efficiency: Efficiency) -> 
     """Return the seconds of a pass of one GPU, with its share of an optimizer step."""
     accumulation = prediction.settings.gradient_accumulation_steps
     step = prediction.counts.trained * OPTIMIZER_TRAFFIC / accumulation / prediction.engine.shards
-    return work_seconds(prediction.work, card, efficiency, step)
+    seconds = work_seconds(prediction.work, card, efficiency, step)
+    if prediction.settings.pairs:
+        seconds += work_seconds(prediction.forward, card, efficiency)  # of the reference
+    return seconds
 
 
 def forward_seconds(prediction: Prediction, card: Card, tokens: float) -> tuple[float, float]:

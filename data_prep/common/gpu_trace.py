@@ -253,14 +253,14 @@ def trace(
         adamw = None
         if optimizer:
             adamw = torch.optim.AdamW(weights, lr=0.0, fused=True)
-        rows = (settings.per_device_train_batch_size, settings.max_length)
+        rows = (settings.rows, settings.max_length)
         if on_cuda and settings.packing:
             rows = (1, settings.tokens)
         ids = torch.zeros(rows, dtype=torch.long)
         if on_cuda and settings.attn_implementation == SDPA:
             shape.mask = torch.empty((rows[0], 1, rows[1], rows[1]), dtype=torch.bool)
             shape.context = 2 * rows[1]  # a dense mask leaves no half out
-        trained = max(1, int((settings.tokens - settings.per_device_train_batch_size) * settings.trained_share))
+        trained = max(1, int((settings.tokens - settings.rows) * settings.trained_share))
         resident = meter.parts.copy()
         for name in ("first", "later"):
             meter.work = Work()
