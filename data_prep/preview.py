@@ -74,9 +74,11 @@ def make_table(totals: Totals, plan: Plan, settings: Settings, packing: Packing)
         Line("tokens a row", f"{totals.tokens / totals.rows:,.0f}", lengths),
         Line("trained tokens", format_share(totals.trained, totals.tokens)),
         Line("truncated rows", format_share(totals.truncated, totals.rows), describe_limit(settings, packing)),
-        Line("answers cut off", format_share(cut, totals.rows), "a trained token lies behind the cut" * bool(cut)),
-        Line("nothing to train", format_share(totals.empty, totals.rows), describe_empty(totals)),
-        Line("newline first", format_share(newline, totals.rows), "answers that begin with a newline" * bool(newline)),
+        Line(
+            "answers that break off", format_share(cut, totals.rows), "a trained token lies behind the cut" * bool(cut)
+        ),
+        Line("rows without a trained token", format_share(totals.empty, totals.rows), describe_empty(totals)),
+        Line("answers that begin with a newline", format_share(newline, totals.rows)),
         *make_pack_lines(plan, settings, packing),
         Line("optimizer steps", f"{plan.steps:,}", describe_steps(plan, settings)),
         Line("tokens a step", f"{plan.tokens_per_step:,.0f}", f"{plan.trained_per_step:,.0f} of them trained"),
@@ -105,10 +107,13 @@ def describe_empty(totals: Totals) -> str:
     return f"{untrained:,} have no trained token, {totals.empty - untrained:,} lose theirs to the cut"
 
 
+PACKING_NAMES = {"bfd": "best-fit packing", "bfd_split": "best-fit packing of cut rows", "wrapped": "rows end to end"}
+
+
 def make_pack_lines(plan: Plan, settings: Settings, packing: Packing) -> list[Line]:
     if plan.packs is None:
         return [Line("packs", "none", f"no packing: {plan.units:,} rows one by one")]
-    kind = "as compiled" if packing.is_compiled else settings.packing_strategy
+    kind = "as compiled" if packing.is_compiled else PACKING_NAMES[settings.packing_strategy]
     if packing.length is not None:
         kind += f", {packing.length:,} tokens"
     if settings.one_stream and not packing.is_compiled:
@@ -116,7 +121,7 @@ def make_pack_lines(plan: Plan, settings: Settings, packing: Packing) -> list[Li
     return [
         Line("packs", f"{plan.packs:,}", kind),
         Line("fill rate", "-" if plan.fill is None else f"{plan.fill:.1%}"),
-        Line("all-masked packs", format_share(plan.masked_packs, plan.units)),
+        Line("packs without a trained token", format_share(plan.masked_packs, plan.units)),
     ]
 
 

@@ -289,9 +289,11 @@ def plot_curves(axis: "Axes", arms: list[Arm]) -> None:
         evaluated = arm.series.get("eval_loss", {})
         if training:
             marker = "o" if len(training) == 1 else None  # a line through one point cannot be seen
-            draw_losses(axis, training, color=color, linewidth=1, alpha=0.5, marker=marker, label=label)
+            # the legend shows the stronger of the two lines
+            shown = None if evaluated else label
+            draw_losses(axis, training, color=color, linewidth=1, alpha=0.5, marker=marker, label=shown)
         if evaluated:
-            draw_losses(axis, evaluated, color=color, linewidth=2, marker="o", label=None if training else label)
+            draw_losses(axis, evaluated, color=color, linewidth=2, marker="o", label=label)
     limit_losses(axis, arms)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("optimizer step")

@@ -11,8 +11,9 @@ from .gpu_engines import Engine
 from .gpu_memory import GIB, Prediction, predict
 from .gpu_settings import RunSettings
 from .gpu_speed import Speed, predict_speed
-from .gpu_standins import SDPA
+from .gpu_standins import FLASH, SDPA
 
+FLEX = "flex_attention"
 HALF = 0.5  # of a card: a run that needs less leaves it half empty
 LENGTH_STEP = 256  # tokens, of the longest --max_length
 BACK_OFF = (1.0, 0.98, 0.95, 0.9, 0.75, 0.5)  # of an estimate that did not fit
@@ -47,7 +48,7 @@ class Advice:
 # -- too large --------------------------------------------------------------------------------------------------------
 def list_savings(settings: RunSettings) -> Iterator[Change]:
     """Give the ladder of the Day-2 QLoRA tutorial in its order, FlashAttention off first, then what else saves."""
-    if settings.attn_implementation != SDPA:
+    if settings.attn_implementation in (*FLASH, FLEX):
         sdpa = replace(settings, attn_implementation=SDPA)
         note = "no kernel to install or to fail, but a dense mask over packs, and nothing of it is skipped"
         yield Change("--attn_implementation sdpa", sdpa, note)
@@ -110,7 +111,7 @@ def list_spendings(settings: RunSettings) -> Iterator[list[Change]]:
         note = "fewer rows are truncated; with packing a step has that many times as many tokens"
         longer.append(Change(f"--max_length {length}", replace(settings, max_length=length), note))
     yield longer
-    if not settings.packing:
+    if not settings.packing and not settings.pairs:
         packed = replace(settings, packing=True)
         yield [Change("--packing true", packed, "no padding: tokens a second count padding where rows are not packed")]
     if settings.use_peft:

@@ -20,6 +20,7 @@ from transformers.initialization import no_init_weights
 from .errors import UsageError
 
 HUB_TIMEOUT = 3  # seconds
+QUIET = ("torch._subclasses.fake_tensor", "transformers")
 KNOWN_CONFIGS = Path(__file__).with_name("known_configs")
 MADE_OF = (  # what a name ends in beside the shapes' own
     *("-Instruct-2507", "-Thinking-2507", "-Instruct-2512-BF16", "-Instruct", "-instruct", "-it", "-Base"),
@@ -143,13 +144,18 @@ def plan_layers(kinds: list[str], every_n_layers: int = 1) -> LayerPlan:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Leave out warnings, and torch's tracebacks of what fails under fake tensors: the error itself says it."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    """Leave out warnings, and torch's tracebacks of what fails under fake tensors: the error itself says it.
+
+    transformers' too: it warns of kernels that this machine has not, and the GPU has.
+    """
+    loggers = [logging.getLogger(name) for name in QUIET]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

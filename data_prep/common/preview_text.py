@@ -181,7 +181,7 @@ def print_preview(console: Console, preview: Preview) -> None:
         console.print(make_row_text(row.tokens, signs), soft_wrap=True)
     console.print(Text.assemble("\n", (preview.head, "bold")), soft_wrap=True)
     grid = Table.grid(padding=(0, 2))
-    grid.add_column()
+    grid.add_column(no_wrap=True)
     grid.add_column(justify="right", no_wrap=True)
     grid.add_column(style="dim")
     for line in preview.table:

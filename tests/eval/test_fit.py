@@ -2,10 +2,13 @@
 
 Tried by hand and seen red: weights not tied; one optimizer state instead of two; the head's second product not counted;
 a period of one for layers that alternate; gradients that ZeRO-2 leaves whole; constants of 4-bit weights each 128;
-gradients counted as activations; the first pass of an accumulation left out.
+gradients counted as activations; the first pass of an accumulation left out; no adapters on experts; a rotary stand-in
+of two tensors for Gemma 4's of one; one row for a pair; an evaluation with its backward; a save without its states.
 """
 
 import json
+import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -19,6 +22,7 @@ from data_prep.common.errors import UsageError
 from data_prep.common.gpu_advice import is_half_empty, list_savings, list_spendings, longest_length, predict_change
 from data_prep.common.gpu_cards import CARDS, find_card, find_device_card
 from data_prep.common.gpu_configs import LayerPlan, load_config, plan_layers
+from data_prep.common.gpu_costs import Schedule, compare_optimizers, cost_of_evaluations, cost_of_saves
 from data_prep.common.gpu_engines import Engine, read_engine
 from data_prep.common.gpu_memory import GIB, optimizer_bytes, predict
 from data_prep.common.gpu_meter import Meter
@@ -33,13 +37,19 @@ RECIPES = REPO / "recipes"
 CONFIGS = REPO / "accelerate_configs"
 STORED = {"qwen3_qlora": 3.3635, "qwen3_lora": 16.9867, "qwen3_full": 67.7577}  # GiB at the recipes' defaults
 LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+FAMILIES = {  # what their own shapes have beside the common ones
+    "gemma4_text": dict(vocab_size_per_layer_input=64, hidden_size_per_layer_input=16, num_kv_shared_layers=18)
+}
 
 
 def make_config(family="qwen3", **changes):
     shape = dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
     shape |= dict(num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)
     shape |= dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
-    return AutoConfig.for_model(family, **{**shape, **changes})
+    return AutoConfig.for_model(family, **{**shape, **FAMILIES.get(family, {}), **changes})
 
 
 MEDIUM = dict(vocab_size=8192, hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8)
@@ -253,6 +263,8 @@ def test_plans_of_layers():
         pytest.param("mistral", 6, "full", {"activation_checkpointing": False}, marks=pytest.mark.long),
         pytest.param("gemma3_text", 20, "full", {}, marks=pytest.mark.long),  # five sliding, one full
         pytest.param("qwen3_moe", 5, "lora", {}, marks=pytest.mark.long),
+        pytest.param("gpt_oss", 8, "lora", {"lora_target_parameters": EXPERTS}, marks=pytest.mark.long),
+        pytest.param("gemma4_text", 36, "lora", {"attn_implementation": "sdpa"}, marks=pytest.mark.long),
     ],
 )
 def test_extrapolated_is_whole(family, layers, method, changes):
@@ -273,7 +285,8 @@ def test_flops_are_those_that_torch_counts(checkpointing):
     tokens = 128
     config = make_config(num_hidden_layers=3, attn_implementation="eager")
     settings = make_settings("full", activation_checkpointing=checkpointing, use_liger_kernel=False, bf16=False)
-    traced = trace(config, settings).work.flops
+    result = trace(config, settings)
+    traced = result.work.flops
 
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()
     if checkpointing:
@@ -282,12 +295,18 @@ def test_flops_are_those_that_torch_counts(checkpointing):
         hidden = model.base_model(input_ids=torch.zeros((1, tokens), dtype=torch.long), use_cache=False)
         hidden.last_hidden_state.sum().backward()
 
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        model.base_model(input_ids=torch.zeros((1, tokens), dtype=torch.long), use_cache=False)
+
     recomputed = 1 if checkpointing else 0
     width = config.num_attention_heads * config.head_dim
     dense = config.num_hidden_layers * 4 * tokens * tokens * width * (3 + recomputed)  # two products forward, four back
     causal = config.num_hidden_layers * 2 * tokens * tokens * width * (1 + 2.5 + recomputed)
     head = (tokens - 1) * config.vocab_size * config.hidden_size * 8  # forward, again, gradients of both sides
     assert traced - causal - head == counter.get_total_flops() - dense
+    square = config.num_hidden_layers * tokens * tokens * width
+    alone = result.forward.flops - 2 * square - (tokens - 1) * config.vocab_size * config.hidden_size * 2
+    assert alone == forward.get_total_flops() - 4 * square  # what an evaluation does
 
 
 def test_flops_of_a_large_model_are_eight_a_weight():
@@ -299,6 +318,149 @@ def test_flops_of_a_large_model_are_eight_a_weight():
     weights = 32 * (4096 * 4096 * 2 + 4096 * 1024 * 2) + 3 * down + 128256 * 4096
     assert result.counts.parameters == 8_030_261_248  # as its card says
     assert result.work.flops / settings.tokens == pytest.approx(8 * weights - 2 * down, rel=1e-3)
+
+
+# -- experts, pairs, families -----------------------------------------------------------------------------------------
+def test_adapters_of_experts_are_those_that_peft_makes():
+    """gpt-oss at its true shapes, rank 8: 8 numbers for each input and each output of each expert."""
+    settings = RunSettings(
+        "gpt-oss-20b",
+        dtype="bfloat16",
+        use_peft=True,
+        lora_r=8,
+        lora_target_parameters=EXPERTS,
+        attn_implementation="eager",
+        max_length=256,
+    )
+    result = predict(settings, load_config("openai/gpt-oss-20b").config)
+    heads, key_heads, width = 64 * 64, 8 * 64, 2880
+    attention = (width + heads) + 2 * (width + key_heads) + (heads + width)
+    experts = 32 * ((width + 2 * width) + (width + width))
+    assert result.counts.trained == 24 * 8 * (attention + experts)
+    assert result.parts["adapters"] == pytest.approx(4 * result.counts.trained, rel=0.001)
+    assert result.parts["optimizer"] == 8 * result.counts.trained
+
+
+def test_gemma_4_is_traced_with_its_shared_keys():
+    config = make_config("gemma4_text", vocab_size=64, num_hidden_layers=12, num_kv_shared_layers=6)
+    result = predict(make_settings("full", attn_implementation="sdpa"), config)
+    model = AutoModelForCausalLM.from_config(config)
+    assert result.counts.parameters == sum(weight.numel() for weight in model.parameters())
+
+
+def test_a_pair_is_two_rows_and_a_forward_of_the_reference():
+    config = make_config()
+    settings = make_settings("lora", packing=False, attn_implementation="sdpa")
+    pair = predict(replace(settings, pairs=True), config)
+    rows = predict(replace(settings, per_device_train_batch_size=2), config)
+    assert pair.peak == rows.peak
+    card = replace(CARDS["h100"], gigabytes=1e9, teraflops=1e-6)  # its products alone
+    share = pair.forward.flops / pair.work.flops
+    assert predict_speed(pair, card).fast == pytest.approx(predict_speed(rows, card).fast / (1 + share))
+
+
+PARAMETERS = {  # of the checkpoints' pages: known_configs/README.md
+    "LiquidAI/LFM2.5-1.2B-Instruct": 1_170_340_608,
+    "google/gemma-3-4b-it": 4_300_079_472 - 416_866_032 - 2_950_272,  # less tower and projector
+    "microsoft/phi-4": 14_659_507_200,
+    "microsoft/Phi-4-mini-instruct": 3_836_021_760,
+    "nanochat-students/base-d20": 560_988_160,
+    "openai/gpt-oss-20b": 20_914_757_184,
+    "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
+    "Qwen/Qwen3-4B-Instruct-2507": 4_022_468_096,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+}
+ROUNDED = {  # whose page says billions alone
+    "google/gemma-4-E4B-it": (8.0 - 0.15 - 0.3, 0.1),  # less the towers for images and sound
+    "mistralai/Ministral-3-8B-Instruct-2512-BF16": (8.4, 0.1),
+    "Qwen/Qwen3.5-4B": (4.2, 0.05),
+}
+
+
+def count_parameters(name):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(name).config)
+    model.tie_weights()
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def test_known_shapes_have_the_parameters_that_are_published():
+    for name, published in PARAMETERS.items():
+        assert count_parameters(name) == published, name
+    for name, (billions, error) in ROUNDED.items():
+        assert count_parameters(name) / 1e9 == pytest.approx(billions, abs=error), name
+
+
+def test_every_recipe_has_a_row_of_the_table():
+    """With shapes that are known without a hub."""
+    recipes = {f"recipes/{path.name}" for path in RECIPES.glob("*.py")}
+    assert {recipe for recipe, _, _ in fit.TABLE_RUNS} == recipes
+    shelf = {path.name for path in (RECIPES / "configs").glob("*_*lora.yaml")} - {"demo_qlora.yaml"}
+    assert {name for name in shelf if not any(name in " ".join(flags) for _, flags, _ in fit.TABLE_RUNS)} == set()
+
+
+@pytest.mark.long
+def test_the_readmes_table_is_what_the_command_prints(capsys, monkeypatch):
+    monkeypatch.chdir(REPO)
+    assert fit.main(["--table"]) == 0
+    readme = (REPO / "eval" / "README.md").read_text().splitlines()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [row for row in rows if row not in readme] == []
+
+
+# -- what else a run costs --------------------------------------------------------------------------------------------
+def test_what_evaluations_and_saves_cost():
+    """A save is as large as what torch would write; an evaluation takes the forward's share of a step's products."""
+    config = make_config()
+    settings = make_settings("full", gradient_accumulation_steps=4, attn_implementation="eager")
+    result = predict(settings, config)
+    model = AutoModelForCausalLM.from_config(config)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(input_ids=torch.zeros((1, 4), dtype=torch.long)).logits.sum().backward()
+    optimizer.step()
+    states = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    card = replace(CARDS["h100"], gigabytes=1e12, teraflops=1e-6)  # its products alone
+    schedule = Schedule(eval_steps=20, save_steps=10, tokens=2 * settings.tokens)
+    save = cost_of_saves(result, card, schedule)
+    assert save.size == sum(tensor.nbytes for tensor in [*model.parameters(), *states])
+    evaluation = cost_of_evaluations(result, card, schedule)
+    expected = 2 * result.forward.flops / (20 * 4 * result.work.flops)
+    assert evaluation.share == pytest.approx((expected, expected))
+    assert cost_of_saves(result, card, replace(schedule, save_steps=None)) is None
+    assert cost_of_evaluations(result, card, replace(schedule, tokens=0)) is None
+
+
+def test_optimizers_are_compared_on_the_same_weights():
+    result = predict(make_settings("qlora", optim="paged_adamw_8bit"), make_config())
+    costs = {cost.optim: cost for cost in compare_optimizers(result)}
+    assert costs["adamw_torch_fused"].total == 8 * result.counts.trained
+    assert costs["paged_adamw_8bit"].total == costs["adamw_8bit"].total == costs["adamw_8bit"].resident
+    assert costs["paged_adamw_8bit"].resident == 0
+
+
+FIGURES = re.compile(r"([\d,]+) to ([\d,]+) tokens/s[, ]+([\d.]+)\s+GiB; with Liger ([\d,]+) to ([\d,]+) and ([\d.]+)")
+
+
+def test_the_config_beside_a_published_anchor(capsys, monkeypatch):
+    """prime-rl's figure lies in the predicted range, and the config's first lines say what is predicted."""
+    monkeypatch.chdir(REPO)
+    text = (RECIPES / "configs" / "qwen3_full_16k.yaml").read_text()
+    launch, flags = re.search(
+        r"^#   accelerate launch --config_file (\S+) recipes/qwen3_full.py (.*)$", text, re.M
+    ).groups()
+    assert flags == "--config recipes/configs/qwen3_full_16k.yaml"
+    said = [float(word.replace(",", "")) for word in FIGURES.search(text.replace("\n# ", " ")).groups()]
+    found = []
+    for liger in ("false", "true"):
+        words = ["recipes/qwen3_full.py", "--gpu", "h100", "--config_file", launch, "--tokens_per_row", "16384"]
+        assert fit.main([*words, "--json", *flags.split(), "--use_liger_kernel", liger]) == 0
+        result = json.loads(capsys.readouterr().out)
+        speed = result["tokens_per_second"]
+        found += [fit.round_figure(speed["slow"]), fit.round_figure(speed["fast"]), result["peak_bytes"] / GIB]
+        assert result["settings"]["gradient_accumulation_steps"] == 2
+    assert found == pytest.approx(said, rel=0.005)
+    assert said[0] < 49_700 < said[1]
+    assert math.isclose(result["save"]["size"], 48e9, rel_tol=0.01)
 
 
 # -- stored and published ---------------------------------------------------------------------------------------------
