@@ -113,6 +113,13 @@ def test_a_trace_needs_what_the_allocator_hands_out(method, changes, bound, tmp_
     assert guess == pytest.approx(real, rel=bound)
 
 
+def test_adapters_of_experts_need_what_the_allocator_hands_out(tmp_path):
+    """By PEFT's own wrapper, which adds the adapters of a layer's experts to all their weights."""
+    config = make_config("qwen3_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64)
+    settings = make_settings("lora", lora_target_modules=("q_proj", "v_proj"), lora_target_parameters=EXPERTS)
+    assert predicted(config, settings) == pytest.approx(allocated(config, settings, tmp_path), rel=0.005)
+
+
 TEN = [
     ("0.1M", "full", {**PLAIN}),
     ("0.1M", "lora", {}),
@@ -438,7 +445,7 @@ def test_optimizers_are_compared_on_the_same_weights():
     assert costs["paged_adamw_8bit"].resident == 0
 
 
-FIGURES = re.compile(r"([\d,]+) to ([\d,]+) tokens/s[, ]+([\d.]+)\s+GiB; with Liger ([\d,]+) to ([\d,]+) and ([\d.]+)")
+FIGURES = re.compile(r"([\d,]+) to ([\d,]+) tokens/s[, ]+([\d.]+)\s+GiB; with Liger ([\d,]+) to ([\d,]+) and (\d+\.\d)")
 
 
 def test_the_config_beside_a_published_anchor(capsys, monkeypatch):
