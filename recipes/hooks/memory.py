@@ -2,15 +2,22 @@
 
 The order is the Day-2 QLoRA tutorial's: shorter rows, smaller micro-batches, smaller adapters, fewer or smaller
 evaluations. Before it comes what the tutorial takes for granted (activation checkpointing), after it what makes another
-run of it (4 bits, adapters).
+run of it (4 bits, adapters). On a GPU each says what it saves by eval.fit's prediction, by itself.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from trl import ModelConfig, ScriptArguments, SFTConfig
+
+from data_prep.common import errors
+from data_prep.common.gpu_memory import GIB, predict
+from data_prep.common.gpu_settings import read_run_settings
+
+from .checks.engine import load_config
+from .checks.fit import find_gpu, read_engine_of_run
 
 PHRASES = (  # of torch's allocators and of libraries that do not raise OutOfMemoryError or MemoryError
     "out of memory",  # CUDA, NCCL
@@ -23,12 +30,16 @@ PHRASES = (  # of torch's allocators and of libraries that do not raise OutOfMem
 
 @dataclass
 class Suggestion:
-    """Flags that save memory, the value that they replace, and why they save it."""
+    """Flags that save memory, the value that they replace, and why they save it.
+
+    change: what they are in eval.fit's settings (RunSettings); empty where it does not count what they save.
+    """
 
     flags: str
     value_now: str
     reason: str
     flags_on_resume: str | None = None  # beside them, to go on from a checkpoint; None: they make another run
+    change: dict[str, object] = field(default_factory=dict)
 
 
 def ran_out_of_memory(error: BaseException | None) -> bool:
@@ -45,17 +56,20 @@ def ran_out_of_memory(error: BaseException | None) -> bool:
 
 
 def suggest_four_bits() -> Suggestion:
-    return Suggestion("--load_in_4bit true", "16 bits", "frozen weights take about 0.6 bytes a parameter, not 2")
+    reason = "frozen weights in 4 bits, not 16"
+    return Suggestion("--load_in_4bit true", "16 bits", reason, change={"load_in_4bit": True})
 
 
 def suggest_smaller_weights(model_args: ModelConfig) -> list[Suggestion]:
     """Return what helps where the weights alone are too many."""
     chosen = []
     if model_args.dtype == "float32":
-        chosen.append(Suggestion("--dtype bfloat16", model_args.dtype, "2 bytes a parameter"))
+        change = {"dtype": "bfloat16"}
+        chosen.append(Suggestion("--dtype bfloat16", model_args.dtype, "2 bytes a parameter", change=change))
     if not model_args.use_peft:
         reason = "weights in 4 bits, adapters on top"
-        chosen.append(Suggestion("recipes/qwen3_qlora.py", "full fine-tuning", reason))
+        change = {"use_peft": True, "dtype": "bfloat16", "load_in_4bit": True}
+        chosen.append(Suggestion("recipes/qwen3_qlora.py", "full fine-tuning", reason, change=change))
     elif not model_args.load_in_4bit:
         chosen.append(suggest_four_bits())
     name = model_args.model_name_or_path
@@ -86,18 +100,21 @@ def suggest_smaller_activations(
     chosen = []
     if not training_args.activation_checkpointing:
         reason = "one layer's activations at a time, computed twice"
-        chosen.append(Suggestion("--activation_checkpointing true", "false", reason, ""))
+        change = {"activation_checkpointing": True}
+        chosen.append(Suggestion("--activation_checkpointing true", "false", reason, "", change))
 
     length = training_args.max_length
     if length and length > 256:
         shorter = 1024 if length > 1024 else length // 2
         reason = "fewer activations; longer rows are truncated"
-        chosen.append(Suggestion(f"--max_length {shorter}", str(length), reason))
+        change = {"max_length": shorter}
+        chosen.append(Suggestion(f"--max_length {shorter}", str(length), reason, change=change))
 
     if model_args.use_peft and model_args.lora_dropout > 0 and not is_evaluating:
-        # computed for a layer of Qwen3-4B in bf16: dropout keeps a mask and an input of its own for every adapter
-        reason = "a layer of Qwen3-4B keeps 175 KiB of activations a token, not 279"
-        chosen.append(Suggestion("--lora_dropout 0", f"{model_args.lora_dropout:g}", reason, "--allow lora_dropout"))
+        reason = "dropout keeps a mask and an input of its own for every adapter"
+        value = f"{model_args.lora_dropout:g}"
+        change = {"lora_dropout": 0.0}
+        chosen.append(Suggestion("--lora_dropout 0", value, reason, "--allow lora_dropout", change))
 
     rows = training_args.per_device_train_batch_size
     if rows > 1:
@@ -105,8 +122,17 @@ def suggest_smaller_activations(
         batch = script_args.global_batch_size
         reason = f"accumulation becomes {now * rows} (now {now}), the global batch stays {batch}"
         flags_on_resume = None if getattr(script_args, "micro_batch_mean", False) else ""
-        chosen.append(Suggestion("--per_device_train_batch_size 1", str(rows), reason, flags_on_resume))
+        change = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": now * rows}
+        chosen.append(Suggestion("--per_device_train_batch_size 1", str(rows), reason, flags_on_resume, change))
     return chosen
+
+
+def suggest_offloading(training_args: SFTConfig, is_evaluating: bool) -> list[Suggestion]:
+    """Return activations in main memory, for a run that trains on a GPU."""
+    if is_evaluating or training_args.activation_offloading or find_gpu(training_args) is None:
+        return []
+    reason = "activations wait in main memory for the backward; slower"
+    return [Suggestion("--activation_offloading true", "false", reason, "", {"activation_offloading": True})]
 
 
 def suggest_smaller_adapters(model_args: ModelConfig) -> list[Suggestion]:
@@ -117,7 +143,8 @@ def suggest_smaller_adapters(model_args: ModelConfig) -> list[Suggestion]:
         return []
     smaller = 16 if rank > 16 else 8
     flags = f"--lora_r {smaller} --lora_alpha {alpha * smaller / rank:g}"
-    return [Suggestion(flags, f"{rank}, {alpha:g}", "smaller adapters, gradients and AdamW state")]
+    change = {"lora_r": smaller, "lora_alpha": alpha * smaller / rank}
+    return [Suggestion(flags, f"{rank}, {alpha:g}", "smaller adapters, gradients and AdamW state", change=change)]
 
 
 def suggest_another_run(training_args: SFTConfig, model_args: ModelConfig) -> list[Suggestion]:
@@ -126,10 +153,12 @@ def suggest_another_run(training_args: SFTConfig, model_args: ModelConfig) -> li
     optimizer = training_args.optim.value
     if "adamw" in optimizer and "8bit" not in optimizer:
         reason = "2 bytes of state a trained parameter, not 8"
-        chosen.append(Suggestion("--optim paged_adamw_8bit", optimizer, reason))
+        change = {"optim": "paged_adamw_8bit"}
+        chosen.append(Suggestion("--optim paged_adamw_8bit", optimizer, reason, change=change))
     if not model_args.use_peft:
         reason = "gradients and AdamW state for adapters only"
-        chosen.append(Suggestion("recipes/qwen3_lora.py", "full fine-tuning", reason))
+        change = {"use_peft": True, "dtype": "bfloat16"}
+        chosen.append(Suggestion("recipes/qwen3_lora.py", "full fine-tuning", reason, change=change))
     elif not model_args.load_in_4bit:
         chosen.append(suggest_four_bits())
     return chosen
@@ -146,11 +175,37 @@ def suggestions(
     training = [
         *suggest_smaller_activations(script_args, training_args, model_args, is_evaluating),
         *suggest_smaller_adapters(model_args),
+        *suggest_offloading(training_args, is_evaluating),
     ]
     other_runs = suggest_another_run(training_args, model_args)
     if is_evaluating:  # it is an evaluation that did not fit
         return evaluations + training + other_runs
     return training + evaluations + other_runs
+
+
+def predict_savings(
+    script_args: ScriptArguments, training_args: SFTConfig, model_args: ModelConfig, chosen: list[Suggestion]
+) -> list[str]:
+    """Return what each suggestion saves on a GPU by prediction, in words; "" where that cannot be told."""
+    unknown = [""] * len(chosen)
+    if find_gpu(training_args) is None:
+        return unknown
+    try:
+        config = load_config(training_args, model_args).get_text_config()
+        engine = read_engine_of_run(training_args)
+        attention = training_args.model_init_kwargs["attn_implementation"]
+        settings = read_run_settings(script_args, training_args, model_args, attention, engine)
+        before = predict(settings, config, engine).peak
+        savings = []
+        for suggestion in chosen:
+            saving = ""
+            if suggestion.change:
+                saved = before - predict(replace(settings, **suggestion.change), config, engine).peak
+                saving = f"; saves {saved / GIB:.2f} of {before / GIB:.2f} GiB, predicted"
+            savings.append(saving)
+    except (errors.UsageError, OSError, RuntimeError, ValueError, KeyError, MemoryError):
+        return unknown
+    return savings
 
 
 def describe_usage() -> str:
@@ -198,7 +253,8 @@ def explain(
 
     lines = [f"{event}. In this order, one more at a time:"]
     width = max(len(suggestion.flags) for suggestion in chosen)
-    for number, suggestion in enumerate(chosen, start=1):
+    savings = predict_savings(script_args, training_args, model_args, chosen)
+    for number, (suggestion, saving) in enumerate(zip(chosen, savings, strict=True), start=1):
         flags = suggestion.flags.ljust(width)
-        lines.append(f"  {number}. {flags}  now {suggestion.value_now}: {suggestion.reason}")
+        lines.append(f"  {number}. {flags}  now {suggestion.value_now}: {suggestion.reason}{saving}")
     return [*lines, next_try]

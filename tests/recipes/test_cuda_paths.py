@@ -9,7 +9,8 @@ probe refuses both; without the probe the gradients are 0.27 and 0.30 off); chec
 probe whose limit is ten times a leak; a recompile limit that is not raised; flex attention compiled for each length;
 PEFT's CPU branch with its input 10% larger; no device map, and no check of visible GPUs; Liger's norm and TRL's logits
 0.1% larger; a model without Liger's layers; a block that is no power of two; FlashAttention 3 on every card; a
-`kernels` of any version; an attention that was named replaced; heads of any width.
+`kernels` of any version; an attention that was named replaced; heads of any width; Liger's own loss
+in the place of TRL's head.
 """
 
 import importlib
@@ -25,9 +26,11 @@ from unittest import mock
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from hooks import checks
 from hooks.checks import attention as choices
 from hooks.checks import devices, packing
 from hooks.messages import UsageError
+from hooks.start_block import describe_attention
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, BitsAndBytesConfig, Qwen3Config, Qwen3ForCausalLM
 from transformers.integrations import accelerate as device_maps
@@ -526,6 +529,27 @@ def test_a_choice_that_was_made_stays(installed, monkeypatch):
     assert choices.describe_alternative("sdpa", CPU) == ""
 
 
+def test_the_start_block_names_the_choice_and_the_alternative(installed, monkeypatch):
+    installed()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: ADA)
+    model = SimpleNamespace(config=SimpleNamespace(_attn_implementation="flex_attention"))
+    training_args = SimpleNamespace(use_liger_kernel=True, activation_checkpointing=True, device=torch.device("cuda:0"))
+    assert describe_attention(model, training_args) == (
+        "flex_attention (faster: flash_attention_2, whose package flash-attn is not installed), Liger kernels on, "
+        "activations checkpointed"
+    )
+
+
+def test_a_run_chooses_before_it_predicts_and_probes(run_recipe, monkeypatch):
+    def choose_and_stop(config, training_args, model_args):
+        raise UsageError(f"{config.model_type}, {training_args.model_init_kwargs['attn_implementation']}")
+
+    monkeypatch.setattr(checks, "choose_attention", choose_and_stop)
+    monkeypatch.setattr(checks, "check_fits", lambda *_: pytest.fail("memory was predicted before"))
+    with pytest.raises(UsageError, match="qwen3, sdpa"):
+        run_recipe("qwen3_full")
+
+
 def test_every_candidate_is_one_that_the_prediction_knows():
     for name in choices.list_candidates(HOPPER):
         assert name in FLASH or name == "flex_attention"
@@ -575,3 +599,27 @@ def test_triton_kernels_compile_for_each_card(tmp_path):
         assert shared.keys() == SHARED_MEMORY.keys()
         for architecture, size in shared.items():
             assert size <= SHARED_MEMORY[architecture], (name, architecture)
+
+
+def forwards(model):
+    """The function that each module runs."""
+    return {name: module.forward.__func__.__qualname__ for name, module in model.named_modules()}
+
+
+@needs_triton
+@pytest.mark.skipif(find_spec("liger_kernel") is None, reason="liger-kernel is absent (requirements-gpu.txt)")
+def test_the_flag_and_ligers_own_function_put_the_same_layers_in(monkeypatch):
+    """--use_liger_kernel goes in TRL 2.0; what takes its place then is a call of Liger's own function on the model."""
+    from liger_kernel.transformers import apply_liger_kernel_to_qwen3
+    from transformers.integrations.liger import apply_liger_kernel
+    from transformers.models.qwen3 import modeling_qwen3
+
+    for name in ("apply_rotary_pos_emb", "Qwen3RMSNorm", "Qwen3MLP"):
+        monkeypatch.setattr(modeling_qwen3, name, getattr(modeling_qwen3, name))  # put back after Liger
+    by_flag = small_qwen3("sdpa")
+    by_function = small_qwen3("sdpa")  # before Liger replaces the classes of the module too
+    before = forwards(by_flag)
+    apply_liger_kernel(by_flag, {"fused_linear_cross_entropy": False})  # TRL's kwargs, the trainer's call
+    apply_liger_kernel_to_qwen3(model=by_function, fused_linear_cross_entropy=False)
+    assert forwards(by_flag) == forwards(by_function) != before
+    assert forwards(by_flag)[""] == before[""]  # the model's own forward, and with it TRL's head

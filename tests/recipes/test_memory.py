@@ -1,14 +1,24 @@
-"""When memory runs out: every kind of such an error is known, and the suggestions carry this run's own numbers."""
+"""When memory runs out: every kind of such an error is known, and the suggestions carry this run's own numbers.
 
+Breaks tried, each seen red: a saving of another rung; a prediction that fails and takes the ladder with it; offloading
+offered on a CPU.
+"""
+
+import json
+import re
 import sys
 
 import pytest
 import torch
-from hooks import resume_rules
+from hooks import memory, resume_rules
+from hooks.checks.fit import Gpu
 from hooks.memory import explain, ran_out_of_memory, suggestions
 from hooks.refusals import Refusals
 
-from tests.helpers.runs import parse
+from data_prep.common.gpu_configs import load_config
+from data_prep.common.gpu_memory import GIB
+from eval import fit
+from tests.helpers.runs import REPO, parse
 
 RAISES = """
 import torch
@@ -64,7 +74,7 @@ def test_only_suggestions_that_are_left(suggest):
 def test_dropout_after_shorter_rows(suggest):
     found = suggest("qwen3_qlora", "--lora_dropout", "0.05", "--per_device_train_batch_size", "2")
     assert flags_of(found)[:3] == ["--max_length 1024", "--lora_dropout 0", "--per_device_train_batch_size 1"]
-    assert found[1].value_now == "0.05" and "175 KiB" in found[1].reason
+    assert found[1].value_now == "0.05" and "a mask and an input" in found[1].reason
     assert "--lora_dropout 0" not in flags_of(suggest("qwen3_qlora", "--lora_dropout", "0"))
     assert "--lora_dropout 0" not in flags_of(suggest("qwen3_full", "--lora_dropout", "0.05"))  # has no adapters
     for frames in (EVALUATION, LOADING):  # it does not act there
@@ -138,6 +148,43 @@ def test_lines_of_a_run_that_can_save(tmp_path, monkeypatch):
     ]
     event = explain(*short, TRAINING)[0]
     assert event.startswith("rank 1: memory ran out, and no setting that saves some is left: ")
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """The ladder of a run on a GPU; the model's shapes are known, as its config.json is read before it is trained."""
+    monkeypatch.setattr(memory, "find_gpu", lambda _: Gpu("NVIDIA L4", 22.0))
+    monkeypatch.setattr(memory, "load_config", lambda _, model_args: load_config(model_args.model_name_or_path).config)
+
+
+def test_on_a_gpu_each_rung_says_what_eval_fit_predicts(on_gpu, tmp_path, capsys):
+    """The oracle is the command, with the flags of the rung."""
+    model = ["--model_name_or_path", "Qwen/Qwen3-0.6B"]
+    attention = ["--attn_implementation", "flash_attention_2"]
+    arguments = parse("qwen3_qlora", *model, *attention, "--lora_r", "32", "--output_dir", str(tmp_path))
+    arguments[1].use_liger_kernel = True  # parsed on a CPU
+    lines = explain(*arguments, TRAINING)
+
+    def peak(*flags):
+        words = [str(REPO / "recipes" / "qwen3_qlora.py"), "--gpu", "rtx4090", "--json", *model, *attention]
+        assert fit.main([*words, "--lora_r", "32", *flags]) == 0
+        return json.loads(capsys.readouterr().out)["peak_bytes"] / GIB
+
+    before = peak()
+    rungs = {line.split(". ")[1].split("  ")[0]: line for line in lines if "saves" in line}
+    assert list(rungs) == ["--max_length 1024", "--lora_r 16 --lora_alpha 16", "--activation_offloading true"]
+    for flags, line in rungs.items():
+        saved, total = map(float, re.search(r"saves (\S+) of (\S+) GiB, predicted", line).groups())
+        assert total == pytest.approx(before, abs=0.006)
+        assert saved == pytest.approx(before - peak(*flags.split()), abs=0.006), line
+    assert "--eval_steps 40" in lines[-2] and "saves" not in lines[-2]
+
+
+def test_a_ladder_without_a_prediction(on_gpu, tmp_path):
+    """As of a compiled set, whose length is open."""
+    compiled = ["--config", str(REPO / "recipes" / "configs" / "compiled.yaml")]
+    lines = explain(*parse("qwen3_qlora", *compiled, "--output_dir", str(tmp_path)), TRAINING)
+    assert len(lines) > 3 and "saves" not in " ".join(lines)
 
 
 def test_which_suggestions_a_checkpoint_goes_on_with(tmp_path):

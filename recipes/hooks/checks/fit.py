@@ -67,10 +67,10 @@ def predict_run(
     model_args: ModelConfig,
     engine: Engine,
 ) -> Prediction:
-    """Return the predicted memory of a run. Raises data_prep's UsageError where it cannot be told."""
+    """Return the predicted memory of a run's text model. Raises data_prep's UsageError where it cannot be told."""
     attention = training_args.model_init_kwargs["attn_implementation"]
     settings = read_run_settings(script_args, training_args, model_args, attention, engine)
-    return predict(settings, config, engine)
+    return predict(settings, config.get_text_config(), engine)
 
 
 def check_fits(
