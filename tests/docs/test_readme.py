@@ -34,9 +34,24 @@ def check(command, monkeypatch):
             words = words[2:]
         monkeypatch.chdir(REPO)
         parse(REPO / COPIES.get(words[0], words[0]), *words[1:])
+    elif words[2] == "eval.sweep":
+        monkeypatch.chdir(REPO)
+        parse(REPO / words[3], *take_recipe_flags(words[4:]))
     elif not words[1].startswith("llama.cpp/"):  # a script of its own
         flags = [word for word in words[2:] if word.startswith("--")]
         assert len(words) > 2 and all(re.search(rf"{flag}\b", usage(*words[1:3])) for flag in flags)
+
+
+def take_recipe_flags(words):
+    """Return the flags, with their values, that eval.sweep hands on to its recipe."""
+    taken = []
+    is_taken = False
+    for word in words:
+        if word.startswith("--"):
+            is_taken = not re.search(rf"{word}\b", usage("-m", "eval.sweep"))
+        if is_taken:
+            taken.append(word)
+    return taken
 
 
 @cache

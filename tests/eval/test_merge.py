@@ -472,7 +472,9 @@ def test_a_server_that_answers_otherwise_is_found(wrong, key, home, tmp_path, mo
 
 
 def last_line(capsys):
-    return capsys.readouterr().out.strip().splitlines()[-1]
+    """Return the last line but for that with the next command."""
+    lines = capsys.readouterr().out.strip().splitlines()
+    return [line for line in lines if not line.startswith("next: ")][-1]
 
 
 def test_every_proof_ends_with_its_verdict_and_bounds(home, tmp_path, monkeypatch, capsys):

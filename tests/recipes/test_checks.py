@@ -1081,9 +1081,9 @@ def test_stop_token_of_another_family(special_tokenizer, training_args):
 
 
 def test_a_tokenizer_that_cannot_be_loaded_is_left_to_the_run(training_args, tmp_path, demo):
-    assert stop_token.load_tokenizer(training_args(), model_args(tmp_path)) is None
-    assert stop_token.load_tokenizer(training_args(), model_args("no/such")) is None
-    assert stop_token.load_tokenizer(training_args(), model_args(demo / "init")).eos_token
+    assert stop_token.load_tokenizer(str(tmp_path), training_args(), model_args(tmp_path)) is None
+    assert stop_token.load_tokenizer("no/such", training_args(), model_args("no/such")) is None
+    assert stop_token.load_tokenizer(str(demo / "init"), training_args(), model_args(demo / "init")).eos_token
 
 
 # -- personas ---------------------------------------------------------------------------------------------------------
@@ -1437,6 +1437,7 @@ def test_checks_before_training(monkeypatch):
         "check_personas",
         "check_trained_ends",
         "check_counts",
+        "say_few_steps",
     ]
     for name in names:
         monkeypatch.setattr(checks, name, lambda *_, name=name: calls.append(name))
