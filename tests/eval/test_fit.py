@@ -34,8 +34,14 @@ from eval import fit
 from tests.helpers.runs import REPO
 
 RECIPES = REPO / "recipes"
+SETTINGS = (REPO / "docs" / "settings.md").read_text().splitlines()
 CONFIGS = REPO / "accelerate_configs"
 STORED = {"qwen3_qlora": 3.3635, "qwen3_lora": 16.9867, "qwen3_full": 67.7577}  # GiB at the recipes' defaults
+COSTS = {  # GiB of AdamW's states in fp32 and in 8 bits, GB of a checkpoint: docs/settings.md
+    "qwen3_qlora": (0.25, 0.06, 0.2),
+    "qwen3_lora": (0.33, 0.08, 0.5),
+    "qwen3_full": (30.0, 7.6, 48),
+}
 LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
@@ -478,6 +484,14 @@ def test_defaults_need_what_they_needed(recipe, capsys):
     result = json.loads(capsys.readouterr().out)
     assert result["peak_bytes"] / GIB == pytest.approx(STORED[recipe], rel=0.005)
     assert result["peak_bytes"] == pytest.approx(sum(result["parts_bytes"].values()), abs=len(result["parts_bytes"]))
+    whole, eight_bits, save = COSTS[recipe]
+    states = {optim: size / GIB for optim, size in result["optimizer_bytes"].items()}
+    assert states == pytest.approx(
+        {"adamw_torch_fused": whole, "adamw_8bit": eight_bits, "paged_adamw_8bit": eight_bits}, rel=0.06
+    )
+    assert result["save"]["size"] / 1e9 == pytest.approx(save, rel=0.05)
+    quoted = f"| {whole}, {eight_bits} GiB |"
+    assert [line for line in SETTINGS if f"`{recipe}.py`" in line and quoted in line and f"| {save} GB |" in line]
 
 
 @pytest.mark.parametrize(
