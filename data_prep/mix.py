@@ -537,11 +537,13 @@ def explain_share(report: SourceReport, mix: Mix, candidates: int, drawn: int) -
 
 def print_reports(reports: list[SourceReport]) -> None:
     width = max([len(report.name) for report in reports])
-    print(f"  {'source':{width}}  {'rows':>9}  {'train':>9}  {'repeats':>8}  {'share':>7}  {'wanted':>7}")
+    columns = f"  {{:{width}}}  {{:>9}}  {{:>9}}  {{:>8}}  {{:>7}}  {{:>7}}  {{}}"
+    print(columns.format("source", "rows", "train", "repeats", "share", "wanted", "").rstrip())
     for report in reports:
-        wanted = "" if report.wanted is None else f"{report.wanted:7.2%}"
-        counts = f"{report.rows_in:>9,}  {report.train:>9,}  {report.repeats:>8,}  {report.share:7.2%}  {wanted:>7}"
-        print(f"  {report.name:{width}}  {counts}  {report.note}".rstrip())
+        counts = [f"{count:,}" for count in (report.rows_in, report.train, report.repeats)]
+        wanted = "" if report.wanted is None else f"{report.wanted:.2%}"
+        line = columns.format(report.name, *counts, f"{report.share:.2%}", wanted, report.note)
+        print(line.rstrip())
     for report in reports:
         if report.not_drawn:
             print(f"{report.not_drawn:,} rows of {report.name} not drawn: {report.not_drawn_cause}")
@@ -604,7 +606,8 @@ def card_line(title: str, mode: str, group: np.ndarray, facts: np.ndarray, has_t
     if has_tokens:
         tokens = group["tokens"].sum()
         trained = group["trained"].sum()
-        cells += [f"{tokens:,}", f"{tokens / max(1, facts['tokens'].sum()):.1%}", f"{tokens / len(group):,.1f}"]
+        all_tokens = max(1, facts["tokens"].sum())
+        cells += [f"{tokens:,}", f"{tokens / all_tokens:.1%}", f"{tokens / len(group):,.1f}"]
         cells += [f"{(tokens - trained) / len(group):,.1f}", f"{trained / len(group):,.1f}"]
     cells.append(f"{group['turns'].mean():.1f}")
     return "| " + " | ".join(cells) + " |"

@@ -275,7 +275,9 @@ def draw(found: Lengths, limit: int, path: Path) -> None:
     shares = np.cumsum(lengths * rows) / max(1, (lengths * rows).sum())
     below.step(lengths, shares, where="post", color="#54a24b", linestyle="--", label="tokens")
     below.set(xlabel="tokens", ylabel="share no longer", xscale="log", ylim=(0, 1.02))
-    ticks = [1 << power for power in range(18) if shortest / 2 <= 1 << power <= max(lengths[-1], limit) * 1.5]
+    longest = max(lengths[-1], limit)
+    powers = [1 << power for power in range(18)]
+    ticks = [tick for tick in powers if shortest / 2 <= tick <= longest * 1.5]
     ticks = ticks[:: -(-len(ticks) // MOST_TICKS)]
     below.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks], rotation=45)
     below.minorticks_off()

@@ -35,7 +35,7 @@ from rich.text import Text
 from data_prep.common.errors import UsageError
 from data_prep.common.gpu_cards import CARDS, TABLE, Card, find_card
 from data_prep.common.gpu_engines import Engine, read_engine
-from data_prep.common.quiet import silence
+from data_prep.common.terminal import make_console
 from eval.common.arguments import positive
 from eval.common.scores import PIPE_WIDTH, command, parser_of
 from eval.sweep import NO_FOLDER, without_config
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from data_prep.common.gpu_settings import RunSettings
     from data_prep.common.gpu_speed import Speed
 
-ATTENTION = "flash_attention_2"  # what a recipe takes on a GPU with requirements-gpu.txt
 ROWS = 1000  # whose time is told where nobody says how many there are
 EIGHT = "accelerate_configs/fsdp2_8gpu.yaml"
 TABLE_RUNS = (  # recipe, flags, accelerate config: every recipe's defaults, and variations of the first three
@@ -155,7 +154,7 @@ def read_run(recipe: str, flags: list[str], engine: Engine, args: argparse.Names
     """Return what is to be predicted for a recipe, its flags and an engine. Raises UsageError."""
     from data_prep.common.gpu_configs import load_config
     from data_prep.common.gpu_costs import Schedule
-    from data_prep.common.gpu_settings import read_run_settings
+    from data_prep.common.gpu_settings import ATTENTION, read_run_settings
 
     script_args, training_args, model_args = read_arguments(recipe, flags)
     attention = model_args.attn_implementation or ATTENTION
@@ -365,7 +364,7 @@ def print_run(run: Run, prediction: "Prediction", card: Card, args: argparse.Nam
     from data_prep.common.gpu_advice import is_half_empty, longest_length, savings, spendings
     from data_prep.common.gpu_speed import predict_speed
 
-    console = make_console()
+    console = make_console(PIPE_WIDTH)
     print_line(console, f"run        {run.name}: {describe_settings(run)}")
     print_line(console, f"engine     {run.engine.describe()}")
     print_line(console, f"config     {run.config_source}")
@@ -392,12 +391,6 @@ def print_run(run: Run, prediction: "Prediction", card: Card, args: argparse.Nam
 def print_line(console: Console, text: str) -> None:
     """Print a line as it stands: in a terminal rich would break it between words, in a file it would cut it."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def make_console() -> Console:
-    if sys.stdout.isatty():
-        return Console()
-    return Console(width=PIPE_WIDTH)
 
 
 # -- other forms ------------------------------------------------------------------------------------------------------
@@ -473,7 +466,6 @@ def run_table(args: argparse.Namespace, flags: list[str]) -> int:
 
 def run_fit(args: argparse.Namespace, flags: list[str]) -> int:
     """Print a prediction; return 1 where the run does not fit. Raises UsageError."""
-    silence()
     if not 0 < args.trained_share <= 1:
         raise UsageError(f"--trained_share {args.trained_share:g}: pass a share above 0, up to 1")
     if args.table:

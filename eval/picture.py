@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from data_prep.common.errors import UsageError
 from data_prep.common.preview_rows import RowChecks
 from data_prep.common.preview_text import ShownToken, show_row
-from data_prep.common.quiet import silence
 from data_prep.common.recipe_rows import load_rows
 from data_prep.common.recipe_settings import Settings, read_settings
 from data_prep.common.rendering import load_renderer
@@ -150,7 +149,6 @@ def draw(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    silence()
     parser = parser_of(__doc__)
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--data", required=True, help="rows, as the run's --dataset_name")

@@ -16,10 +16,9 @@ from .gpu_cards import CARDS, TABLE, Card
 from .gpu_configs import load_config
 from .gpu_engines import Engine
 from .gpu_memory import predict
-from .gpu_settings import RunSettings
+from .gpu_settings import ATTENTION, RunSettings
 from .recipe_settings import Settings, read_defaults, read_yaml
 
-ATTENTION = "flash_attention_2"  # what a recipe takes on a GPU with requirements-gpu.txt
 SIZE = re.compile(r"one (\d+) (?:to \d+ )?GB GPU")  # in the first line of a recipe
 
 

@@ -7,6 +7,8 @@ from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 from .errors import UsageError
 from .gpu_engines import Engine
 
+ATTENTION = "flash_attention_2"  # what a recipe takes on a GPU with requirements-gpu.txt
+
 PACKED_CONTEXT = 512  # tokens of a row in a pack, where nobody says
 
 

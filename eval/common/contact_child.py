@@ -27,7 +27,6 @@ from data_prep.common.gpu_engines import Engine
 from data_prep.common.gpu_memory import GIB, Prediction, predict
 from data_prep.common.gpu_settings import PACKED_CONTEXT
 from data_prep.common.gpu_speed import predict_speed
-from data_prep.common.quiet import silence
 from data_prep.demo_model import SHAPE, TOKENS, train_tokenizer
 from eval import fit
 from eval.common.contact_plan import (
@@ -254,7 +253,6 @@ def main() -> None:
     parser.add_argument("--attention")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
-    silence()
     if args.task == "survey":
         found = survey_machine(args.out, args.tiny)
     elif args.task == "weights":
